@@ -1,0 +1,3 @@
+"""plum: generative recommendation on Semantic IDs."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,45 @@
+"""Every error a user can cause: one line that names the thing, what was expected and what came."""
+
+from __future__ import annotations
+
+
+class PlumError(Exception):
+    """Base of all errors that plum raises on purpose; the command line prints it as one line."""
+
+
+class InvalidArgument(PlumError, ValueError):
+    """An argument of a public function is not acceptable."""
+
+    def __init__(self, name: str, expected: str, got: object, hint: str = "") -> None:
+        """Builds the message ``name: expected X, got Y; hint``."""
+        super().__init__(_sentence(name, expected, got, hint))
+        self.name = name
+
+
+class InvalidData(PlumError, ValueError):
+    """A file, row, column or identifier in the user's data is not acceptable."""
+
+    def __init__(self, where: object, expected: str, got: object, hint: str = "") -> None:
+        """Builds the message ``where: expected X, got Y; hint`` (where: file, row, key)."""
+        super().__init__(_sentence(str(where), expected, got, hint))
+
+
+class InvalidConfig(PlumError, ValueError):
+    """A configuration key is unknown or its value is out of range."""
+
+
+class BackendUnavailable(PlumError, RuntimeError):
+    """A backend was asked for by name and is not there."""
+
+
+class MissingDependency(PlumError, ImportError):
+    """An optional package is needed; the message says which extra installs it."""
+
+    def __init__(self, package: str, extra: str, what: str) -> None:
+        """Builds the message that names the missing package and the extra that brings it."""
+        super().__init__(f"{what} needs the package {package!r}: pip install 'plum-sid[{extra}]'")
+
+
+def _sentence(name: str, expected: str, got: object, hint: str) -> str:
+    text = f"{name}: expected {expected}, got {got}"
+    return f"{text}; {hint}" if hint else text

@@ -1,0 +1,3 @@
+from scikit_build_core.setuptools.wrapper import setup
+
+setup(cmake_source_dir=".")
