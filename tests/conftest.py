@@ -1,0 +1,28 @@
+"""Fixtures and settings every test shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Read when a kernel is decorated, so it is set before any test imports one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets; without it the test is skipped, except in CI, where it fails."""
+    folder = Path(os.environ.get("PLUM_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail("PLUM_TEST_DATA does not name the folder of real data sets")
+        pytest.skip("real data sets are not here: set PLUM_TEST_DATA to their folder")
+    return folder
