@@ -14,12 +14,22 @@ if not torch.cuda.is_available():
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data sets; without it the test is skipped, except in CI, where it fails."""
+    """The folder of real data sets; without it a test is skipped, except in CI, where it fails."""
     folder = Path(os.environ.get("PLUM_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         if os.environ.get("CI"):

@@ -1,0 +1,66 @@
+// The only file that knows Python: pointers and sizes in, nothing allocated on a device.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "plum/code_usage.h"
+#include "plum/cpu_features.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = PLUM_COMPILER;
+  info["cuda"] = PLUM_CUDA_VERSION;
+  info["cuda_architectures"] = PLUM_CUDA_ARCHITECTURES;
+  info["isas"] = plum::cpu::available_isas();
+  info["isa"] = plum::cpu::active_isa_name();
+  return info;
+}
+
+int64_t code_usage_cpu(uintptr_t codes, bool wide, int64_t rows, const std::vector<int64_t>& sizes,
+                       uintptr_t usage, int threads) {
+  py::gil_scoped_release release;
+  const auto levels = static_cast<int64_t>(sizes.size());
+  return wide ? plum::cpu::code_usage(pointer<const int64_t>(codes), rows, levels, sizes.data(),
+                                      pointer<int64_t>(usage), threads)
+              : plum::cpu::code_usage(pointer<const int32_t>(codes), rows, levels, sizes.data(),
+                                      pointer<int64_t>(usage), threads);
+}
+
+#ifdef PLUM_WITH_CUDA
+void code_usage_cuda(uintptr_t codes, bool wide, int64_t rows, const std::vector<int64_t>& sizes,
+                     uintptr_t counts, uintptr_t stream) {
+  py::gil_scoped_release release;
+  const auto levels = static_cast<int64_t>(sizes.size());
+  if (wide) {
+    plum::cuda::code_usage(pointer<const int64_t>(codes), rows, levels, sizes.data(),
+                           pointer<int64_t>(counts), pointer<void>(stream));
+  } else {
+    plum::cuda::code_usage(pointer<const int32_t>(codes), rows, levels, sizes.data(),
+                           pointer<int64_t>(counts), pointer<void>(stream));
+  }
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.def("build_info", &build_info);
+  module.def("set_cpu_isa", &plum::cpu::set_isa);
+  module.def("code_usage_cpu", &code_usage_cpu);
+#ifdef PLUM_WITH_CUDA
+  module.def("code_usage_cuda", &code_usage_cuda);
+#endif
+}

@@ -1,0 +1,4 @@
+#include <cstdint>
+
+#define PLUM_ISA generic
+#include "code_usage_kernel.inl"

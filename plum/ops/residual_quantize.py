@@ -1,0 +1,200 @@
+"""Residual nearest-codebook search: the SID of a row, level by level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plum._library import Op
+from plum.errors import InvalidArgument
+from plum.ops.code_usage import code_usage
+
+# Rows a chunk: bounds the memory of the [rows, K] matrix of the reference.
+_CHUNK = 4096
+
+
+class ResidualCodes(NamedTuple):
+    """What :func:`residual_quantize` returns.
+
+    Attributes:
+        codes: int32 ``[N, L]``.
+        norms: fp32 ``[N, L]``, squared norm of the residual after each level.
+        residual: fp32 ``[N, D]`` after the last level, or None if it was not asked for.
+    """
+
+    codes: Tensor
+    norms: Tensor
+    residual: Tensor | None
+
+
+def residual_quantize(
+    x: Tensor,
+    codebooks: Sequence[Tensor] | Tensor,
+    *,
+    sizes: Sequence[int] | None = None,
+    return_residual: bool = False,
+    usage: Tensor | None = None,
+    backend: str | None = None,
+) -> ResidualCodes:
+    """Finds the nearest codeword of each level's residual.
+
+    ::
+
+        r = x.float()
+        for l in range(L):
+            codes[:, l] = argmin_k ||r - codebooks[l][k]||²
+            r = r - codebooks[l][codes[:, l]]
+            norms[:, l] = ||r||²
+
+    The code is the exact argmin over this fp32 recursion, ties to the lowest index: where two
+    distances are close they are compared as sums of squared fp64 differences, added in the order
+    of the dimensions. So codes do not depend on the device, the batch or the thread count.
+    Residual quantization as in TIGER (arXiv 2305.05065) and PLUM (arXiv 2510.07784).
+
+    Args:
+        x: fp32, bf16 or fp16 ``[N, D]``, finite.
+        codebooks: ``L`` tensors ``[K_l, D]``, or one packed ``[ΣK, D]`` with ``sizes``.
+        sizes: ``K_l`` of a packed ``codebooks``.
+        return_residual: Also return the residual after the last level.
+        usage: int64 ``[ΣK]`` to which the counts of the codes are added in place.
+        backend: ``"reference"`` forces it; native ones are not there yet.
+
+    Returns:
+        Codes, squared residual norms and, if asked for, the residual. No gradient flows.
+
+    Raises:
+        InvalidArgument: a shape or dtype is not as above, a value is not finite, or a residual
+            overflows fp32.
+        BackendUnavailable: the backend asked for cannot run here.
+    """
+    packed, sizes = _pack(codebooks, sizes)
+    if x.ndim != 2 or x.shape[1] != packed.shape[1]:
+        raise InvalidArgument("x", f"[N, {packed.shape[1]}] as the codebooks", str(list(x.shape)))
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InvalidArgument("x", "fp32, bf16 or fp16", str(x.dtype))
+    if x.device != packed.device:
+        raise InvalidArgument("codebooks", f"tensors on {x.device}, as x", str(packed.device))
+    if usage is not None and (usage.dtype != torch.int64 or usage.shape != (sum(sizes),)):
+        raise InvalidArgument(
+            "usage", f"int64 [{sum(sizes)}]", f"{usage.dtype} {list(usage.shape)}"
+        )
+    codes, norms, residual = _op(
+        x.detach(), packed.detach(), sizes, return_residual, backend=backend
+    )
+    if usage is not None:
+        usage += code_usage(codes, sizes)
+    return ResidualCodes(codes, norms, residual if return_residual else None)
+
+
+def _pack(
+    codebooks: Sequence[Tensor] | Tensor, sizes: Sequence[int] | None
+) -> tuple[Tensor, list[int]]:
+    if isinstance(codebooks, Tensor):
+        if sizes is None or codebooks.ndim != 2 or sum(sizes) != codebooks.shape[0]:
+            raise InvalidArgument(
+                "codebooks",
+                "a list of [K_l, D], or one packed [ΣK, D] with sizes that add up to ΣK",
+                f"a tensor {list(codebooks.shape)} with sizes={sizes}",
+            )
+        packed, sizes = codebooks, list(sizes)
+    else:
+        if not codebooks:
+            raise InvalidArgument("codebooks", "at least one level", "none")
+        for level, codebook in enumerate(codebooks):
+            if codebook.ndim != 2 or codebook.shape[1] != codebooks[0].shape[1]:
+                raise InvalidArgument(
+                    f"codebooks[{level}]",
+                    f"[K, D] with the D of codebooks[0] {list(codebooks[0].shape)}",
+                    str(list(codebook.shape)),
+                )
+        packed, sizes = torch.cat(list(codebooks)), [len(codebook) for codebook in codebooks]
+    if any(size < 1 for size in sizes):
+        raise InvalidArgument("codebooks", "at least one codeword a level", f"sizes {sizes}")
+    if not packed.is_floating_point():
+        raise InvalidArgument("codebooks", "floating point", str(packed.dtype))
+    return packed.float(), sizes
+
+
+def _reference(
+    x: Tensor, codebooks: Tensor, sizes: Sequence[int], return_residual: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not bool(codebooks.isfinite().all()):
+        row = int(torch.nonzero(~codebooks.isfinite().all(dim=1))[0, 0])
+        raise InvalidArgument(f"codebooks[{row}]", "finite codewords", "NaN or infinity")
+    codes = x.new_empty((len(x), len(sizes)), dtype=torch.int32)
+    norms = x.new_empty((len(x), len(sizes)), dtype=torch.float32)
+    residual = x.new_empty(x.shape if return_residual else (0, x.shape[1]), dtype=torch.float32)
+    books = codebooks.split(list(sizes))
+    for start in range(0, len(x), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        r = x[rows].float()
+        _check_finite(r, start, "finite rows")
+        for level, book in enumerate(books):
+            nearest = _nearest(r, book)
+            r = r - book[nearest]
+            _check_finite(r, start, "rows whose residuals stay within fp32")
+            codes[rows, level] = nearest.int()
+            norms[rows, level] = r.double().square().sum(dim=1).float()
+        if return_residual:
+            residual[rows] = r
+    return codes, norms, residual
+
+
+def _fake(
+    x: Tensor, codebooks: Tensor, sizes: Sequence[int], return_residual: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], len(sizes))
+    return (
+        x.new_empty(shape, dtype=torch.int32),
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty(x.shape if return_residual else (0, x.shape[1]), dtype=torch.float32),
+    )
+
+
+def _nearest(r: Tensor, book: Tensor) -> Tensor:
+    """Returns int64 ``[N]``: the exact nearest codeword of each row, ties to the lowest index."""
+    r64, book64 = r.double(), book.double()
+    half = book64.square().sum(dim=1) / 2
+    scores = torch.addmm(half, r64, book64.T, alpha=-1)
+    best = scores.min(dim=1)
+    # Twice the rounding error of a score of D products, |score| <= (|r| + max |c|)² / 2.
+    scale = r64.norm(dim=1) + (2 * half.max()).sqrt()
+    margin = 4 * (r.shape[1] + 8) * 2.0**-53 * scale.square()
+    close = scores <= (best.values + margin)[:, None]
+    unsure = torch.nonzero(close.sum(dim=1) > 1).flatten()
+    nearest = best.indices
+    # A slice holds a few hundred candidates a row at worst, as when all codewords are equal.
+    for rows in unsure.split(256):
+        row, code = torch.nonzero(close[rows], as_tuple=True)
+        distance = _exact_distances(r64[rows][row], book64[code])
+        table = distance.new_full((len(rows), len(book)), float("inf"))
+        table[row, code] = distance
+        # The first of equal minima: argmin promises no order among ties.
+        ties = table == table.amin(dim=1, keepdim=True)
+        nearest[rows] = ties.int().argmax(dim=1)
+    return nearest
+
+
+def _exact_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Returns fp64 ``[P]``: squared distances of row pairs, added dimension by dimension."""
+    total = a.new_zeros(len(a))
+    for column in (a - b).square().unbind(dim=1):
+        total = total + column
+    return total
+
+
+def _check_finite(rows: Tensor, start: int, expected: str) -> None:
+    if not bool(rows.isfinite().all()):
+        row = start + int(torch.nonzero(~rows.isfinite().all(dim=1))[0, 0])
+        raise InvalidArgument(f"x[{row}]", expected, "NaN or infinity")
+
+
+_op: Any = Op(
+    "residual_quantize(Tensor x, Tensor codebooks, SymInt[] sizes, bool return_residual)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+)
