@@ -1,0 +1,1 @@
+"""The stages from a catalog and a log to evaluated recommendations."""

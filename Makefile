@@ -1,0 +1,76 @@
+# make demo and make test work on a fresh machine with Python >= 3.10, a C++ compiler and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RESULTS ?= benchmarks/results
+TORCH_VERSION ?= 2.13.0
+# Without an NVIDIA driver the CPU build of torch is a tenth of the download.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-cpp test-python test-demo lint format bench gpu clean
+
+demo: $(STAMP)
+	$(BIN)/plum run --preset demo --output runs/demo
+
+test: lint test-cpp test-python test-demo
+
+test-cpp: $(STAMP)
+	$(BIN)/cmake -S . -B build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DPLUM_PYTHON=OFF -DPLUM_CUDA=OFF -DPLUM_TESTS=ON -DPLUM_WERROR=ON -DPLUM_SANITIZE=ON >/dev/null
+	$(BIN)/cmake --build build
+	$(BIN)/ctest --test-dir build --output-on-failure
+
+test-python: $(STAMP)
+	$(BIN)/python -m pytest tests
+
+# The demo, smaller: every stage on its real code, ends with the table.
+test-demo: $(STAMP)
+	rm -rf runs/test-demo
+	$(BIN)/plum run --preset demo --output runs/test-demo --set data.num_items=300 \
+		--set data.num_users=600 --set finetune.epochs=2
+	$(BIN)/plum recommend --run runs/test-demo --history "$$($(BIN)/python -c \
+		'import polars; print(",".join(polars.read_parquet("runs/test-demo/data/items.parquet")["item_id"][:3]))')"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks --benchmark-json=$(RESULTS)/latest.json -q
+	$(BIN)/python benchmarks/report.py $(RESULTS)/latest.json
+
+# One call on a GPU machine without a network: build, GPU tests, benchmarks, results as JSON.
+gpu:
+	mkdir -p $(RESULTS)
+	PLUM_CUDA=ON $(PYTHON) -m pip install --no-build-isolation --no-deps -e . 
+	$(PYTHON) -c "from plum.doctor import diagnose; import json; print(json.dumps(diagnose(), indent=2))" \
+		| tee $(RESULTS)/doctor.json
+	$(PYTHON) -m pytest tests/ops tests/kernels -q
+	$(PYTHON) -m pytest benchmarks -q --benchmark-json=$(RESULTS)/gpu.json
+	$(PYTHON) benchmarks/report.py $(RESULTS)/gpu.json
+
+# The editable install is redone when what it builds from has changed.
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || \
+		if command -v nvidia-smi >/dev/null; then \
+			$(BIN)/python -m pip install "torch>=2.11"; \
+		else \
+			$(BIN)/python -m pip install "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
+			$(BIN)/python -m pip install "torch==$(TORCH_VERSION)" --index-url $(CPU_INDEX); \
+		fi
+	$(BIN)/python -m pip install --quiet -e ".[pipeline,minilm,triton,test,lint,build]"
+	touch $@
+
+clean:
+	rm -rf build dist runs .venv plum/*.so *.egg-info

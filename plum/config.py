@@ -1,0 +1,185 @@
+"""The configuration of a run: pydantic models, presets, YAML files and ``a.b=c`` settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from plum.errors import InvalidConfig
+from plum.files import read_json
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """Which catalog and log to read."""
+
+    dataset: str = "synthetic"
+    data_dir: Path | None = None
+    items: Path | None = None
+    interactions: Path | None = None
+    min_user_interactions: int = Field(5, ge=1)
+    min_item_interactions: int = Field(5, ge=0)
+
+
+class EmbedConfig(_Section):
+    """How the text of an item becomes a vector."""
+
+    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    text_template: str | None = None
+    batch_size: int = Field(64, ge=1)
+
+
+class TokenizeConfig(_Section):
+    """How a vector becomes a SID."""
+
+    kind: Literal["rq-vae", "rq-kmeans"] = "rq-kmeans"
+    codebook_sizes: tuple[int, ...] = (256, 256, 256)
+    epochs: int = Field(100, ge=1)
+    collisions: Literal["accept", "suffix"] = "suffix"
+
+
+class FinetuneConfig(_Section):
+    """How the generator is trained."""
+
+    base: str = "scratch:small"
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    max_items: int = Field(50, ge=1)
+    save_every_steps: int = Field(200, ge=1)
+
+
+class EvaluateConfig(_Section):
+    """How the recommendations of the test users are made and scored."""
+
+    num_beams: int = Field(50, ge=1)
+    batch_size: int = Field(32, ge=1)
+    score: Literal["full", "valid"] = "full"
+
+
+class RecommendConfig(_Section):
+    """The sample recommendations of the report."""
+
+    num_users: int = Field(8, ge=1)
+    num_items: int = Field(10, ge=1)
+
+
+class Config(_Section):
+    """A whole run; every stage reads its own section and ``seed``."""
+
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    embed: EmbedConfig = EmbedConfig()
+    tokenize: TokenizeConfig = TokenizeConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    recommend: RecommendConfig = RecommendConfig()
+
+
+# What differs from the defaults above, by preset and then by data set.
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "tokenize": {"codebook_sizes": (64, 64, 64)},
+        "finetune": {"base": "scratch:tiny", "epochs": 10, "max_items": 20},
+        "evaluate": {"num_beams": 50, "batch_size": 64},
+    },
+    "cpu": {},
+    "gpu": {
+        "tokenize": {"kind": "rq-vae"},
+        "finetune": {"base": "scratch:base", "epochs": 60, "batch_size": 128, "max_items": 100},
+        "evaluate": {"batch_size": 256},
+    },
+}
+DATASETS: dict[str, dict[str, Any]] = {
+    "tables": {"data": {"min_user_interactions": 1, "min_item_interactions": 0}},
+    "synthetic": {"data": {"min_user_interactions": 1, "min_item_interactions": 0}},
+}
+
+
+def resolve_config(
+    *,
+    preset: str = "cpu",
+    dataset: str = "synthetic",
+    file: Path | None = None,
+    settings: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
+) -> Config:
+    """Merges defaults, preset, data set, YAML file and settings, later ones winning.
+
+    Args:
+        preset: ``demo``, ``cpu`` or ``gpu``.
+        dataset: Name of a data set, see :func:`plum.data.load_dataset`.
+        file: YAML file with any part of the configuration.
+        settings: ``section.key=value`` pairs; values are read as YAML.
+        base: A whole configuration to start from in place of preset and data set.
+
+    Raises:
+        InvalidConfig: a preset, key or value is not known; the message names it.
+    """
+    import yaml
+
+    if base is None:
+        if preset not in PRESETS:
+            raise InvalidConfig(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+        merged: dict[str, Any] = {}
+        for part in (PRESETS[preset], DATASETS.get(dataset, {}), {"data": {"dataset": dataset}}):
+            _merge(merged, part)
+    else:
+        merged = dict(base)
+    if file is not None:
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+            _merge(merged, yaml.safe_load(text) or {})
+        except FileNotFoundError:
+            raise InvalidConfig(f"{file}: expected a YAML file, got no such file") from None
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise InvalidConfig(f"{file}: expected a YAML mapping, got: {reason}") from None
+    for setting in settings:
+        path, equals, value = setting.partition("=")
+        if not equals or not path:
+            raise InvalidConfig(f"--set: expected section.key=value, got {setting!r}")
+        try:
+            nested: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InvalidConfig(f"--set {path}: {' '.join(str(error).split())}") from None
+        for key in reversed(path.split(".")):
+            nested = {key: nested}
+        _merge(merged, nested)
+    return _validated(merged)
+
+
+def load_config(path: Path) -> Config:
+    """Reads the configuration that a run saved as JSON."""
+    return _validated(read_json(path))
+
+
+def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> None:
+    for key, value in update.items():
+        if isinstance(value, Mapping):
+            into[key] = dict(into.get(key) or {})
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _validated(values: Mapping[str, Any]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            section: Any = Config
+            for part in first["loc"][:-1]:
+                section = section.model_fields[part].annotation
+            known = ", ".join(section.model_fields)
+            raise InvalidConfig(f"{where}: unknown key; the keys here are: {known}") from None
+        raise InvalidConfig(f"{where}: {first['msg']}, got {first['input']!r}") from None

@@ -1,0 +1,124 @@
+"""The recommender that a run leaves behind: histories in, ranked items out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plum.data import Dataset
+from plum.decode import SidBeamSearch
+from plum.errors import InvalidArgument, InvalidData
+from plum.eval import expand_sids
+from plum.lm import Generator, SidFormat, load_generator
+from plum.sid import SidTable, SidVocabulary
+from plum.trie import SidTrie
+
+if TYPE_CHECKING:
+    from plum.config import Config
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item.
+
+    Attributes:
+        item_id: The user's id of the item.
+        title: Its title, or the first text column that the catalog has.
+        sid: Its Semantic ID.
+        score: Log-probability of the SID under the beam search's score.
+    """
+
+    item_id: str
+    title: str
+    sid: tuple[int, ...]
+    score: float
+
+
+class Recommender:
+    """Generator, trie and catalog of a finished run."""
+
+    def __init__(
+        self, dataset: Dataset, table: SidTable, trie: SidTrie, generator: Generator, config: Config
+    ) -> None:
+        """Puts the parts together; :meth:`load` reads them from a run."""
+        self.dataset, self.table, self.trie = dataset, table, trie
+        self.generator, self.config = generator, config
+        self.format: SidFormat = generator.format(table.codes, config.finetune.max_items)
+        self._search = SidBeamSearch(generator.model, trie, score=config.evaluate.score)
+        self._index = {item: row for row, item in enumerate(table.item_ids)}
+        self._titles = titles_of(dataset)
+
+    @classmethod
+    def load(cls, run_dir: Path, config: Config) -> Recommender:
+        """Reads the recommender of a run.
+
+        Raises:
+            InvalidData: a stage of the run is missing or damaged.
+        """
+        model = run_dir / "finetune" / "model"
+        if not model.is_dir():
+            raise InvalidData(
+                run_dir, "a finished run", "no finetune/model", f"run: plum run --output {run_dir}"
+            )
+        table = SidTable.load(run_dir / "tokenize" / "table")
+        generator = load_generator(str(model), SidVocabulary(table.codebook_sizes))
+        trie = SidTrie.load(run_dir / "index" / "trie.safetensors")
+        return cls(Dataset.load(run_dir / "data"), table, trie, generator, config)
+
+    def rank(self, histories: Sequence[NDArray[np.int32]], k: int) -> tuple[NDArray, NDArray]:
+        """Ranks the catalog for a batch of histories of item indices.
+
+        Args:
+            histories: Item indices in time order, one int array per request.
+            k: Number of items wanted.
+
+        Returns:
+            ``(items, scores)``: int32 and float32 ``[B, k]``, best first; where the catalog or
+            the beams have fewer items, -1 and minus infinity.
+        """
+        input_ids, attention_mask = self.format.pad_prompts(histories)
+        found = self._search.search(
+            input_ids, attention_mask, num_beams=max(k, self.config.evaluate.num_beams)
+        )
+        return expand_sids(found, self._index, k=k, seed=self.config.seed)
+
+    def recommend(self, history: Sequence[str], k: int) -> list[Recommendation]:
+        """Recommends items to someone with this history of item ids, oldest first.
+
+        Raises:
+            InvalidArgument: an item id is not in the catalog, or ``k`` is below 1.
+        """
+        if k < 1:
+            raise InvalidArgument("k", "at least 1", k)
+        for item in history:
+            if item not in self._index:
+                raise InvalidArgument(
+                    "history",
+                    f"item ids of {self.dataset.name}",
+                    repr(item),
+                    "the ids are in data/items.parquet of the run",
+                )
+        rows = np.array([self._index[item] for item in history], dtype=np.int32)
+        items, scores = self.rank([rows], k)
+        return [
+            self.describe(int(item), float(score))
+            for item, score in zip(items[0], scores[0], strict=True)
+            if item >= 0
+        ]
+
+    def describe(self, item: int, score: float = 0.0) -> Recommendation:
+        """Returns an item, given by its index, with id, title and SID."""
+        sid = tuple(int(code) for code in self.table.codes[item])
+        return Recommendation(self.table.item_ids[item], self._titles[item], sid, score)
+
+
+def titles_of(dataset: Dataset) -> list[str]:
+    """Returns a short name of every item: its title, else its first text column."""
+    columns = [column for column in dataset.items.columns if column != "item_id"]
+    column = "title" if "title" in columns else columns[0]
+    return [title or "" for title in dataset.items[column].to_list()]

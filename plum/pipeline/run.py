@@ -1,0 +1,79 @@
+"""Runs stages in order into one folder and ends with a table and a page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plum.config import Config
+from plum.errors import InvalidData
+from plum.files import read_json, write_json, write_text
+from plum.pipeline.html_report import write_html_report
+from plum.pipeline.stage import Progress
+from plum.pipeline.stages import STAGES
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one stage.
+
+    Attributes:
+        stage: Its name.
+        ran: False when its outputs were current and it was skipped.
+        seconds: How long it took, in this call.
+    """
+
+    stage: str
+    ran: bool
+    seconds: float
+
+
+def run_stages(
+    config: Config,
+    run_dir: Path,
+    names: Sequence[str],
+    *,
+    progress_of: Callable[[str], Progress],
+    on_done: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Runs the named stages in the order given; each is skipped when nothing it reads changed.
+
+    Args:
+        config: The resolved configuration; saved as ``config.json`` in the run.
+        run_dir: Folder of the run; created when it is not there.
+        names: Stages, see :data:`plum.pipeline.stages.STAGES`.
+        progress_of: Gives a stage its progress callback.
+        on_done: Called after every stage.
+
+    Raises:
+        PlumError: a stage cannot do its work; what earlier stages wrote stays.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
+    outcomes = []
+    for name in names:
+        stage = STAGES[name]
+        begin = time.monotonic()
+        settings: Any = getattr(config, name, None)
+        ran = stage.execute(run_dir, settings, config.seed, progress_of(name))
+        outcomes.append(Outcome(name, ran, time.monotonic() - begin))
+        on_done(outcomes[-1])
+    return outcomes
+
+
+def finish(run_dir: Path) -> dict[str, dict[str, float]]:
+    """Writes ``metrics.json`` and ``report.html`` of a run whose stages are all done.
+
+    Returns:
+        The metrics of the generator and of each baseline.
+    """
+    path = run_dir / "evaluate" / "metrics.json"
+    if not path.exists():
+        raise InvalidData(run_dir, "an evaluated run", "no evaluate/metrics.json", "run: plum run")
+    metrics = read_json(path)
+    write_json(run_dir / "metrics.json", metrics)
+    write_html_report(run_dir)
+    return metrics
