@@ -23,6 +23,8 @@ class DataConfig(_Section):
     data_dir: Path | None = None
     items: Path | None = None
     interactions: Path | None = None
+    num_items: int = Field(1200, ge=1, description="of the synthetic catalog")
+    num_users: int = Field(3000, ge=1, description="of the synthetic log")
     min_user_interactions: int = Field(5, ge=1)
     min_item_interactions: int = Field(5, ge=0)
 
@@ -40,20 +42,24 @@ class TokenizeConfig(_Section):
 
     kind: Literal["rq-vae", "rq-kmeans"] = "rq-kmeans"
     codebook_sizes: tuple[int, ...] = (256, 256, 256)
+    latent_dim: int = Field(64, ge=1)
     epochs: int = Field(100, ge=1)
     collisions: Literal["accept", "suffix"] = "suffix"
 
 
 class FinetuneConfig(_Section):
-    """How the generator is trained."""
+    """How the generator is trained; see :class:`plum.lm.FinetuneConfig`."""
 
     base: str = "scratch:small"
-    epochs: int = Field(20, ge=1)
-    batch_size: int = Field(32, ge=1)
+    epochs: float = Field(20, gt=0)
+    batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
     max_items: int = Field(50, ge=1)
+    patience: int | None = Field(None, ge=1)
     save_every_steps: int = Field(200, ge=1)
+    bf16: bool | None = None
 
 
 class EvaluateConfig(_Section):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from plum.data import Dataset
@@ -49,9 +50,17 @@ class Recommender:
         self.dataset, self.table, self.trie = dataset, table, trie
         self.generator, self.config = generator, config
         self.format: SidFormat = generator.format(table.codes, config.finetune.max_items)
+        trie.token_offsets = generator.token_offsets
         self._search = SidBeamSearch(generator.model, trie, score=config.evaluate.score)
         self._index = {item: row for row, item in enumerate(table.item_ids)}
+        every = trie.items(trie.root_states(1))[0][0]
+        self._items = np.array([self._index[item] for item in every], dtype=np.int32)
         self._titles = titles_of(dataset)
+
+    @property
+    def sequence_ids(self) -> list[str]:
+        """User ids in the order of the dataset's sequences."""
+        return self.dataset.interactions["user_id"].unique(maintain_order=True).to_list()
 
     @classmethod
     def load(cls, run_dir: Path, config: Config) -> Recommender:
@@ -67,25 +76,43 @@ class Recommender:
             )
         table = SidTable.load(run_dir / "tokenize" / "table")
         generator = load_generator(str(model), SidVocabulary(table.codebook_sizes))
+        if torch.cuda.is_available():
+            generator.model.to("cuda")
         trie = SidTrie.load(run_dir / "index" / "trie.safetensors")
         return cls(Dataset.load(run_dir / "data"), table, trie, generator, config)
 
-    def rank(self, histories: Sequence[NDArray[np.int32]], k: int) -> tuple[NDArray, NDArray]:
+    def rank(
+        self, histories: Sequence[NDArray[np.int32]], k: int, requests: Sequence[int] | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Ranks the catalog for a batch of histories of item indices.
 
         Args:
             histories: Item indices in time order, one int array per request.
             k: Number of items wanted.
+            requests: What identifies each request over all batches; seeds the order of the items
+                of a shared SID.
 
         Returns:
-            ``(items, scores)``: int32 and float32 ``[B, k]``, best first; where the catalog or
-            the beams have fewer items, -1 and minus infinity.
+            ``(items, scores)``: item indices int32 and log-probabilities fp32 ``[B, k]``, best
+            first; -1 and minus infinity where the catalog has fewer items.
         """
         input_ids, attention_mask = self.format.pad_prompts(histories)
+        device = self.generator.model.device
         found = self._search.search(
-            input_ids, attention_mask, num_beams=max(k, self.config.evaluate.num_beams)
+            input_ids.to(device),
+            attention_mask.to(device),
+            num_beams=max(k, self.config.evaluate.num_beams),
         )
-        return expand_sids(found, self._index, k=k, seed=self.config.seed)
+        rows = found.states[..., 0].masked_fill(found.scores.isneginf(), -1)
+        return expand_sids(
+            rows.cpu().numpy(),
+            found.scores.cpu().numpy(),
+            self.trie.item_starts,
+            self._items,
+            k=k,
+            seed=self.config.seed,
+            requests=requests,
+        )
 
     def recommend(self, history: Sequence[str], k: int) -> list[Recommendation]:
         """Recommends items to someone with this history of item ids, oldest first.

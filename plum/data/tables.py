@@ -1,0 +1,145 @@
+"""Reader of the user's own tables, Parquet or CSV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+from plum.data.dataset import (
+    Dataset,
+    check_interactions,
+    check_items,
+    in_user_order,
+    read_parquet,
+)
+from plum.data.text_files import SUFFIXES, decode, read_bytes
+from plum.errors import InvalidData
+
+_ISO_DATE = r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}|$)"
+
+
+def read_tables(
+    items_path: str | Path,
+    interactions_path: str | Path,
+    *,
+    text_template: str | None = None,
+    name: str = "tables",
+) -> Dataset:
+    """Reads a catalog and a log from Parquet (.parquet) or UTF-8 CSV (.csv, also .gz, .xz, .bz2).
+
+    Args:
+        items_path: Table with item_id and at least one more column. Numbers become text, lists of
+            strings are joined by ", ".
+        interactions_path: Table with user_id, item_id and timestamp. Timestamps are seconds
+            (whole or not), dates or ISO 8601 times; they are kept in whole seconds, the order
+            within a second stays. Times without a zone count as UTC.
+        text_template: See :attr:`Dataset.text_template`; all columns but item_id, joined by
+            `` | ``, when None.
+        name: Name of the data set.
+
+    Raises:
+        InvalidArgument: ``text_template`` names a column that is not there.
+        InvalidData: A file is missing, empty, cut off, of another format or not UTF-8, a column
+            is missing or of a type that cannot be used, a timestamp cannot be read, or as
+            :class:`Dataset` says.
+    """
+    items = _read_table(Path(items_path), ("item_id",))
+    items = items.select(
+        _id(items_path, items["item_id"]),
+        *(_text(items_path, column) for column in items.drop("item_id")),
+    )
+    log = _read_table(Path(interactions_path), ("user_id", "item_id", "timestamp"))
+    log = log.select(
+        _id(interactions_path, log["user_id"]),
+        _id(interactions_path, log["item_id"]),
+        _seconds(interactions_path, log["timestamp"]),
+    )
+    check_items(str(items_path), items)
+    in_seconds = pl.col("timestamp").floor().cast(pl.Int64)
+    check_interactions(str(interactions_path), log.with_columns(in_seconds), items)
+    # Sorted while fractions of a second are still there; Dataset keeps the order of equal seconds.
+    log = in_user_order(log).with_columns(in_seconds)
+    if text_template is None:
+        columns = [column for column in items.columns if column != "item_id"]
+        text_template = " | ".join(f"{{{column}}}" for column in columns)
+    return Dataset(name, items, log, text_template)
+
+
+def _read_table(path: Path, required: tuple[str, ...]) -> pl.DataFrame:
+    if path.suffix == ".parquet":
+        frame = read_parquet(path)
+    elif any(path.name.endswith(f".csv{suffix}") for suffix in SUFFIXES):
+        frame = _read_csv(path)
+    else:
+        formats = ".parquet, " + ", ".join(f".csv{suffix}" for suffix in SUFFIXES)
+        raise InvalidData(path, f"a file name that ends in {formats}", repr(path.suffix))
+    for column in required:
+        if column not in frame.columns:
+            raise InvalidData(path, f"a column {column!r}", ", ".join(frame.columns) or "none")
+    if frame.is_empty():
+        raise InvalidData(path, "at least one row", "none")
+    return frame
+
+
+def _read_csv(path: Path) -> pl.DataFrame:
+    # A blank last line would be read as a row without values.
+    text = decode(path, read_bytes(path)).rstrip("\r\n")
+    try:
+        return pl.read_csv(text.encode(), infer_schema=False)
+    except pl.exceptions.NoDataError:
+        raise InvalidData(path, "a CSV table with a header", "an empty file") from None
+    except pl.exceptions.PolarsError as error:
+        raise InvalidData(path, "a CSV table", str(error).splitlines()[0]) from None
+
+
+def _id(path: str | Path, column: pl.Series) -> pl.Series:
+    if not (column.dtype == pl.String or column.dtype.is_integer()):
+        expected = "strings or whole numbers"
+        raise InvalidData(f"{path}, column {column.name!r}", expected, column.dtype)
+    return column.cast(pl.String)
+
+
+def _text(path: str | Path, column: pl.Series) -> pl.Series:
+    dtype = column.dtype
+    if dtype == pl.List(pl.String):
+        return column.list.drop_nulls().list.join(", ")
+    usable = (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Date, pl.Null)
+    if dtype.is_numeric() or dtype in usable:
+        return column.cast(pl.String)
+    expected = "text, numbers or lists of strings"
+    raise InvalidData(f"{path}, column {column.name!r}", expected, dtype, "convert or drop it")
+
+
+def _seconds(path: str | Path, column: pl.Series) -> pl.Series:
+    """Returns seconds since 1970: integers as they are, else float64 with fractions."""
+    where = f"{path}, column {column.name!r}"
+    dtype = column.dtype
+    if dtype.is_integer():
+        return column.cast(pl.Int64, strict=False)
+    if dtype in (pl.Date, pl.Datetime):
+        seconds = column.dt.epoch("us").cast(pl.Float64) / 1e6
+    elif dtype.is_float():
+        seconds = column.cast(pl.Float64)
+    elif dtype == pl.String:
+        whole = column.cast(pl.Int64, strict=False)
+        if whole.null_count() == column.null_count():
+            return whole
+        seconds = column.cast(pl.Float64, strict=False)
+        if column.str.contains(_ISO_DATE).any():
+            seconds = _parse_iso(column)
+    else:
+        raise InvalidData(where, "seconds, dates or ISO 8601 times", dtype)
+    wrong = ~seconds.is_finite().fill_null(False)
+    if wrong.any():
+        row = int(wrong.arg_max() or 0)
+        expected = "seconds or ISO 8601 times such as 2024-01-31T12:00:00Z, all in one form"
+        raise InvalidData(f"{where}, row {row}", expected, repr(column[row]))
+    return seconds
+
+
+def _parse_iso(column: pl.Series) -> pl.Series:
+    # Other forms, such as 01/02/2024, can be read in two ways.
+    iso = column.set(~column.str.contains(_ISO_DATE).fill_null(False), None)
+    times = iso.str.to_datetime(time_unit="us", time_zone="UTC", strict=False)
+    return times.dt.epoch("us").cast(pl.Float64) / 1e6
