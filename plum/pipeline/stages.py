@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plum.config import DataConfig, load_config
-from plum.data import Dataset, Split, filter_interactions, load_dataset, sequences_of, synthetic_dataset
+from plum.data import Dataset, Split, filter_interactions, load_dataset, sequences_of
 from plum.embed import encode_texts, similarity_report
 from plum.eval import ItemKNN, Popularity, ranking_metrics
 from plum.files import atomic_path, write_json
@@ -38,18 +39,16 @@ def _sources(settings: DataConfig) -> list[Path]:
 
 def _data(work: Workspace) -> None:
     settings: DataConfig = work.settings
-    if settings.dataset == "synthetic":
-        dataset = synthetic_dataset(
-            num_items=settings.num_items, num_users=settings.num_users, seed=work.seed
-        )
-    else:
-        dataset = load_dataset(
-            settings.dataset,
-            data_dir=settings.data_dir,
-            items=settings.items,
-            interactions=settings.interactions,
-            progress=work.progress,
-        )
+    dataset = load_dataset(
+        settings.dataset,
+        data_dir=settings.data_dir,
+        items=settings.items,
+        interactions=settings.interactions,
+        num_items=settings.num_items,
+        num_users=settings.num_users,
+        seed=work.seed,
+        progress=work.progress,
+    )
     dataset = filter_interactions(
         dataset,
         min_user_interactions=settings.min_user_interactions,
@@ -72,7 +71,16 @@ def _embed(work: Workspace) -> None:
     )
     with atomic_path(work.folder / "embeddings.safetensors") as path:
         save_file({"text": torch.from_numpy(embeddings)}, path)
-    write_json(work.folder / "similarity.json", similarity_report(embeddings, seed=work.seed))
+    report = similarity_report(embeddings, labels=_labels(dataset), seed=work.seed)
+    write_json(work.folder / "similarity.json", report)
+
+
+def _labels(dataset: Dataset) -> list[set[str]] | None:
+    """Returns what each item is labeled with, if the catalog has genres or categories."""
+    for column in ("genres", "categories"):
+        if column in dataset.items.columns:
+            return [set(re.split(r"\s*[,;>]\s*", value or "")) for value in dataset.items[column]]
+    return None
 
 
 def _tokenize(work: Workspace) -> None:
