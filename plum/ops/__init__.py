@@ -3,15 +3,27 @@
 from plum.ops.code_usage import code_usage
 from plum.ops.codebook_sums import codebook_sums
 from plum.ops.dead_codes import dead_codes
+from plum.ops.forced_tail import ForcedTail, forced_tail
 from plum.ops.residual_quantize import ResidualCodes, residual_quantize
 from plum.ops.revive_codes import RevivedCodes, revive_codes
+from plum.ops.trie_advance import trie_advance
+from plum.ops.trie_beam_step import BeamStep, trie_beam_step
+from plum.ops.trie_mask import trie_mask_
+from plum.ops.trie_walk import trie_walk
 
 __all__ = [
+    "BeamStep",
+    "ForcedTail",
     "ResidualCodes",
     "RevivedCodes",
     "code_usage",
     "codebook_sums",
     "dead_codes",
+    "forced_tail",
     "residual_quantize",
     "revive_codes",
+    "trie_advance",
+    "trie_beam_step",
+    "trie_mask_",
+    "trie_walk",
 ]

@@ -1,0 +1,258 @@
+"""``SidBeamSearch``: beam search that can only end at items of the catalog."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plum.decode.model_step import ReplayStep, TreeStep, check_tree_attention, check_window
+from plum.errors import InvalidArgument, InvalidData
+from plum.ops.trie_beam_step import SCORES, rank_directory, trie_beam_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from plum.trie import SidTrie
+
+ATTENTION: dict[str, type[TreeStep | ReplayStep]] = {"tree": TreeStep, "replay": ReplayStep}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What :meth:`SidBeamSearch.search` finds, best first in each request.
+
+    Attributes:
+        item_ids: Per request the items on its SIDs; those of a shared SID one after the other in
+            the trie's order.
+        sids: int64 ``[B, W, L]``, codes; -1 where there is no W-th SID.
+        scores: fp32 ``[B, W]``, sums of log-probabilities; -inf where there is no SID.
+        states: int64 ``[B, W, 2]``, rows of the SID table; dead where there is no SID.
+    """
+
+    item_ids: list[list[Any]]
+    sids: Tensor
+    scores: Tensor
+    states: Tensor
+
+
+class SidBeamSearch:
+    """Constrained beam search with any causal language model of transformers.
+
+    A search gives min(W, legal SIDs) distinct SIDs of the catalog, each with its sum of
+    log-probabilities and without a length penalty.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trie: SidTrie,
+        *,
+        score: str = "full",
+        attention: str = "tree",
+    ) -> None:
+        """Takes a model and a trie, and tries out that they fit.
+
+        Args:
+            model: A causal language model; its dropout is off during a search.
+            trie: The catalog's trie with ``token_offsets``; it is copied to the model's device if
+                it is elsewhere.
+            score: ``"full"`` takes log-probabilities over the vocabulary, ``"valid"`` over the
+                legal codes only.
+            attention: ``"tree"`` encodes each prompt once and lets the beams share its cache;
+                ``"replay"`` runs every hypothesis in full, for models that cannot do that. Both
+                give the same result.
+
+        Raises:
+            InvalidArgument: an option is unknown, the trie has no token offsets or tokens beyond
+                the vocabulary, or the model cannot do tree attention.
+        """
+        if score not in SCORES:
+            raise InvalidArgument("score", "'full' or 'valid'", repr(score))
+        if attention not in ATTENTION:
+            raise InvalidArgument("attention", "'tree' or 'replay'", repr(attention))
+        if trie.token_offsets is None:
+            expected = "a trie that knows the model's token ids"
+            hint = "build it with SidTrie.from_codes(..., token_offsets=...)"
+            raise InvalidArgument("trie", expected, "no token_offsets", hint)
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = embeddings.weight.shape[0]
+        spans = zip(trie.token_offsets, trie.codebook_sizes, strict=True)
+        last = max(offset + size for offset, size in spans) - 1
+        if last >= vocabulary:
+            hint = "add the SID tokens with resize_token_embeddings"
+            expected = f"a vocabulary with token {last}, the trie's last"
+            raise InvalidArgument("model", expected, f"{vocabulary} tokens", hint)
+        self.model, self.trie = model, trie.to(model.device)
+        self.score, self.attention = score, attention
+        self._offsets = trie.token_offsets
+        if attention == "tree":
+            probe = torch.arange(trie.codebook_sizes[0], device=model.device)
+            with _evaluating(model):
+                check_tree_attention(model, probe + trie.token_offsets[0])
+
+    @torch.no_grad()
+    def search(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        num_beams: int = 10,
+        *,
+        deny: Sequence[Sequence[Any]] | None = None,
+        allow: Sequence[Any] | None = None,
+    ) -> SearchResult:
+        """Finds the best SIDs after each prompt.
+
+        Args:
+            input_ids: int64 ``[B, P]``, token ids, padded on the left.
+            attention_mask: ``[B, P]``, 0 on the padding and 1 elsewhere; all 1 by default.
+            num_beams: W, the width of the beam and the most SIDs a request gets.
+            deny: For each request the ids of items it must not get, for example those already
+                seen. A SID is out only when every item on it is. Ids that are not in the trie
+                are ignored: they cannot be recommended anyway.
+            allow: The ids of the items that may be recommended at all; every item by default.
+
+        Returns:
+            Items, SIDs, scores and states.
+
+        Raises:
+            InvalidArgument: a shape, dtype, device or number does not fit, a prompt is empty or
+                padded on the right, or it is too long for the model.
+            InvalidData: the model's logits are NaN.
+        """
+        trie = self.trie
+        if num_beams < 1:
+            raise InvalidArgument("num_beams", "at least 1", num_beams)
+        attention_mask = self._check_prompts(input_ids, attention_mask)
+        batch = len(input_ids)
+        items = _ItemLimits(trie, batch, deny, allow)
+        states, scores = trie.root_states(batch), torch.zeros(batch, 1, device=trie.device)
+        broken = torch.zeros(batch, dtype=torch.bool, device=trie.device)
+        with _evaluating(self.model):
+            steps = ATTENTION[self.attention](self.model, input_ids, attention_mask)
+            for level in range(trie.depth):
+                broken |= steps.logits.amax(dim=(1, 2)).isnan()
+                best = trie_beam_step(
+                    steps.logits,
+                    scores,
+                    states,
+                    trie,
+                    level,
+                    k=num_beams,
+                    score=self.score,
+                    filter=items.rank,
+                    deny=items.denied_rows,
+                )
+                states, scores = best.states, best.scores
+                if level + 1 < trie.depth:
+                    # A beam that found no child feeds code 0; none can descend from it.
+                    steps.advance(best.tokens.clamp(min=0) + self._offsets[level], best.parents)
+        if broken.any():
+            request = int(broken.nonzero()[0])
+            raise InvalidData("model", "numbers as logits", f"NaN in request {request}")
+        dead = (states[..., 0] == states[..., 1]).unsqueeze(-1)
+        sids = trie.codes_at(states[..., 0]).masked_fill(dead, -1)
+        return SearchResult(items.expand(states), sids, scores, states)
+
+    def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Returns the mask, int64 ``[B, P]``, after checking the prompts."""
+        if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+            got = f"{input_ids.dtype} {list(input_ids.shape)}"
+            raise InvalidArgument("input_ids", "token ids [B, P], B and P at least 1", got)
+        if input_ids.device != self.trie.device:
+            expected = f"a tensor on the model's device {self.trie.device}"
+            raise InvalidArgument("input_ids", expected, input_ids.device)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        mask = attention_mask.to(input_ids.device, torch.int64)
+        if mask.shape != input_ids.shape:
+            expected = f"the shape of input_ids, {list(input_ids.shape)}"
+            raise InvalidArgument("attention_mask", expected, list(mask.shape))
+        left = ((mask == 0) | (mask == 1)).all() and (mask.diff(dim=1) >= 0).all()
+        if not left or not mask[:, -1].all():
+            expected = "zeros, then ones, in each row"
+            hint = "pad on the left (tokenizer.padding_side = 'left'); no prompt may be empty"
+            raise InvalidArgument("attention_mask", expected, "another order", hint)
+        length = int(mask.sum(dim=1).max()) + self.trie.depth - 1
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            expected = f"at most {limit} positions, codes included, as the model has"
+            raise InvalidArgument("input_ids", expected, length, "shorten the prompt")
+        if self.attention == "tree":
+            check_window(self.model, length)
+        return mask
+
+
+class _ItemLimits:
+    """Deny and allow lists of items, as limits on SIDs for the search and on items after it."""
+
+    def __init__(
+        self,
+        trie: SidTrie,
+        batch: int,
+        deny: Sequence[Sequence[Any]] | None,
+        allow: Sequence[Any] | None,
+    ) -> None:
+        self._trie = trie
+        self._allowed: np.ndarray | None = None
+        self._denied: list[np.ndarray] | None = None
+        self.rank: Tensor | None = None
+        self.denied_rows: Tensor | None = None
+        starts = trie.item_starts
+        left = np.diff(starts)
+        if allow is not None:
+            position = trie.item_ids.positions(allow)
+            self._allowed = np.zeros(trie.num_items, dtype=bool)
+            self._allowed[position[position >= 0]] = True
+            left = np.add.reduceat(self._allowed, starts[:-1], dtype=np.int64)
+            self.rank = rank_directory(torch.from_numpy(left > 0).to(trie.device), trie)
+        if deny is not None:
+            if len(deny) != batch:
+                raise InvalidArgument("deny", f"{batch} lists, one a request", len(deny))
+            self._denied = [np.unique(trie.item_ids.positions(ids)) for ids in deny]
+            lists = [torch.from_numpy(self._emptied(position, left)) for position in self._denied]
+            rows = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)
+            self.denied_rows = rows.to(trie.device)
+
+    def _emptied(self, position: np.ndarray, left: np.ndarray) -> np.ndarray:
+        """Returns the rows on which no item is left without those at ``position``."""
+        position = position[position >= 0]
+        if self._allowed is not None:
+            position = position[self._allowed[position]]
+        row = np.searchsorted(self._trie.item_starts, position, side="right") - 1
+        rows, counts = np.unique(row, return_counts=True)
+        return rows[counts == left[rows]]
+
+    def expand(self, states: Tensor) -> list[list[Any]]:
+        """Returns the items of each request on its states that may be recommended."""
+        if self._allowed is None and self._denied is None:
+            return [list(chain.from_iterable(beams)) for beams in self._trie.items(states)]
+        spans = self._trie.item_starts[states.cpu().numpy()]
+        found = []
+        for request, beams in enumerate(spans.tolist()):
+            position = np.concatenate([np.arange(start, stop) for start, stop in beams])
+            if self._allowed is not None:
+                position = position[self._allowed[position]]
+            if self._denied is not None:
+                position = position[~np.isin(position, self._denied[request])]
+            found.append(self._trie.item_ids.select(position))
+        return [ids.span(0, len(ids)) for ids in found]
+
+
+@contextlib.contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Switches dropout off, then gives every module its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,269 @@
+"""``trie_beam_step``: one step of beam search that only ever looks at legal children."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plum._library import Op
+from plum.errors import InvalidArgument
+from plum.ops._trie_levels import (
+    check_device,
+    check_level,
+    check_logits,
+    check_states,
+    children,
+    first_column,
+)
+
+if TYPE_CHECKING:
+    from plum.trie import SidTrie
+
+SCORES = ("full", "valid")
+
+
+class BeamStep(NamedTuple):
+    """What :func:`trie_beam_step` returns, best first in each request.
+
+    Attributes:
+        tokens: int64 ``[B, k]``, codes of the level; -1 where there is no k-th child.
+        parents: int64 ``[B, k]``, the beam each child came from; 0 where there is none.
+        scores: fp32 ``[B, k]``, sums of log-probabilities; -inf where there is no child.
+        states: int64 ``[B, k, 2]``, states of the next level; dead where there is no child.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    scores: Tensor
+    states: Tensor
+
+
+def trie_beam_step(
+    logits: Tensor,
+    scores: Tensor,
+    states: Tensor,
+    trie: SidTrie,
+    level: int,
+    *,
+    k: int,
+    score: str = "full",
+    filter: Tensor | None = None,
+    deny: Tensor | None = None,
+    backend: str | None = None,
+) -> BeamStep:
+    """Chooses the k best children over all beams of each request.
+
+    A child's score is its beam's score plus the log-probability of its code. Ties go to the lower
+    beam, then the lower code, so results repeat bit for bit. A child whose score is -inf is never
+    chosen, and a NaN counts as -inf: with ``score="full"`` a NaN or +inf anywhere in a row ends
+    that beam, with ``"valid"`` one among its legal children does.
+
+    Args:
+        logits: fp32, bf16 or fp16 ``[B, W, V]``. If V is the level's number of codes the columns
+            are codes, else they are token ids and code c is column ``token_offsets[level] + c``.
+        scores: ``[B, W]``, the beams' scores; zeros ``[B, 1]`` with ``trie.root_states(B)`` start
+            a search.
+        states: int64 ``[B, W, 2]``, the beams' states of ``level``.
+        trie: The catalog's trie.
+        level: The level of the codes to choose, 0 to ``trie.depth - 1``.
+        k: How many children to keep in each request.
+        score: ``"full"`` takes the softmax over the whole row, then looks at the legal children,
+            as beam search in Hugging Face transformers does with a prefix constraint;
+            ``"valid"`` takes it over the legal children alone (after filter and deny).
+        filter: bool ``[num_sids]``, the rows of the SID table that may be reached, or its rank
+            directory: int64 ``[num_sids + 1]``, how many allowed rows lie before each row.
+        deny: int64 ``[B, D]``, rows of the SID table that a request must not get, in any order,
+            padded with -1. With a filter or a deny list a child is legal only if a row that is
+            left lies below it, so no beam enters a dead end.
+        backend: Forces one implementation by name.
+
+    Returns:
+        The chosen children. Fewer than k: the rest has score -inf, token -1 and the dead state.
+
+    Raises:
+        InvalidArgument: a shape, dtype, device, the level, k or ``score`` does not fit.
+    """
+    check_level(trie, level)
+    check_states(states, trie)
+    check_logits(logits, trie)
+    if states.dim() != 3 or logits.dim() != 3 or logits.shape[:2] != states.shape[:2]:
+        got = f"logits {list(logits.shape)}, states {list(states.shape)}"
+        raise InvalidArgument("logits, states", "shapes [B, W, V] and [B, W, 2]", got)
+    if scores.shape != states.shape[:2] or not scores.is_floating_point():
+        got = f"{scores.dtype} {list(scores.shape)}"
+        raise InvalidArgument("scores", f"a float tensor {list(states.shape[:2])}", got)
+    check_device("scores", scores, trie)
+    if k < 1:
+        raise InvalidArgument("k", "at least 1", k)
+    if score not in SCORES:
+        raise InvalidArgument("score", "'full' or 'valid'", repr(score))
+    rank = None if filter is None else rank_directory(filter, trie)
+    denied = None if deny is None else _sorted_deny(deny, rank, trie, batch=states.shape[0])
+    return BeamStep(
+        *_op(
+            logits,
+            scores.float(),
+            states,
+            trie.starts[level],
+            trie.codes[level],
+            first_column(trie, level, logits.shape[-1]),
+            k,
+            score == "valid",
+            rank,
+            denied,
+            backend=backend,
+        )
+    )
+
+
+def rank_directory(filter: Tensor, trie: SidTrie) -> Tensor:
+    """Counts the allowed rows before each row, so that a range holds ``rank[hi] - rank[lo]``.
+
+    Args:
+        filter: bool ``[num_sids]``, or a rank directory, which is returned as it is.
+        trie: The catalog's trie.
+
+    Returns:
+        int64 ``[num_sids + 1]``.
+
+    Raises:
+        InvalidArgument: the dtype, shape or device does not fit.
+    """
+    check_device("filter", filter, trie)
+    rows = trie.num_sids
+    if filter.dtype == torch.int64 and filter.shape == (rows + 1,):
+        return filter
+    if filter.dtype != torch.bool or filter.shape != (rows,):
+        expected = f"bool [{rows}], one flag a SID, or its rank directory int64 [{rows + 1}]"
+        raise InvalidArgument("filter", expected, f"{filter.dtype} {list(filter.shape)}")
+    return torch.nn.functional.pad(filter.cumsum(0), (1, 0))
+
+
+def _sorted_deny(deny: Tensor, rank: Tensor | None, trie: SidTrie, batch: int) -> Tensor:
+    """Returns the denied rows sorted and each once, the rest filled with ``num_sids``."""
+    check_device("deny", deny, trie)
+    if deny.dtype != torch.int64 or deny.dim() != 2 or deny.shape[0] != batch:
+        got = f"{deny.dtype} {list(deny.shape)}"
+        raise InvalidArgument("deny", f"an int64 tensor [{batch}, D] of rows", got)
+    rows = trie.num_sids
+    drop = (deny < 0) | (deny >= rows)
+    if rank is not None:
+        # A row outside the filter is not counted as left, so it must not be subtracted either.
+        inside = deny.masked_fill(drop, 0)
+        drop = drop | (rank[inside + 1] == rank[inside])
+    deny = deny.masked_fill(drop, rows).sort(dim=1).values
+    repeated = torch.zeros_like(deny, dtype=torch.bool)
+    repeated[:, 1:] = deny[:, 1:] == deny[:, :-1]
+    return deny.masked_fill(repeated, rows).sort(dim=1).values
+
+
+def _reference(
+    logits: Tensor,
+    scores: Tensor,
+    states: Tensor,
+    starts: Tensor,
+    codes: Tensor,
+    offset: int,
+    k: int,
+    valid: bool,
+    rank: Tensor | None,
+    deny: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, beams, width = logits.shape
+    counts, owner, edge = children(states.reshape(-1, 2), starts)
+    value = logits.reshape(-1)[owner * width + codes[edge] + offset].float()
+    if rank is not None or deny is not None:
+        low, high = starts[edge], starts[edge + 1]
+        left = high - low if rank is None else rank[high] - rank[low]
+        if deny is not None:
+            left = left - _denied_between(low, high, owner // beams, deny, starts[-1])
+        value = value.masked_fill(left <= 0, float("-inf"))
+
+    # As log_softmax does it, the largest logit is taken off first: logits may be large.
+    if valid:
+        top = torch.segment_reduce(value, "max", lengths=counts, initial=float("-inf"))
+        value = value - top[owner]
+        total = torch.segment_reduce(value.exp(), "sum", lengths=counts).log()
+    else:
+        rows = logits.reshape(-1, width).float()
+        top = rows.amax(dim=1)
+        value = value - top[owner]
+        total = (rows - top.unsqueeze(1)).exp().sum(dim=1).log()
+    score = scores.flatten()[owner] + (value - total[owner])
+    score = score.masked_fill(score.isnan(), float("-inf"))
+
+    request, slot, child = _top(score, counts.view(batch, beams).sum(1), k)
+    parent, edge = owner[child] % beams, edge[child]
+    where = (request, slot)
+    tokens = torch.full((batch, k), -1, dtype=torch.int64, device=logits.device)
+    parents = torch.zeros_like(tokens)
+    best = torch.full_like(tokens, float("-inf"), dtype=torch.float32)
+    after = tokens.new_zeros(batch, k, 2)
+    tokens[where], parents[where], best[where] = codes[edge].long(), parent, score[child]
+    after[where] = torch.stack((starts[edge], starts[edge + 1]), dim=1)
+    return tokens, parents, best, after
+
+
+def _denied_between(
+    low: Tensor, high: Tensor, request: Tensor, deny: Tensor, rows: Tensor
+) -> Tensor:
+    """Counts the denied rows of each child's request in its range [low, high)."""
+    # Shifted by more than the number of rows per request, the sorted lists are one sorted list.
+    stride = rows + 1
+    keys = (deny + stride * torch.arange(len(deny), device=deny.device).unsqueeze(1)).flatten()
+    shift = stride * request
+    return torch.searchsorted(keys, high + shift) - torch.searchsorted(keys, low + shift)
+
+
+def _top(score: Tensor, counts: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the k best entries of each request, equal ones in the order of the list.
+
+    Returns the request, the place among the k and the list index of each, int64 ``[n]``.
+    """
+    before = counts.cumsum(0) - counts
+    request = torch.arange(len(counts), device=score.device).repeat_interleave(
+        counts, output_size=len(score)
+    )
+    slot = torch.arange(len(score), device=score.device) - before[request]
+    width = max(k, int(counts.max())) if len(counts) else k
+    table = score.new_full((len(counts), width), float("-inf"))
+    table[request, slot] = score
+    threshold = table.topk(k, dim=1).values[:, -1:]
+    request, slot = ((table >= threshold) & (table > float("-inf"))).nonzero(as_tuple=True)
+    # topk says nothing about ties, so the few entries that reach the threshold are sorted stably.
+    order = table[request, slot].argsort(descending=True, stable=True)
+    order = order[request[order].argsort(stable=True)]
+    request, slot = request[order], slot[order]
+    reached = torch.bincount(request, minlength=len(counts))
+    place = torch.arange(len(order), device=score.device) - (reached.cumsum(0) - reached)[request]
+    keep = place < k
+    request, slot, place = request[keep], slot[keep], place[keep]
+    return request, place, before[request] + slot
+
+
+def _fake(
+    logits: Tensor,
+    scores: Tensor,
+    states: Tensor,
+    starts: Tensor,
+    codes: Tensor,
+    offset: int,
+    k: int,
+    valid: bool,
+    rank: Tensor | None,
+    deny: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens = states.new_empty(states.shape[0], k)
+    best = torch.empty_like(tokens, dtype=torch.float32)
+    return tokens, torch.empty_like(tokens), best, states.new_empty(states.shape[0], k, 2)
+
+
+_op = Op(
+    "trie_beam_step(Tensor logits, Tensor scores, Tensor states, Tensor starts, Tensor codes,"
+    " int offset, int k, bool valid, Tensor? rank, Tensor? deny)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from plum.decode import SidBeamSearch, SidLogitsProcessor
+from plum.errors import InvalidArgument
+from plum.trie import SidTrie
+
+INF = float("inf")
+VOCABULARY, END, BEGIN = 30, 2, 3
+OFFSETS = [10, 15, 20]
+
+
+def catalog(items: int = 30) -> SidTrie:
+    codes = np.random.default_rng(4).integers(0, 5, (items, 3))
+    return SidTrie.from_codes(codes, codebook_sizes=[5] * 3, token_offsets=OFFSETS)
+
+
+def legal_tokens(trie: SidTrie, generated: list[int]) -> list[int]:
+    """What may follow the generated tokens, from the list of SIDs."""
+    table = (trie.codes_at(torch.arange(trie.num_sids)) + torch.tensor(OFFSETS)).tolist()
+    level = len(generated)
+    found = sorted({sid[level] for sid in table if level < 3 and sid[:level] == generated})
+    return found or [END]
+
+
+def finite(scores: torch.Tensor) -> list[list[int]]:
+    return [row.isfinite().nonzero().flatten().tolist() for row in scores]
+
+
+def test_rows_after_a_prompt():
+    trie = catalog()
+    sid = (trie.codes_at(torch.tensor([7])) + torch.tensor(OFFSETS))[0].tolist()
+    generated = [sid, [sid[0], sid[1], 9], [11, 11, 11], [14, 19, sid[2]]]
+    scores = torch.randn(4, VOCABULARY)
+    processor = SidLogitsProcessor(trie, end_token_id=END, prompt_length=2)
+    for taken in range(4):
+        tokens = torch.tensor([[5, 6, *row[:taken]] for row in generated])
+        result = processor(tokens, scores)
+        assert finite(result) == [legal_tokens(trie, row[:taken]) for row in generated]
+        assert torch.equal(result[result.isfinite()], scores[result.isfinite()])
+    ended = torch.tensor([[5, 6, *row, END, 0] for row in generated])
+    assert finite(processor(ended, scores)) == [[END]] * 4
+    assert scores.isfinite().all()
+
+
+def test_rows_after_a_begin_token_stand_at_different_levels():
+    trie = catalog()
+    sid = (trie.codes_at(torch.tensor([7])) + torch.tensor(OFFSETS))[0].tolist()
+    rows = [
+        [7, 7, 7, 7, 7, BEGIN],
+        [7, BEGIN, *sid, BEGIN],
+        [7, 7, 7, BEGIN, *sid[:2]],
+        [7, 7, BEGIN, *sid],
+        [7, BEGIN, *sid, END],
+        [7, 7, 7, 7, 7, 7],
+        [7, 7, 7, 7, BEGIN, 29],
+    ]
+    processor = SidLogitsProcessor(trie, end_token_id=END, begin_token_id=BEGIN)
+    result = finite(processor(torch.tensor(rows), torch.randn(len(rows), VOCABULARY)))
+    free = list(range(VOCABULARY))
+    start, third = legal_tokens(trie, []), legal_tokens(trie, sid[:2])
+    assert result == [start, start, third, [END], free, free, [END]]
+
+
+def test_a_token_just_before_a_codebook_is_no_padding():
+    trie = SidTrie.from_codes([[0, 0]], codebook_sizes=[5, 5], token_offsets=[10, 15])
+    processor = SidLogitsProcessor(trie, end_token_id=END, prompt_length=1)
+    result = processor(torch.tensor([[7, 9]]), torch.zeros(1, VOCABULARY))
+    assert finite(result) == [[END]]
+
+
+def tiny_model() -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=24,
+        initializer_range=0.4,
+        bos_token_id=1,
+        eos_token_id=END,
+        pad_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def prompts() -> dict[str, torch.Tensor]:
+    ids = torch.randint(4, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    return {"input_ids": ids.where(mask.bool(), 0), "attention_mask": mask}
+
+
+def test_sampling_only_ever_gives_items():
+    model, trie, inputs = tiny_model(), catalog(), prompts()
+    processor = SidLogitsProcessor(trie, end_token_id=END, prompt_length=6)
+    torch.manual_seed(1)
+    output = model.generate(
+        **inputs,
+        do_sample=True,
+        num_return_sequences=40,
+        max_new_tokens=5,
+        logits_processor=[processor],
+    )
+    table = (trie.codes_at(torch.arange(trie.num_sids)) + torch.tensor(OFFSETS)).tolist()
+    generated = output[:, 6:].tolist()
+    assert all(row[:3] in table and row[3:] == [END] for row in generated)
+    assert len({tuple(row) for row in generated}) > 10
+
+
+def test_beams_of_generate_are_those_of_the_search():
+    model, trie, inputs = tiny_model(), catalog(), prompts()
+    output = model.generate(
+        **inputs,
+        num_beams=5,
+        num_return_sequences=5,
+        do_sample=False,
+        max_new_tokens=3,
+        length_penalty=0.0,
+        eos_token_id=None,
+        logits_processor=[SidLogitsProcessor(trie, end_token_id=END, prompt_length=6)],
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    result = SidBeamSearch(model, trie).search(**inputs, num_beams=5)
+    sequences = output.sequences[:, 6:].view(3, 5, 3) - torch.tensor(OFFSETS)
+    assert sequences.tolist() == result.sids.tolist()
+    scores = output.sequences_scores.view(3, 5)
+    torch.testing.assert_close(scores, result.scores, atol=1e-4, rtol=0)
+
+
+def test_refuses_what_does_not_fit():
+    trie = catalog()
+    with pytest.raises(InvalidArgument, match="expected one of the two, got neither"):
+        SidLogitsProcessor(trie, end_token_id=END)
+    with pytest.raises(InvalidArgument, match="expected one of the two, got both"):
+        SidLogitsProcessor(trie, end_token_id=END, prompt_length=1, begin_token_id=BEGIN)
+    with pytest.raises(InvalidArgument, match="no token_offsets"):
+        SidLogitsProcessor(SidTrie.from_codes([[0]]), end_token_id=END, prompt_length=1)
+    processor = SidLogitsProcessor(trie, end_token_id=END, prompt_length=4)
+    with pytest.raises(InvalidArgument, match="at least 4 tokens a row, the prompt_length, got 3"):
+        processor(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, VOCABULARY))
+    with pytest.raises(InvalidArgument, match="a column for token 14 of level 0, got 12 columns"):
+        processor(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 12))

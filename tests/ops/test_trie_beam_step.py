@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plum.errors import InvalidArgument
+from plum.ops.trie_beam_step import BeamStep, rank_directory, trie_beam_step
+from plum.ops.trie_walk import trie_walk
+from plum.trie import SidTrie
+
+INF = float("inf")
+
+
+def logsumexp(values: list[float]) -> float:
+    top = max(values, default=-INF)
+    if top == -INF:
+        return -INF
+    return top + math.log(sum(math.exp(v - top) for v in values))
+
+
+def children_by_hand(logits, score, prefix, table, allowed, offset, how):
+    """The legal children of one beam as {code: score}, in float64, from the list of SIDs."""
+    level = len(prefix)
+    codes = {sid[level] for sid in table if sid in allowed and list(sid[:level]) == prefix}
+    row = logits.double().tolist()
+    total = logsumexp(row if how == "full" else [row[c + offset] for c in codes])
+    scores = {c: score + row[c + offset] - total for c in codes if row[c + offset] > -INF}
+    return scores
+
+
+def check(step: BeamStep, request: int, k: int, expected: dict[tuple[int, int], float], tolerance):
+    """Checks one request against all its legal children {(beam, code): score}."""
+    parents, tokens = step.parents[request].tolist(), step.tokens[request].tolist()
+    scores = step.scores[request].tolist()
+    found = min(k, len(expected))
+    assert tokens[found:] == [-1] * (k - found)
+    assert parents[found:] == [0] * (k - found)
+    assert scores[found:] == [-INF] * (k - found)
+    assert step.states[request, found:].tolist() == [[0, 0]] * (k - found)
+    chosen = list(zip(parents, tokens, strict=True))[:found]
+    assert len(set(chosen)) == found
+    for child, score in zip(chosen, scores, strict=False):
+        assert abs(score - expected[child]) <= tolerance
+    ranking = [(-score, *child) for score, child in zip(scores, chosen, strict=False)]
+    assert ranking == sorted(ranking)
+    best_left = max((s for child, s in expected.items() if child not in chosen), default=-INF)
+    assert found == 0 or best_left <= scores[found - 1] + tolerance
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    depth=st.integers(1, 8),
+    size=st.sampled_from([1, 2, 3, 9]),
+    rows=st.integers(1, 40),
+    batch=st.integers(1, 3),
+    beams=st.integers(1, 6),
+    k=st.integers(1, 25),
+    how=st.sampled_from(["full", "valid"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    vocabulary=st.booleans(),
+    limits=st.sampled_from(["", "filter", "deny", "filter and deny"]),
+)
+def test_agrees_with_brute_force(
+    seed, depth, size, rows, batch, beams, k, how, dtype, vocabulary, limits
+):
+    random = np.random.default_rng(seed)
+    codes = random.integers(0, size, (rows, depth))
+    offsets = (3 + size * np.arange(depth)).tolist()
+    trie = SidTrie.from_codes(codes, codebook_sizes=[size] * depth, token_offsets=offsets)
+    table = sorted(set(map(tuple, codes.tolist())))
+    level = int(random.integers(0, depth))
+    width, offset = (4 + size * depth, offsets[level]) if vocabulary else (size, 0)
+
+    # A search has each prefix at most once; a dead beam and a logit of -inf are thrown in.
+    prefixes = sorted({sid[:level] for sid in table})
+    picks = [random.permutation(len(prefixes))[:beams] for _ in range(batch)]
+    states = torch.zeros(batch, beams, 2, dtype=torch.int64)
+    for b, pick in enumerate(picks):
+        chosen = torch.tensor([prefixes[i] for i in pick]).view(len(pick), level).long()
+        states[b, : len(pick)] = trie_walk(chosen, trie)
+    logits = torch.from_numpy(random.normal(0, 2, (batch, beams, width))).to(dtype)
+    logits[torch.from_numpy(random.random(logits.shape) < 0.05)] = -INF
+    scores = torch.from_numpy(random.normal(0, 1, (batch, beams))).float()
+
+    keep, deny, allowed = None, None, [set(table) for _ in range(batch)]
+    if "filter" in limits:
+        keep = torch.from_numpy(random.random(len(table)) < 0.5)
+        allowed = [{sid for sid, ok in zip(table, keep, strict=True) if ok}] * batch
+    if "deny" in limits:
+        deny = torch.from_numpy(random.integers(-1, len(table), (batch, 2 * len(table) // 3)))
+        allowed = [a - {table[r] for r in d if r >= 0} for a, d in zip(allowed, deny, strict=True)]
+
+    step = trie_beam_step(
+        logits, scores, states, trie, level, k=k, score=how, filter=keep, deny=deny
+    )
+    assert step.tokens.dtype == step.parents.dtype == step.states.dtype == torch.int64
+    assert step.scores.dtype == torch.float32
+    for b, pick in enumerate(picks):
+        expected = {}
+        for beam, i in enumerate(pick):
+            args = (list(prefixes[i]), table, allowed[b], offset, how)
+            kids = children_by_hand(logits[b, beam], float(scores[b, beam]), *args)
+            expected.update({(beam, code): score for code, score in kids.items()})
+        check(step, b, k, expected, 2e-5)
+        for j in range(min(k, len(expected))):
+            prefix = [*prefixes[pick[step.parents[b, j]]], int(step.tokens[b, j])]
+            state = trie_walk(torch.tensor([prefix]), trie)[0]
+            assert torch.equal(step.states[b, j], state)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    depth=st.integers(1, 6),
+    rows=st.integers(1, 30),
+    width=st.integers(1, 40),
+    how=st.sampled_from(["full", "valid"]),
+)
+def test_a_search_gives_every_legal_sid_once_or_as_many_as_it_is_wide(
+    seed, depth, rows, width, how
+):
+    random = np.random.default_rng(seed)
+    codes = random.integers(0, 4, (rows, depth))
+    trie = SidTrie.from_codes(codes, codebook_sizes=[4] * depth)
+    table = sorted(set(map(tuple, codes.tolist())))
+    keep = torch.from_numpy(random.random(len(table)) < 0.7)
+    deny = torch.from_numpy(random.integers(-1, len(table), (2, 5)))
+    states, scores = trie.root_states(2), torch.zeros(2, 1)
+    for level in range(depth):
+        logits = torch.from_numpy(random.normal(0, 2, (*scores.shape, 4))).float()
+        args = (logits, scores, states, trie, level)
+        step = trie_beam_step(*args, k=width, score=how, filter=keep, deny=deny)
+        states, scores = step.states, step.scores
+    for b in range(2):
+        legal = {r for r in range(len(table)) if keep[r] and r not in deny[b].tolist()}
+        rows_found = [lo for lo, hi in states[b].tolist() if hi > lo]
+        assert all(hi - lo == 1 for lo, hi in states[b].tolist() if hi > lo)
+        assert len(set(rows_found)) == len(rows_found) == min(width, len(legal))
+        assert set(rows_found) <= legal
+
+
+def test_valid_scores_of_a_whole_search_are_a_distribution():
+    random = np.random.default_rng(5)
+    trie = SidTrie.from_codes(random.integers(0, 5, (60, 3)), codebook_sizes=[5] * 3)
+    states, scores = trie.root_states(1), torch.zeros(1, 1)
+    for level in range(3):
+        logits = torch.from_numpy(random.normal(0, 3, (*scores.shape, 5))).float()
+        step = trie_beam_step(logits, scores, states, trie, level, k=200, score="valid")
+        states, scores = step.states, step.scores
+    assert int((scores > -INF).sum()) == trie.num_sids
+    assert float(scores.exp().sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_ties_go_to_the_lower_beam_then_the_lower_code():
+    codes = [[a, b] for a in range(3) for b in range(5)]
+    trie = SidTrie.from_codes(codes)
+    states = torch.tensor([[[10, 15], [0, 5], [5, 10]]])
+    step = trie_beam_step(torch.zeros(1, 3, 5), torch.zeros(1, 3), states, trie, 1, k=7)
+    assert step.parents.tolist() == [[0, 0, 0, 0, 0, 1, 1]]
+    assert step.tokens.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+    assert step.states[0, :, 0].tolist() == [10, 11, 12, 13, 14, 0, 1]
+    logits = torch.zeros(1, 3, 5)
+    logits[0, 2, 4] = 1e-3
+    scores = torch.tensor([[0.0, 1.0, 0.0]])
+    step = trie_beam_step(logits, scores, states, trie, 1, k=7, score="valid")
+    assert step.parents.tolist() == [[1, 1, 1, 1, 1, 2, 0]]
+    assert step.tokens.tolist() == [[0, 1, 2, 3, 4, 4, 0]]
+
+
+def test_nan_and_infinite_logits_end_only_their_beam():
+    trie = SidTrie.from_codes([[0, 0], [0, 1], [1, 0], [1, 1]], codebook_sizes=[2, 4])
+    states = torch.tensor([[[0, 2], [2, 4]]])
+    for bad in (float("nan"), INF):
+        logits = torch.zeros(1, 2, 4)
+        logits[0, 0, 3] = bad
+        step = trie_beam_step(logits, torch.zeros(1, 2), states, trie, 1, k=4)
+        assert step.parents.tolist() == [[1, 1, 0, 0]]
+        assert step.tokens.tolist() == [[0, 1, -1, -1]]
+        assert step.scores[0, :2].tolist() == pytest.approx([-math.log(4)] * 2)
+        step = trie_beam_step(logits, torch.zeros(1, 2), states, trie, 1, k=4, score="valid")
+        assert step.tokens.tolist() == [[0, 1, 0, 1]]
+        logits[0, 0, 1] = bad
+        step = trie_beam_step(logits, torch.zeros(1, 2), states, trie, 1, k=4, score="valid")
+        assert step.tokens.tolist() == [[0, 1, -1, -1]]
+
+
+def test_large_logits_do_not_overflow():
+    trie = SidTrie.from_codes([[0], [1]], codebook_sizes=[3])
+    logits = torch.tensor([[[60_000.0, 60_000.0, -60_000.0]]])
+    for dtype in (torch.float32, torch.float16):
+        for how in ("full", "valid"):
+            args = (logits.to(dtype), torch.zeros(1, 1), trie.root_states(1), trie, 0)
+            step = trie_beam_step(*args, k=2, score=how)
+            assert step.scores[0].tolist() == pytest.approx([-math.log(2)] * 2)
+
+
+def test_everything_denied_gives_nothing():
+    trie = SidTrie.from_codes([[0, 0], [0, 1]], codebook_sizes=[1, 2])
+    args = (torch.zeros(1, 1, 1), torch.zeros(1, 1), trie.root_states(1), trie, 0)
+    step = trie_beam_step(*args, k=2, deny=torch.tensor([[1, 0, 1, -1]]))
+    assert step.tokens.tolist() == [[-1, -1]]
+    step = trie_beam_step(*args, k=2, filter=torch.zeros(2, dtype=torch.bool), score="valid")
+    assert step.tokens.tolist() == [[-1, -1]]
+    step = trie_beam_step(*args, k=2, deny=torch.tensor([[1, 1, 1, -1]]))
+    assert step.tokens.tolist() == [[0, -1]]
+
+
+def test_a_filter_and_its_rank_directory_are_the_same():
+    random = np.random.default_rng(0)
+    trie = SidTrie.from_codes(random.integers(0, 6, (50, 2)), codebook_sizes=[6, 6])
+    keep = torch.from_numpy(random.random(trie.num_sids) < 0.3)
+    rank = rank_directory(keep, trie)
+    assert rank.tolist() == [int(keep[:i].sum()) for i in range(trie.num_sids + 1)]
+    args = (torch.randn(1, 1, 6), torch.zeros(1, 1), trie.root_states(1), trie, 0)
+    deny = torch.tensor([[0, 7, 12, 13]])
+    for a, b in zip(
+        trie_beam_step(*args, k=6, filter=keep, deny=deny),
+        trie_beam_step(*args, k=6, filter=rank, deny=deny),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_refuses_what_does_not_fit():
+    trie = SidTrie.from_codes([[0, 0], [1, 1]])
+    root, zero, logits = trie.root_states(1), torch.zeros(1, 1), torch.zeros(1, 1, 2)
+    with pytest.raises(InvalidArgument, match="score: expected 'full' or 'valid', got 'both'"):
+        trie_beam_step(logits, zero, root, trie, 0, k=1, score="both")
+    with pytest.raises(InvalidArgument, match="k: expected at least 1, got 0"):
+        trie_beam_step(logits, zero, root, trie, 0, k=0)
+    with pytest.raises(InvalidArgument, match="level: expected 0 to 1, got -1"):
+        trie_beam_step(logits, zero, root, trie, -1, k=1)
+    with pytest.raises(InvalidArgument, match="expected shapes"):
+        trie_beam_step(logits[0], zero, root, trie, 0, k=1)
+    with pytest.raises(InvalidArgument, match="scores: expected a float tensor"):
+        trie_beam_step(logits, zero.long(), root, trie, 0, k=1)
+    with pytest.raises(InvalidArgument, match="filter: expected bool"):
+        trie_beam_step(logits, zero, root, trie, 0, k=1, filter=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(InvalidArgument, match=r"deny: expected an int64 tensor \[1, D\] of rows"):
+        trie_beam_step(logits, zero, root, trie, 0, k=1, deny=torch.tensor([0]))
+    with pytest.raises(InvalidArgument, match="logits: expected 2 columns"):
+        trie_beam_step(torch.zeros(1, 1, 3), zero, root, trie, 0, k=1)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_opcheck_and_compile(limited):
+    random = np.random.default_rng(1)
+    codes = random.integers(0, 9, (80, 2))
+    trie = SidTrie.from_codes(codes)
+    prefixes = np.unique(codes[:, :1], axis=0)[:8]
+    states = trie_walk(torch.from_numpy(prefixes), trie).view(2, 4, 2)
+    logits, scores = torch.randn(2, 4, 9), torch.randn(2, 4)
+    keep = torch.from_numpy(random.random(trie.num_sids) < 0.5) if limited else None
+    deny = torch.tensor([[3, 5, -1], [8, -1, -1]]) if limited else None
+    rank = None if keep is None else rank_directory(keep, trie)
+    rows = None if deny is None else deny.where(deny >= 0, trie.num_sids)
+    args = (logits, scores, states, trie.starts[1], trie.codes[1], 0, 3, True, rank, rows)
+    torch.library.opcheck(torch.ops.plum.trie_beam_step.default, args)
+
+    def step(logits, scores, states):
+        return trie_beam_step(logits, scores, states, trie, 1, k=3, filter=keep, deny=deny)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(logits, scores, states)
+    for a, b in zip(compiled, step(logits, scores, states), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plum.errors import BackendUnavailable, InvalidArgument
+from plum.ops.trie_mask import trie_mask_
+from plum.ops.trie_walk import trie_walk
+from plum.trie import SidTrie
+
+INF = float("inf")
+
+
+def masked_by_hand(logits, prefixes, codes, level, offset):
+    out = torch.full_like(logits, -INF)
+    sids = {tuple(sid) for sid in codes.tolist()}
+    for row, prefix in enumerate(prefixes):
+        for sid in sids:
+            if list(sid[:level]) == prefix:
+                out[row, sid[level] + offset] = logits[row, sid[level] + offset]
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    depth=st.integers(1, 8),
+    size=st.integers(1, 7),
+    rows=st.integers(1, 40),
+    vocabulary=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_only_legal_columns_stay(seed, depth, size, rows, vocabulary, dtype):
+    random = np.random.default_rng(seed)
+    codes = random.integers(0, size, (rows, depth))
+    offsets = (5 + size * np.arange(depth)).tolist()
+    trie = SidTrie.from_codes(codes, codebook_sizes=[size] * depth, token_offsets=offsets)
+    level = int(random.integers(0, depth))
+    width = 5 + size * depth + 2 if vocabulary else size
+    prefixes = [*random.permutation(codes)[:6, :level].tolist(), [size - 1] * level]
+    states = trie_walk(torch.tensor(prefixes).view(len(prefixes), level).long(), trie)
+    logits = torch.randn(len(prefixes), width).to(dtype)
+    offset = offsets[level] if vocabulary else 0
+    expected = masked_by_hand(logits, prefixes, codes, level, offset)
+    result = trie_mask_(logits, states, trie, level)
+    assert result is logits
+    assert torch.equal(logits, expected)
+
+
+def test_leading_dimensions_strides_nan_and_the_dead_state():
+    trie = SidTrie.from_codes([[0], [2]], codebook_sizes=[4])
+    base = torch.arange(16.0).view(4, 2, 2).transpose(0, 2)
+    base[0, 0, 0] = float("nan")
+    states = trie.root_states(2).expand(2, 2, 2).clone()
+    states[1, 1] = 0
+    expected = base.clone()
+    expected[..., [1, 3]] = -INF
+    expected[1, 1] = -INF
+    assert not base.is_contiguous()
+    torch.testing.assert_close(trie_mask_(base, states, trie, 0), expected, equal_nan=True)
+
+
+def test_refuses_what_does_not_fit():
+    trie = SidTrie.from_codes([[0, 1], [2, 0]], codebook_sizes=[3, 4])
+    root = trie.root_states(1)[:, 0]
+    with pytest.raises(InvalidArgument, match="expected 3 columns, the codes of level 0, got 9"):
+        trie_mask_(torch.zeros(1, 9), root, trie, 0)
+    with pytest.raises(InvalidArgument, match="logits: expected float32, bfloat16 or float16"):
+        trie_mask_(torch.zeros(1, 3, dtype=torch.int64), root, trie, 0)
+    with pytest.raises(InvalidArgument, match="logits: expected shape"):
+        trie_mask_(torch.zeros(2, 3), root, trie, 0)
+    with pytest.raises(InvalidArgument, match="without gradient"):
+        trie_mask_(torch.zeros(1, 3, requires_grad=True) * 1, root, trie, 0)
+    with pytest.raises(InvalidArgument, match="backend: expected one of"):
+        trie_mask_(torch.zeros(1, 3), root, trie, 0, backend="fastest")
+    with pytest.raises(BackendUnavailable, match="trie_mask_"):
+        trie_mask_(torch.zeros(1, 3), root, trie, 0, backend="cuda")
+    tokens = SidTrie.from_codes([[0, 1], [2, 0]], codebook_sizes=[3, 4], token_offsets=[10, 13])
+    with pytest.raises(InvalidArgument, match="a column for token 16 of level 1, got 16 columns"):
+        trie_mask_(torch.zeros(1, 16), root, tokens, 1)
+
+
+def test_opcheck_and_compile():
+    trie = SidTrie.from_codes(np.random.default_rng(0).integers(0, 9, (60, 2)))
+    states, logits = trie.root_states(3)[:, 0], torch.randn(3, 9)
+    args = (logits.clone(), states, trie.starts[0], trie.codes[0], 0)
+    torch.library.opcheck(torch.ops.plum.trie_mask_.default, args)
+    compiled = torch.compile(lambda x, s: trie_mask_(x * 2, s, trie, 0), fullgraph=True)
+    assert torch.equal(compiled(logits, states), trie_mask_(logits * 2, states, trie, 0))

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from plum.errors import InvalidArgument, InvalidData
+from plum.trie import SidTrie
+
+
+def buckets(codes, ids) -> dict[tuple[int, ...], list]:
+    """SID to items, in the order of the SIDs, by a plain loop."""
+    found: dict[tuple[int, ...], list] = {}
+    for sid, item in zip(np.asarray(codes).tolist(), ids, strict=True):
+        found.setdefault(tuple(sid), []).append(item)
+    return dict(sorted(found.items()))
+
+
+def contents(trie: SidTrie) -> dict[tuple[int, ...], list]:
+    rows = torch.arange(trie.num_sids)
+    items = trie.items(torch.stack((rows, rows + 1), dim=-1))
+    return dict(zip(map(tuple, trie.codes_at(rows).tolist()), items, strict=True))
+
+
+def same(a: SidTrie, b: SidTrie) -> bool:
+    levels = zip((*a.starts, *a.codes), (*b.starts, *b.codes), strict=True)
+    settings = (a.codebook_sizes, a.token_offsets) == (b.codebook_sizes, b.token_offsets)
+    return settings and all(torch.equal(x, y) for x, y in levels) and contents(a) == contents(b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    depth=st.integers(1, 8),
+    size=st.sampled_from([1, 2, 5, 65_536]),
+    rows=st.integers(1, 60),
+    strings=st.booleans(),
+)
+def test_built_from_rows_in_any_order(seed, depth, size, rows, strings):
+    random = np.random.default_rng(seed)
+    codes = random.integers(0, size, (rows, depth))
+    ids = [f"ü{i}" for i in range(rows)] if strings else random.permutation(rows).tolist()
+    trie = SidTrie.from_codes(codes, ids)
+    expected = buckets(codes, ids)
+    assert contents(trie) == expected
+    assert (trie.num_items, trie.num_sids, trie.depth) == (rows, len(expected), depth)
+    assert trie.codebook_sizes == tuple((codes.max(axis=0) + 1).tolist())
+    for level in range(depth):
+        prefixes = sorted({sid[: level + 1] for sid in expected})
+        table = [sid[: level + 1] for sid in expected]
+        assert trie.codes[level].tolist() == [p[-1] for p in prefixes]
+        assert trie.starts[level].tolist() == [table.index(p) for p in prefixes] + [len(table)]
+        assert (trie.starts[level].dtype, trie.codes[level].dtype) == (torch.int64, torch.int32)
+    order = random.permutation(rows)
+    shuffled = SidTrie.from_codes(torch.from_numpy(codes[order]), [ids[i] for i in order])
+    assert {k: set(v) for k, v in contents(shuffled).items()} == {
+        k: set(v) for k, v in expected.items()
+    }
+
+
+def test_states_and_items():
+    trie = SidTrie.from_codes([[1, 0], [0, 2], [1, 0], [0, 1]], ["a", "b", "c", "d"])
+    assert trie.root_states(2).tolist() == [[[0, 3]], [[0, 3]]]
+    states = torch.tensor([[[2, 3], [0, 0]], [[0, 2], [0, 3]]])
+    assert trie.items(states) == [[["a", "c"], []], [["d", "b"], ["d", "b", "a", "c"]]]
+    assert trie.items(states[0, 0]) == ["a", "c"]
+    assert trie.items(states[:, :0]) == [[], []]
+    assert trie.rows(["c", "nobody", "b", "a"]).tolist() == [2, -1, 1, 2]
+    assert trie.rows([]).tolist() == []
+    assert trie.codes_at(torch.tensor([[2, 0]])).tolist() == [[[1, 0], [0, 1]]]
+    assert SidTrie.from_codes([[3]]).items(torch.tensor([0, 1])) == [0]
+    for wrong in ([0, 4], [-1, 0], [2, 1]):
+        with pytest.raises(InvalidArgument, match="states: expected ranges of the 3 rows"):
+            trie.items(torch.tensor([wrong]))
+    with pytest.raises(InvalidArgument, match="rows: expected 0 to 2, got 0 to 3"):
+        trie.codes_at(torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"codes": []}, InvalidArgument, r"codes: expected integers of shape \[N, L\]"),
+        ({"codes": np.zeros((0, 3), int)}, InvalidArgument, "at least one item, got none"),
+        ({"codes": [[0.5]]}, InvalidArgument, "codes: expected integers"),
+        ({"codes": np.zeros((1, 17), int)}, InvalidArgument, "1 to 16 levels, got 17"),
+        ({"codes": [[0, 1], [0, -2]]}, InvalidData, "row 1, level 1: .* got -2"),
+        ({"codes": [[0, 1 << 16]]}, InvalidData, "row 0, level 1: .* 0 to 65535, got 65536"),
+        (
+            {"codes": [[0, 1], [3, 0]], "codebook_sizes": [3, 2]},
+            InvalidData,
+            "codes row 1, level 0: expected a code from 0 to 2, got 3",
+        ),
+        ({"codes": [[0]], "codebook_sizes": [1, 1]}, InvalidArgument, "codebook_sizes: expected 1"),
+        ({"codes": [[0]], "codebook_sizes": [70_000]}, InvalidArgument, "codebook_sizes"),
+        ({"codes": [[0]], "token_offsets": [-1]}, InvalidArgument, "token_offsets"),
+        ({"codes": [[0]], "item_ids": ["a", "b"]}, InvalidArgument, "item_ids: expected 1 ids"),
+        ({"codes": [[0], [1]], "item_ids": ["a", 1]}, InvalidArgument, "all strings or all int"),
+        ({"codes": [[0], [1]], "item_ids": [0.5, 1.5]}, InvalidArgument, "got 0.5 .* in row 0"),
+        ({"codes": [[0], [1]], "item_ids": "ab"}, InvalidArgument, "sequence of ids, got one str"),
+        ({"codes": [[0], [1]], "item_ids": ["\ud800", "b"]}, InvalidArgument, "UTF-8"),
+        ({"codes": [[0], [1]], "item_ids": ["a", "a"]}, InvalidData, "row 1: .* got 'a' again"),
+        ({"codes": [[0], [1], [0]], "item_ids": [7, 3, 7]}, InvalidData, "row 2: .* got 7 again"),
+    ],
+)
+def test_refuses_what_is_no_catalog(arguments, error, message):
+    with pytest.raises(error, match=message):
+        SidTrie.from_codes(**arguments)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), strings=st.booleans())
+def test_insert_and_delete_are_like_building_anew(seed, strings):
+    random = np.random.default_rng(seed)
+    codes = random.integers(0, 4, (40, 3))
+    ids = [f"item {i}" if strings else 1000 - i for i in range(40)]
+    settings = {"codebook_sizes": [4] * 3, "token_offsets": [5, 9, 13]}
+    trie = SidTrie.from_codes(codes[:15], ids[:15], **settings)
+    assert trie.insert(codes[15:], ids[15:]) is trie
+    assert same(trie, SidTrie.from_codes(codes, ids, **settings))
+    gone = set(random.permutation(40)[:25].tolist())
+    trie.delete([ids[i] for i in gone])
+    keep = [i for i in range(40) if i not in gone]
+    assert same(trie, SidTrie.from_codes(codes[keep], [ids[i] for i in keep], **settings))
+
+
+def test_a_refused_change_changes_nothing():
+    trie = SidTrie.from_codes([[0, 1], [1, 0]], ["a", "b"])
+    before = contents(trie)
+    with pytest.raises(InvalidData, match="row 1: expected an id that is not in the trie, got 'b'"):
+        trie.insert([[0, 0], [1, 1]], ["c", "b"])
+    with pytest.raises(InvalidData, match="row 1: expected distinct item ids, got 'c' again"):
+        trie.insert([[0, 0], [1, 1]], ["c", "c"])
+    with pytest.raises(InvalidData, match="codes row 0, level 1: expected a code from 0 to 1"):
+        trie.insert([[0, 2]], ["c"])
+    with pytest.raises(InvalidArgument, match=r"codes: expected shape \[n, 2\]"):
+        trie.insert([[0]], ["c"])
+    with pytest.raises(InvalidArgument, match="strings, as in the trie, got integers"):
+        trie.insert([[0, 0]], [7])
+    with pytest.raises(InvalidData, match="row 0: expected an id in the trie, got 'z'"):
+        trie.delete(["z", "a"])
+    with pytest.raises(InvalidArgument, match="some items to be left, got all 2"):
+        trie.delete(["a", "b"])
+    assert contents(trie) == before
+
+
+@pytest.mark.parametrize("strings", [False, True])
+def test_saved_and_loaded(tmp_path, strings):
+    random = np.random.default_rng(3)
+    codes = random.integers(0, 7, (200, 4))
+    ids = [f"日本-{i}" if i else "" for i in range(200)] if strings else None
+    trie = SidTrie.from_codes(codes, ids, codebook_sizes=[7, 8, 9, 10], token_offsets=[1, 2, 3, 4])
+    path = tmp_path / "index" / "trie.safetensors"
+    trie.save(path)
+    loaded = SidTrie.load(path)
+    assert same(loaded, trie)
+    assert loaded.nbytes == trie.nbytes
+    item = ids[11] if strings else 11
+    assert loaded.delete([item]).num_items == 199
+    loaded.save(path)
+    assert same(SidTrie.load(path), loaded)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    path = tmp_path / "trie.safetensors"
+    SidTrie.from_codes([[0, 1], [1, 0]], ["a", "b"]).save(path)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InvalidData, match=r"trie\.safetensors: expected"):
+            SidTrie.load(path)
+    with pytest.raises(InvalidData, match=r"none\.safetensors: expected"):
+        SidTrie.load(tmp_path / "none.safetensors")
+    with pytest.raises(InvalidData):
+        SidTrie.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("starts_0", torch.tensor([0, 3, 2]), "starts_0 rising from 0 to 3"),
+        ("starts_0", torch.tensor([0, 2, 4]), "starts_0 rising from 0 to 3"),
+        ("starts_0", torch.tensor([0, 2, 3], dtype=torch.int32), "starts_0 rising"),
+        ("starts_1", torch.tensor([0, 1, 3]), "codes_1 int32"),
+        ("starts_0", None, "starts_0"),
+        ("codes_0", torch.tensor([1, 0], dtype=torch.int32), "sorted codes in level 0"),
+        ("codes_1", torch.tensor([1, 1, 0], dtype=torch.int32), "sorted codes in level 1"),
+        ("codes_1", torch.tensor([0, 9, 0], dtype=torch.int32), "sorted codes in level 1"),
+        ("codes_1", torch.tensor([-1, 1, 0], dtype=torch.int32), "sorted codes in level 1"),
+        ("item_starts", torch.tensor([0, 1, 2, 5]), "item_starts rising from 0 to 4"),
+        ("item_starts", torch.tensor([0, 1, 4]), "starts_0 rising from 0 to 2"),
+        ("item_offsets", torch.tensor([0, 2, 1, 3, 5]), "item_offsets rising"),
+        ("item_offsets", torch.tensor([0, 1, 3, 4, 5]), "cut inside a character"),
+        ("item_text", torch.tensor(list(b"ab\xff\xa9d"), dtype=torch.uint8), "UTF-8"),
+        ("item_text", torch.tensor(list(b"aa\xc3\xa9d"), dtype=torch.uint8), "distinct item ids"),
+        ("item_text", None, "a vector 'item_text' of uint8, got nothing"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_noticed(tmp_path, name, value, message):
+    path = tmp_path / "trie.safetensors"
+    SidTrie.from_codes([[0, 0], [0, 1], [1, 0], [1, 0]], ["a", "b", "é", "d"]).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    tensors[name] = value
+    save_file({key: t for key, t in tensors.items() if t is not None}, path, metadata)
+    with pytest.raises(InvalidData, match=message):
+        SidTrie.load(path)
+
+
+@pytest.mark.parametrize("config", ["{", "{}", '{"codebook_sizes": [2], "token_offsets": [1, 2]}'])
+def test_other_files_are_refused(tmp_path, config):
+    path = tmp_path / "trie.safetensors"
+    SidTrie.from_codes([[0], [1]]).save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, {"format": "plum.SidTrie/1", "config": config})
+    with pytest.raises(InvalidData, match=r"trie\.safetensors: expected a trie"):
+        SidTrie.load(path)
+    save_file(tensors, path)
+    with pytest.raises(InvalidData, match=r"expected the format plum\.SidTrie/1, got None"):
+        SidTrie.load(path)
+
+
+def test_a_trie_is_as_large_as_its_arrays_and_moves_as_one():
+    trie = SidTrie.from_codes([[0, 0], [0, 1], [1, 0], [1, 0]])
+    assert trie.nbytes == (3 + 4) * 8 + (2 + 3) * 4 + 4 * 8 + 4 * 8
+    assert trie.to("cpu") is trie
+    moved = trie.to("meta")
+    assert moved.device.type == "meta"
+    assert trie.device.type == "cpu"
+    assert moved.root_states(3).shape == (3, 1, 2)
+
+
+def test_a_level_that_does_not_refine_the_one_above_is_noticed(tmp_path):
+    path = tmp_path / "trie.safetensors"
+    SidTrie.from_codes([[0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 0, 1]]).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    assert tensors["starts_0"].tolist() == [0, 2, 4]
+    save_file(tensors | {"starts_0": torch.tensor([0, 3, 4])}, path, metadata)
+    with pytest.raises(InvalidData, match="sorted codes in level 1"):
+        SidTrie.load(path)
