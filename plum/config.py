@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -41,7 +41,7 @@ class TokenizeConfig(_Section):
     """How a vector becomes a SID."""
 
     kind: Literal["rq-vae", "rq-kmeans"] = "rq-kmeans"
-    codebook_sizes: tuple[int, ...] = (256, 256, 256)
+    codebook_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((256, 256, 256), min_length=1)
     latent_dim: int = Field(64, ge=1)
     epochs: int = Field(100, ge=1)
     collisions: Literal["accept", "suffix"] = "suffix"

@@ -29,7 +29,9 @@ BELOW = {
     "lm": {"ops", "sid", "trie", "files", "errors"},
     "config": {"errors", "files"},
     "pipeline": MIDDLE | {"config", "ops", "files", "errors"},
-    "cli": MIDDLE | {"pipeline", "config", "ops", "files", "errors", "_library", "_native"},
+    "doctor": {"ops", "_library", "_native"},
+    "cli": MIDDLE
+    | {"doctor", "pipeline", "config", "ops", "files", "errors", "_library", "_native"},
 }
 HEAVY = (
     "transformers", "datasets", "ray", "sklearn", "scipy", "polars", "pandas", "matplotlib",
