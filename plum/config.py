@@ -44,16 +44,16 @@ class TokenizeConfig(_Section):
     codebook_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((256, 256, 256), min_length=1)
     latent_dim: int = Field(64, ge=1)
     epochs: int = Field(100, ge=1)
-    collisions: Literal["accept", "suffix"] = "suffix"
+    collisions: Literal["accept", "suffix"] = "accept"
 
 
 class FinetuneConfig(_Section):
     """How the generator is trained; see :class:`plum.lm.FinetuneConfig`."""
 
     base: str = "scratch:small"
-    epochs: float = Field(20, gt=0)
+    epochs: float = Field(10, gt=0)
     batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     max_items: int = Field(50, ge=1)
@@ -66,7 +66,7 @@ class EvaluateConfig(_Section):
     """How the recommendations of the test users are made and scored."""
 
     num_beams: int = Field(50, ge=1)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(64, ge=1)
     score: Literal["full", "valid"] = "full"
 
 
@@ -92,9 +92,8 @@ class Config(_Section):
 # What differs from the defaults above, by preset and then by data set.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "tokenize": {"codebook_sizes": (64, 64, 64)},
-        "finetune": {"base": "scratch:tiny", "epochs": 10, "max_items": 20},
-        "evaluate": {"num_beams": 50, "batch_size": 64},
+        "tokenize": {"codebook_sizes": (128, 128, 128)},
+        "finetune": {"base": "scratch:tiny", "epochs": 20, "max_items": 20, "learning_rate": 5e-3},
     },
     "cpu": {},
     "gpu": {
