@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 try:
-    from plum import _C
+    from plum import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _C = None
     _why = f"the native module is not built ({error}); run: pip install -e ."
@@ -59,7 +59,7 @@ def set_cpu_isa(name: str) -> None:
 
 
 def code_usage_cpu(codes: Tensor, sizes: Sequence[int], usage: Tensor) -> int:
-    """Adds the counts of ``codes`` ``[N, L]`` to ``usage``; returns the first bad position or -1."""
+    """Adds the counts of ``codes`` to ``usage``; returns the first bad position, or -1."""
     _check_cpu(codes)
     _check_cpu(usage, torch.int64)
     assert usage.numel() == sum(sizes) and codes.shape[1] == len(sizes)

@@ -23,10 +23,10 @@ class DataConfig(_Section):
     data_dir: Path | None = None
     items: Path | None = None
     interactions: Path | None = None
-    num_items: int = Field(1200, ge=1, description="of the synthetic catalog")
-    num_users: int = Field(3000, ge=1, description="of the synthetic log")
-    min_user_interactions: int = Field(5, ge=1)
-    min_item_interactions: int = Field(5, ge=0)
+    num_items: int = Field(default=1200, ge=1, description="of the synthetic catalog")
+    num_users: int = Field(default=3000, ge=1, description="of the synthetic log")
+    min_user_interactions: int = Field(default=5, ge=1)
+    min_item_interactions: int = Field(default=5, ge=0)
 
 
 class EmbedConfig(_Section):
@@ -34,16 +34,18 @@ class EmbedConfig(_Section):
 
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
     text_template: str | None = None
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
 
 
 class TokenizeConfig(_Section):
     """How a vector becomes a SID."""
 
     kind: Literal["rq-vae", "rq-kmeans"] = "rq-kmeans"
-    codebook_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((256, 256, 256), min_length=1)
-    latent_dim: int = Field(64, ge=1)
-    epochs: int = Field(100, ge=1)
+    codebook_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(256, 256, 256), min_length=1
+    )
+    latent_dim: int = Field(default=64, ge=1)
+    epochs: int = Field(default=100, ge=1)
     collisions: Literal["accept", "suffix"] = "accept"
 
 
@@ -51,30 +53,30 @@ class FinetuneConfig(_Section):
     """How the generator is trained; see :class:`plum.lm.FinetuneConfig`."""
 
     base: str = "scratch:small"
-    epochs: float = Field(10, gt=0)
-    batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    max_items: int = Field(50, ge=1)
-    patience: int | None = Field(None, ge=1)
-    save_every_steps: int = Field(200, ge=1)
+    epochs: float = Field(default=10, gt=0)
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    max_items: int = Field(default=50, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    save_every_steps: int = Field(default=200, ge=1)
     bf16: bool | None = None
 
 
 class EvaluateConfig(_Section):
     """How the recommendations of the test users are made and scored."""
 
-    num_beams: int = Field(50, ge=1)
-    batch_size: int = Field(64, ge=1)
+    num_beams: int = Field(default=50, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     score: Literal["full", "valid"] = "full"
 
 
 class RecommendConfig(_Section):
     """The sample recommendations of the report."""
 
-    num_users: int = Field(8, ge=1)
-    num_items: int = Field(10, ge=1)
+    num_users: int = Field(default=8, ge=1)
+    num_items: int = Field(default=10, ge=1)
 
 
 class Config(_Section):

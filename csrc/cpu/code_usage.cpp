@@ -8,12 +8,12 @@
 
 namespace plum::cpu {
 
-#define PLUM_DECLARE(isa)                                                                       \
-  namespace isa {                                                                               \
-  template <typename Code>                                                                      \
-  int64_t count_rows(const Code* codes, int64_t begin, int64_t end, int64_t levels,             \
-                     int64_t repeat, const uint32_t* offset, const uint32_t* size,              \
-                     uint32_t total, uint32_t* histogram);                                      \
+#define PLUM_DECLARE(isa)                                                                          \
+  namespace isa {                                                                                  \
+  template <typename Code>                                                                         \
+  int64_t count_rows(const Code* codes, int64_t begin, int64_t end, int64_t levels,                \
+                     int64_t repeat, const uint32_t* offset, const uint32_t* size, uint32_t total, \
+                     uint32_t* histogram);                                                         \
   }
 PLUM_DECLARE(generic)
 #ifdef PLUM_X86
@@ -73,9 +73,8 @@ int64_t code_usage(const Code* codes, int64_t rows, int64_t levels, const int64_
     sum.assign(total, 0);
     const int64_t end = rows * (worker + 1) / workers;
     for (int64_t begin = rows * worker / workers; begin < end; begin += kRowsPerFlush) {
-      const int64_t bad =
-          count_rows(codes, begin, std::min(end, begin + kRowsPerFlush), levels, repeat,
-                     offset.data(), size.data(), total, histogram.data());
+      const int64_t bad = count_rows(codes, begin, std::min(end, begin + kRowsPerFlush), levels,
+                                     repeat, offset.data(), size.data(), total, histogram.data());
       if (first_bad[worker] < 0) first_bad[worker] = bad;
       for (uint32_t slot = 0; slot < total; ++slot) {
         sum[slot] += int64_t{histogram[slot]} + histogram[total + 1 + slot];

@@ -32,7 +32,8 @@ __global__ void code_usage_kernel(const Code* __restrict__ codes, int64_t num_co
     const int level = static_cast<int>(i % levels.count);
     const int64_t code = codes[i];
     const int size = levels.offset[level + 1] - levels.offset[level];
-    const int slot = code >= 0 && code < size ? levels.offset[level] + static_cast<int>(code) : total;
+    const int slot =
+        code >= 0 && code < size ? levels.offset[level] + static_cast<int>(code) : total;
     if (kShared) {
       atomicAdd(&histogram[slot], 1u);
     } else {
@@ -42,7 +43,8 @@ __global__ void code_usage_kernel(const Code* __restrict__ codes, int64_t num_co
   if (kShared) {
     __syncthreads();
     for (int slot = threadIdx.x; slot <= total; slot += kThreads) {
-      if (histogram[slot]) atomicAdd(&counts[slot], static_cast<unsigned long long>(histogram[slot]));
+      if (histogram[slot])
+        atomicAdd(&counts[slot], static_cast<unsigned long long>(histogram[slot]));
     }
   }
 }
@@ -62,7 +64,8 @@ void code_usage(const Code* codes, int64_t rows, int64_t levels, const int64_t* 
   // A block counts at most 2^31 / kMaxBlocks codes, so its 32-bit slots cannot overflow.
   constexpr int64_t kMaxBlocks = 4096;
   const int64_t per_block = int64_t{kThreads} * kCodesPerThread;
-  const int blocks = static_cast<int>(std::min((num_codes + per_block - 1) / per_block, kMaxBlocks));
+  const int blocks =
+      static_cast<int>(std::min((num_codes + per_block - 1) / per_block, kMaxBlocks));
   auto* out = reinterpret_cast<unsigned long long*>(counts);
   auto queue = static_cast<cudaStream_t>(stream);
   if (slots <= kSharedSlots) {

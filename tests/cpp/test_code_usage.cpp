@@ -1,5 +1,3 @@
-#include "plum/code_usage.h"
-
 #include <algorithm>
 #include <random>
 #include <stdexcept>
@@ -7,6 +5,7 @@
 #include <vector>
 
 #include "check.h"
+#include "plum/code_usage.h"
 #include "plum/cpu_features.h"
 
 namespace {
@@ -33,8 +32,8 @@ void compare_with_naive(int64_t rows, const std::vector<int64_t>& sizes, double 
       offset += sizes[l];
     }
   }
-  const int64_t bad = plum::cpu::code_usage(codes.data(), rows, levels, sizes.data(),
-                                            usage.data(), threads);
+  const int64_t bad =
+      plum::cpu::code_usage(codes.data(), rows, levels, sizes.data(), usage.data(), threads);
   CHECK(bad == expected_bad);
   CHECK(usage == expected);
 }
