@@ -1,0 +1,279 @@
+"""The residual-quantized autoencoder that turns an item's embeddings into a SID."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plum.errors import InvalidArgument
+from plum.quantize.inputs import check_embeddings
+from plum.quantize.losses import reconstruction_loss
+from plum.quantize.residual_quantizer import QuantizerOutput, ResidualQuantizer
+from plum.quantize.storage import load_module, save_module
+
+# Rows encoded at once, which bounds the memory of a whole catalog.
+_CHUNK = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class RQVAEConfig:
+    """The shape of an :class:`RQVAE`.
+
+    Attributes:
+        input_dims: Modality to the width ``D_m`` of its embeddings.
+        hidden_dims: Widths of the hidden layers of each encoder; decoders mirror them.
+        latent_dim: Width ``D`` of the vector that is quantized.
+        codebook_sizes: ``K_l`` of each level.
+        beta: Weight of the commitment loss.
+        update: ``"ema"`` or ``"gradient"``, how the codebooks learn.
+        decay: Decay of the moving averages.
+        revive_every: Training steps between revivals of dead codes; 0 for none.
+        dead_share: Fraction of the uniform share below which a code is dead.
+        progressive_masking: Train on random prefixes of the levels (PLUM, arXiv 2510.07784).
+        seed: Seed of the weights and of the quantizer.
+    """
+
+    input_dims: dict[str, int]
+    hidden_dims: tuple[int, ...] = (512,)
+    latent_dim: int = 64
+    codebook_sizes: tuple[int, ...] = (256, 256, 256)
+    beta: float = 0.25
+    update: str = "ema"
+    decay: float = 0.99
+    revive_every: int = 100
+    dead_share: float = 0.1
+    progressive_masking: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the widths; the quantizer checks what is its own."""
+        if not self.input_dims or any(width < 1 for width in self.input_dims.values()):
+            raise InvalidArgument("input_dims", "modalities with widths >= 1", self.input_dims)
+        if any(width < 1 for width in self.hidden_dims):
+            raise InvalidArgument("hidden_dims", "widths of at least 1", self.hidden_dims)
+        if self.latent_dim < 1:
+            raise InvalidArgument("latent_dim", "at least 1", self.latent_dim)
+        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
+        object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class RQVAEOutput:
+    """What :meth:`RQVAE.forward` returns.
+
+    Attributes:
+        codes: int32 ``[N, L]``.
+        latents: ``[N, D]``, the fused vectors z before quantization.
+        reconstructions: Modality to ``[N, D_m]``, in the units of the inputs.
+        loss: Scalar, the sum of ``losses``.
+        losses: ``"reconstruction/<modality>"`` and the losses of the quantizer.
+        quantizer: The output of the quantizer; None if quantization was left out.
+    """
+
+    codes: Tensor | None
+    latents: Tensor
+    reconstructions: dict[str, Tensor]
+    loss: Tensor
+    losses: dict[str, Tensor]
+    quantizer: QuantizerOutput | None
+
+
+class RQVAE(nn.Module):
+    """Encoders per modality, a fused latent, a residual quantizer and decoders per modality.
+
+    ::
+
+        z   = LayerNorm(projector(concat_m(E_m(x_m))))          (fusion, PLUM arXiv 2510.07784)
+        ẑ   = residual-quantized z, gradient straight through
+        L   = sum_m w_m ||x_m - D_m(ẑ)||² + L_rq(z)             (TIGER arXiv 2305.05065)
+
+    The LayerNorm has no scale and shift of its own: z has the squared norm ``D``, so the
+    quantization loss cannot be made small by shrinking z. The weight ``w_m`` scales the variance of
+    each modality to ``D`` as well, so the ratio between the losses depends neither on the width nor
+    on the scale of the inputs; :meth:`fit_inputs` measures it.
+
+    Attributes:
+        quantizer: The residual quantizer of z.
+        history: The records of :func:`plum.quantize.fit_rqvae`; empty on a loaded model.
+    """
+
+    def __init__(self, config: RQVAEConfig) -> None:
+        """Builds the model with weights that are a function of ``config.seed``."""
+        super().__init__()
+        self.config = config
+        self.history: list[dict[str, Any]] = []
+        width = config.latent_dim
+        hidden = config.hidden_dims
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            dims = config.input_dims
+            self.encoders = nn.ModuleDict({m: _mlp(d, *hidden, width) for m, d in dims.items()})
+            self.projector = nn.Linear(width * len(dims), width)
+            self.norm = nn.LayerNorm(width, elementwise_affine=False)
+            self.decoders = nn.ModuleDict(
+                {m: _mlp(width, *reversed(hidden), d) for m, d in dims.items()}
+            )
+        self.quantizer = ResidualQuantizer(
+            width,
+            config.codebook_sizes,
+            update=config.update,
+            commitment=config.beta,
+            decay=config.decay,
+            revive_every=config.revive_every,
+            dead_share=config.dead_share,
+            progressive_masking=config.progressive_masking,
+            seed=config.seed,
+        )
+        self.centers = nn.ParameterDict(
+            {m: nn.Parameter(torch.zeros(d), requires_grad=False) for m, d in dims.items()}
+        )
+        self.scales = nn.ParameterDict(
+            {m: nn.Parameter(torch.ones(()), requires_grad=False) for m in dims}
+        )
+
+    @torch.no_grad()
+    def fit_inputs(
+        self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Measures mean and mean variance of each modality, with which the inputs are scaled.
+
+        Args:
+            inputs: Modality to ``[N, D_m]``, finite.
+            present: Modality to bool ``[N]``, the items that have it; None for all.
+
+        Raises:
+            InvalidArgument: the inputs are not as above.
+        """
+        check_embeddings(inputs, self.config.input_dims)
+        for name, x in inputs.items():
+            rows = x if present is None or name not in present else x[present[name]]
+            if not len(rows):
+                raise InvalidArgument(f"present[{name!r}]", "at least one item", "none")
+            center = rows.double().mean(dim=0)
+            variance = (rows.double() - center).square().mean()
+            self.centers[name].copy_(center)
+            # A constant modality carries nothing; any scale will do for it.
+            self.scales[name].copy_(variance.rsqrt() if variance > 0 else torch.ones(()))
+
+    def fuse(
+        self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Returns the latents z ``[N, D]``; the encoding of a missing modality is zero."""
+        encoded = []
+        for name, encoder in self.encoders.items():
+            x, mask = inputs[name], None if present is None else present.get(name)
+            x = (x.to(self.projector.weight) - self.centers[name]) * self.scales[name]
+            if mask is None:
+                encoded.append(encoder(x))
+            else:
+                x = torch.where(mask[:, None], x, torch.zeros_like(x))
+                encoded.append(encoder(x) * mask[:, None])
+        return self.norm(self.projector(torch.cat(encoded, dim=1)))
+
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor],
+        present: Mapping[str, Tensor] | None = None,
+        *,
+        quantize: bool = True,
+    ) -> RQVAEOutput:
+        """Encodes, quantizes and reconstructs a batch.
+
+        Args:
+            inputs: Modality to ``[N, D_m]``; the rows of missing items are not read.
+            present: Modality to bool ``[N]``, the items that have it; a modality that is left out
+                is present everywhere.
+            quantize: False trains the plain autoencoder, to warm up before k-means.
+
+        Raises:
+            InvalidArgument: the quantizer got values that are not finite.
+        """
+        latents = self.fuse(inputs, present)
+        quantized = self.quantizer(latents) if quantize else None
+        decoded = self._decode(latents if quantized is None else quantized.quantized)
+        losses, outputs = {}, {}
+        for name, x in decoded.items():
+            target = (inputs[name].to(x) - self.centers[name]) * self.scales[name]
+            mask = None if present is None else present.get(name)
+            weight = self.config.latent_dim / self.config.input_dims[name]
+            losses[f"reconstruction/{name}"] = weight * reconstruction_loss(x, target, mask)
+            outputs[name] = x / self.scales[name] + self.centers[name]
+        if quantized is not None:
+            losses.update(quantized.losses)
+        return RQVAEOutput(
+            codes=None if quantized is None else quantized.codes,
+            latents=latents,
+            reconstructions=outputs,
+            loss=torch.stack(list(losses.values())).sum(),
+            losses=losses,
+            quantizer=quantized,
+        )
+
+    @torch.no_grad()
+    def latents(
+        self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Returns the latents z of a whole catalog, fp32 ``[N, D]``, without gradients.
+
+        Raises:
+            InvalidArgument: a modality is missing, or has the wrong shape or values.
+        """
+        count = check_embeddings(inputs, self.config.input_dims)
+        chunks = []
+        for start in range(0, count, _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            masks = None if present is None else {m: mask[rows] for m, mask in present.items()}
+            chunks.append(self.fuse({m: x[rows] for m, x in inputs.items()}, masks))
+        return torch.cat(chunks)
+
+    def encode(
+        self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Returns the codes of a whole catalog: int32 ``[N, L]``; see :meth:`latents`."""
+        return self.quantizer.encode(self.latents(inputs, present))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> dict[str, Tensor]:
+        """Reconstructs the inputs from codes or prefixes of codes, int ``[N, 1..L]``.
+
+        Returns:
+            Modality to ``[N, D_m]``, in the units of the inputs.
+        """
+        return {
+            name: x / self.scales[name] + self.centers[name]
+            for name, x in self._decode(self.quantizer.decode(codes)).items()
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically."""
+        save_module(self, dataclasses.asdict(self.config), folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> RQVAE:
+        """Reads what :meth:`save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            InvalidData: a file is absent, damaged or of another model.
+        """
+
+        def build(config: dict[str, Any]) -> RQVAE:
+            return cls(RQVAEConfig(**config))
+
+        return load_module(build, cls.__name__, folder)
+
+    def _decode(self, latents: Tensor) -> dict[str, Tensor]:
+        return {name: decoder(latents) for name, decoder in self.decoders.items()}
+
+
+def _mlp(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i in range(len(widths) - 1):
+        layers.append(nn.Linear(widths[i], widths[i + 1]))
+        if i < len(widths) - 2:
+            layers.append(nn.GELU())
+    return nn.Sequential(*layers)

@@ -1,0 +1,65 @@
+"""Tables of codes as numpy arrays: checks and grouping, shared by the modules of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from plum.errors import InvalidArgument
+
+Codes = npt.NDArray[np.int32]
+
+
+class SidGroups(NamedTuple):
+    """The rows of a table of codes, grouped by SID.
+
+    Attributes:
+        order: int64 ``[N]``, the rows sorted by SID, rows of one SID in ascending order.
+        starts: int64 ``[S + 1]``, where in ``order`` each of the ``S`` SIDs starts, then ``N``.
+    """
+
+    order: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """int64 ``[S]``, the number of rows on each SID."""
+        return np.diff(self.starts)
+
+
+def as_codes(codes: npt.ArrayLike | torch.Tensor, codebook_sizes: Sequence[int]) -> Codes:
+    """Returns codes as int32 ``[N, L]`` after checking them against the codebook sizes.
+
+    Raises:
+        InvalidArgument: not an integer ``[N, L]``, or a code is not in ``[0, K_l)``.
+    """
+    array = codes.detach().cpu().numpy() if isinstance(codes, torch.Tensor) else np.asarray(codes)
+    sizes = list(codebook_sizes)
+    if not sizes or any(size < 1 for size in sizes):
+        raise InvalidArgument("codebook_sizes", "sizes of at least 1", sizes)
+    if array.ndim != 2 or array.shape[1] != len(sizes) or array.dtype.kind not in "iu":
+        raise InvalidArgument(
+            "codes", f"integers [N, {len(sizes)}]", f"{array.dtype} {list(array.shape)}"
+        )
+    outside = np.argwhere((array < 0) | (array >= np.asarray(sizes)))
+    if len(outside):
+        row, level = outside[0].tolist()
+        raise InvalidArgument(
+            f"codes[{row}, {level}]", f"a code in [0, {sizes[level]})", int(array[row, level])
+        )
+    return array.astype(np.int32)
+
+
+def group_by_sid(codes: Codes) -> SidGroups:
+    """Groups the rows of ``codes`` ``[N, l]`` by their codes, in lexicographic order."""
+    count = len(codes)
+    # The empty prefix puts all rows into one group; lexsort does not take zero keys.
+    order = np.lexsort(codes.T[::-1]) if codes.shape[1] else np.arange(count)
+    ranked = codes[order]
+    first = np.ones(count, dtype=bool)
+    first[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
+    return SidGroups(order, np.append(np.flatnonzero(first), count))

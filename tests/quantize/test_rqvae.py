@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from plum.errors import InvalidArgument, InvalidData
+from plum.quantize import RQVAE, RQKMeans, RQVAEConfig, fit_rq_kmeans, load_tokenizer
+
+DIMS = {"text": 20, "image": 12}
+
+
+def items(n: int = 300, seed: int = 0) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, 6, generator=draw)
+    return {
+        name: torch.tanh(hidden @ torch.randn(6, width, generator=draw)) * scale + 1
+        for (name, width), scale in zip(DIMS.items(), (0.1, 50.0), strict=True)
+    }
+
+
+def model(**options) -> RQVAE:
+    config = {"hidden_dims": (24, 16), "latent_dim": 8, "codebook_sizes": (8, 4), **options}
+    built = RQVAE(RQVAEConfig(DIMS, **config))
+    built.fit_inputs(items())
+    built.quantizer.init_codebooks(built.latents(items()))
+    return built.eval()
+
+
+def test_fusion_is_the_formula():
+    vae, inputs = model(), items()
+    encoded = []
+    for name, x in inputs.items():
+        spread = (x - x.mean(dim=0)).square().mean().sqrt()
+        encoded.append(vae.encoders[name]((x - x.mean(dim=0)) / spread))
+    joined = vae.projector(torch.cat(encoded, dim=1)).detach()
+    z = (joined - joined.mean(dim=1, keepdim=True)) / (
+        joined.var(dim=1, correction=0) + 1e-5
+    ).sqrt()[:, None]
+    torch.testing.assert_close(vae.latents(inputs), z, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        vae.latents(inputs).square().sum(dim=1), torch.full((300,), 8.0), rtol=0.01, atol=0
+    )
+
+
+def test_loss_is_the_sum_of_its_parts_on_one_scale():
+    vae, inputs = model(beta=0.5), items()
+    output = vae(inputs)
+    for name, x in inputs.items():
+        error = (output.reconstructions[name] - x).square().sum(dim=1).mean()
+        variance = (x - x.mean(dim=0)).square().sum(dim=1).mean()
+        torch.testing.assert_close(
+            output.losses[f"reconstruction/{name}"], 8 * error / variance, rtol=1e-3, atol=1e-5
+        )
+    assert set(output.losses) == {"reconstruction/text", "reconstruction/image", "commitment"}
+    torch.testing.assert_close(output.loss, sum(output.losses.values()))
+    assert torch.equal(output.codes, vae.encode(inputs))
+    assert torch.equal(output.codes, vae.quantizer.encode(output.latents))
+    decoded = vae.decode(output.codes)
+    for name in DIMS:
+        torch.testing.assert_close(
+            decoded[name], output.reconstructions[name].detach(), rtol=1e-4, atol=1e-3
+        )
+
+
+def test_gradient_reaches_the_encoders_through_the_codes():
+    vae = model().train()
+    output = vae(items())
+    sum(output.losses[f"reconstruction/{name}"] for name in DIMS).backward()
+    for name in DIMS:
+        assert vae.encoders[name][0].weight.grad.abs().sum() > 0
+
+
+def test_without_quantization_the_latents_are_decoded():
+    vae = model()
+    output = vae(items(), quantize=False)
+    assert output.codes is None
+    decoded = vae.decoders["text"](output.latents) / vae.scales["text"] + vae.centers["text"]
+    torch.testing.assert_close(output.reconstructions["text"], decoded)
+
+
+def test_missing_items_of_a_modality_are_not_read():
+    vae, inputs = model(), items(40)
+    mask = torch.arange(40) % 3 > 0
+    spoiled = {"text": inputs["text"], "image": inputs["image"].clone()}
+    spoiled["image"][~mask] = float("nan")
+    other = {"text": inputs["text"], "image": inputs["image"].clone()}
+    other["image"][~mask] = 7.0
+    whole, first = vae(inputs), vae(spoiled, {"image": mask})
+    second = vae(other, {"image": mask})
+    assert torch.equal(first.latents, second.latents)
+    assert torch.equal(first.latents[mask], whole.latents[mask])
+    assert not torch.allclose(first.latents[~mask], whole.latents[~mask])
+    kept = vae({name: x[mask] for name, x in inputs.items()})
+    torch.testing.assert_close(
+        first.losses["reconstruction/image"], kept.losses["reconstruction/image"]
+    )
+    first.loss.backward()
+    assert all(p.grad.isfinite().all() for p in vae.parameters() if p.grad is not None)
+
+
+def test_weights_are_a_function_of_the_seed():
+    torch.manual_seed(1)
+    first = RQVAE(RQVAEConfig(DIMS, seed=5)).state_dict()
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1)), "the global generator was touched"
+    again = RQVAE(RQVAEConfig(DIMS, seed=5)).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def test_saved_and_loaded(tmp_path):
+    vae = model(beta=0.7)
+    vae.save_pretrained(tmp_path)
+    for loaded in (RQVAE.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
+        assert loaded.config == vae.config
+        assert torch.equal(loaded.encode(items(seed=3)), vae.encode(items(seed=3)))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored == {
+        "architecture": "RQVAE",
+        **json.loads(json.dumps(dataclasses.asdict(vae.config))),
+    }
+
+
+def test_rq_kmeans_projects_on_principal_components(tmp_path):
+    inputs = items()
+    tokenizer = fit_rq_kmeans(inputs, (8, 4), latent_dim=5, seed=2)
+    joined = torch.cat(
+        [
+            (x - x.mean(dim=0)) / (x - x.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+            for x in (inputs["text"].double(), inputs["image"].double())
+        ],
+        dim=1,
+    )
+    latents = tokenizer.latents(inputs).double()
+    # The first components hold as much of the variance as any five directions can.
+    spectrum = torch.linalg.svdvals(joined).square()
+    torch.testing.assert_close(latents.square().sum(dim=0), spectrum[:5], rtol=1e-4, atol=1e-4)
+    codes = tokenizer.encode(inputs)
+    assert torch.equal(codes, tokenizer.quantizer.encode(tokenizer.latents(inputs)))
+    tokenizer.save_pretrained(tmp_path)
+    assert isinstance(load_tokenizer(tmp_path), RQKMeans)
+    assert torch.equal(load_tokenizer(tmp_path).encode(inputs), codes)
+
+
+def test_rq_kmeans_decodes_to_the_inputs_when_nothing_is_lost():
+    inputs = {name: x[:8] for name, x in items().items()}
+    tokenizer = fit_rq_kmeans(inputs, (8,), latent_dim=100)
+    decoded = tokenizer.decode(tokenizer.encode(inputs))
+    for name, x in inputs.items():
+        torch.testing.assert_close(decoded[name], x, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    for read in (RQVAE.from_pretrained, load_tokenizer):
+        with pytest.raises(InvalidData, match="no such folder"):
+            read(tmp_path / "absent")
+    vae = model()
+    vae.save_pretrained(tmp_path)
+    with pytest.raises(InvalidData, match="RQKMeans"):
+        RQKMeans.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "latent_dimension": 3}))
+    with pytest.raises(InvalidData, match="latent_dimension"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architecture": "GPT"}))
+    with pytest.raises(InvalidData, match="GPT"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InvalidData, match="JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_bad_inputs_are_named():
+    vae = model()
+    with pytest.raises(InvalidArgument, match="modalities"):
+        vae.encode({"text": items()["text"]})
+    wrong = {**items(), "image": torch.zeros(300, 5)}
+    with pytest.raises(InvalidArgument, match=r"image.*\[300, 12\]"):
+        vae.encode(wrong)
+    spoiled = items()
+    spoiled["text"][[4, 17], 0] = float("inf")
+    with pytest.raises(InvalidArgument, match=r"text.*rows 4, 17"):
+        vae.encode(spoiled)
+    with pytest.raises(InvalidArgument, match="input_dims"):
+        RQVAEConfig({})
+    with pytest.raises(InvalidArgument, match="latent_dim"):
+        RQVAEConfig(DIMS, latent_dim=0)

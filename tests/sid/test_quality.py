@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from plum.errors import InvalidArgument
+from plum.sid import SidTable, quality_report
+
+CODES = np.array([[0, 0], [0, 0], [0, 1], [2, 1]])
+
+
+def test_counts_by_hand():
+    report = quality_report(CODES, (4, 2))
+    assert report["num_items"] == 4
+    assert report["num_sids"] == 3
+    assert report["unique_sid_ratio"] == 0.75
+    assert report["max_collision"] == 2
+    assert report["colliding_items"] == 2
+    first, second = report["levels"]
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert first == {
+        "size": 4,
+        "used": 2,
+        "usage": 0.5,
+        "dead": 2,
+        "entropy": pytest.approx(entropy),
+        "perplexity": pytest.approx(math.exp(entropy)),
+        # The mean absolute difference of (0, 0, 1/4, 3/4), 5/16, over twice their mean.
+        "gini": pytest.approx(0.625),
+    }
+    assert (second["usage"], second["dead"], second["gini"]) == (1, 0, 0)
+    assert second["perplexity"] == pytest.approx(2)
+
+
+def test_gini_against_the_definition():
+    draw = np.random.default_rng(0)
+    codes = (draw.random((3000, 1)) ** 3 * 40).astype(int)
+    share = np.bincount(codes[:, 0], minlength=64) / 3000
+    pairs = np.abs(share[:, None] - share).mean()
+    report = quality_report(codes, (64,))
+    assert report["levels"][0]["gini"] == pytest.approx(pairs / (2 * share.mean()))
+
+
+def test_a_table_reports_like_its_codes():
+    table = SidTable(["a", "b", "c", "d"], CODES, (4, 2))
+    assert quality_report(table) == quality_report(torch.from_numpy(CODES), (4, 2))
+
+
+def test_reconstruction_and_quantization():
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    decoded = x + torch.tensor([0.0, 0.5])
+    z = torch.tensor([[3.0, 4.0]] * 4)
+    report = quality_report(
+        CODES,
+        (4, 2),
+        embeddings=x,
+        reconstruction=decoded.numpy(),
+        latents=z,
+        quantized=torch.tensor([[4.0, 3.0], [3.0, 4.0], [6.0, 8.0], [-3.0, -4.0]]),
+    )
+    assert report["reconstruction"] == {
+        "mse": pytest.approx(0.125),
+        "squared_error": pytest.approx(0.25),
+        "unexplained_variance": pytest.approx(0.5),
+    }
+    assert report["quantization"]["cosine"] == pytest.approx((24 / 25 + 1 + 1 - 1) / 4)
+    assert report["quantization"]["squared_error"] == pytest.approx((2 + 0 + 25 + 100) / 4)
+    constant = quality_report(
+        CODES, (4, 2), embeddings=torch.ones(4, 2), reconstruction=torch.ones(4, 2)
+    )
+    assert constant["reconstruction"]["unexplained_variance"] is None
+    for value in (report, constant):
+        assert json.loads(json.dumps(value, allow_nan=False)) == value
+
+
+def test_prefix_purity():
+    report = quality_report(CODES, (4, 2), labels=["war", "war", "love", "war"])
+    assert report["label_majority"] == 0.75
+    assert report["prefixes"] == [{"groups": 2, "purity": 0.75}, {"groups": 3, "purity": 1.0}]
+    report = quality_report(CODES, (4, 2), labels=["war", "love", "love", "sea"])
+    assert report["label_majority"] == 0.5
+    assert report["prefixes"] == [{"groups": 2, "purity": 0.75}, {"groups": 3, "purity": 0.75}]
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(InvalidArgument, match="codebook_sizes"):
+        quality_report(CODES)
+    with pytest.raises(InvalidArgument, match="at least one item"):
+        quality_report(CODES[:0], (4, 2))
+    with pytest.raises(InvalidArgument, match=r"codes\[3, 0\]"):
+        quality_report(CODES, (2, 2))
+    with pytest.raises(InvalidArgument, match=r"^reconstruction.*embeddings is given"):
+        quality_report(CODES, (4, 2), embeddings=torch.ones(4, 2))
+    with pytest.raises(InvalidArgument, match=r"^quantized: expected \[4, D\]"):
+        quality_report(CODES, (4, 2), latents=torch.ones(4, 2), quantized=torch.ones(4, 3))
+    with pytest.raises(InvalidArgument, match="4 labels"):
+        quality_report(CODES, (4, 2), labels=["war"])
