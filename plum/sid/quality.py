@@ -40,9 +40,9 @@ def quality_report(
     Returns:
         - ``num_items``, ``num_sids``, ``unique_sid_ratio`` (SIDs per item), ``max_collision``
           (items on the fullest SID), ``colliding_items`` (items that share their SID).
-        - ``levels``: per level ``size``, ``used`` and ``usage`` (number and share of its codes
-          that occur), ``dead`` (number that do not), ``entropy`` in nats, ``perplexity`` (e to the
-          entropy), ``gini`` (0: all codes equally often).
+        - ``levels``: per level ``size``, ``counts`` (items on each code), ``used`` and ``usage``
+          (number and share of its codes that occur), ``dead`` (number that do not), ``entropy`` in
+          nats, ``perplexity`` (e to the entropy), ``gini`` (0: all codes equally often).
         - ``reconstruction``, if given: ``mse`` (mean over rows and features), ``squared_error``
           (sum over features, mean over rows) and ``unexplained_variance`` (the share of the
           variance of the embeddings that is lost; None if they have none).
@@ -96,6 +96,7 @@ def _level(counts: npt.NDArray[np.int64]) -> dict[str, Any]:
     gini = float(2 * (ranks * np.sort(share)).sum() / size - (size + 1) / size)
     return {
         "size": size,
+        "counts": counts.tolist(),
         "used": len(used),
         "usage": len(used) / size,
         "dead": size - len(used),

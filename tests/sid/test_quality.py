@@ -24,6 +24,7 @@ def test_counts_by_hand():
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert first == {
         "size": 4,
+        "counts": [3, 0, 1, 0],
         "used": 2,
         "usage": 0.5,
         "dead": 2,
