@@ -12,7 +12,7 @@ import polars as pl
 import torch
 from safetensors.torch import load_file, save_file
 
-from plum.config import DataConfig, load_config
+from plum.config import load_config
 from plum.data import Dataset, Split, filter_interactions, load_dataset, sequences_of
 from plum.embed import encode_texts, similarity_report
 from plum.eval import ItemKNN, Popularity, ranking_metrics
@@ -30,15 +30,16 @@ DEPTHS = (1, 5, 10, 20, 50)
 _USERS_PER_PART = 512
 
 
-def _sources(settings: DataConfig) -> list[Path]:
-    """Returns the user's own files, whose change makes the data stage run again."""
-    if settings.data_dir is not None and settings.data_dir.is_dir():
-        return sorted(path for path in settings.data_dir.iterdir() if path.is_file())
-    return [path for path in (settings.items, settings.interactions) if path and path.is_file()]
+def _files(*paths: Path | str | None) -> list[Path]:
+    """Returns the files at these paths and in the folders among them; what is not there is not."""
+    found = []
+    for path in [Path(path) for path in paths if path is not None]:
+        found += sorted(path.iterdir()) if path.is_dir() else [path]
+    return [path for path in found if path.is_file()]
 
 
 def _data(work: Workspace) -> None:
-    settings: DataConfig = work.settings
+    settings = work.settings
     dataset = load_dataset(
         settings.dataset,
         data_dir=settings.data_dir,
@@ -239,12 +240,12 @@ def _plain(item: Recommendation) -> dict[str, Any]:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("data", (), _data, sources=_sources),
-        Stage("embed", ("data",), _embed),
+        Stage("data", (), _data, lambda s: _files(s.data_dir, s.items, s.interactions)),
+        Stage("embed", ("data",), _embed, lambda s: _files(s.encoder)),
         Stage("tokenize", ("data", "embed"), _tokenize),
         Stage("report", ("tokenize", "embed"), _report),
         Stage("index", ("tokenize",), _index),
-        Stage("finetune", ("data", "tokenize"), _finetune),
+        Stage("finetune", ("data", "tokenize"), _finetune, lambda s: _files(s.base)),
         Stage("evaluate", ("data", "tokenize", "index", "finetune"), _evaluate),
         Stage("recommend", ("data", "tokenize", "index", "finetune"), _recommend),
     )

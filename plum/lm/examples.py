@@ -1,0 +1,188 @@
+"""Histories as token sequences: training windows, validation rows and prompts in one format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from plum.errors import InvalidArgument, InvalidData
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class SidFormat:
+    """How a history is written for the model: the begin token, then L SID tokens per item.
+
+    Attributes:
+        item_tokens: Token ids of the SID of each item, int64 ``[N, L]``.
+        begin_token_id: Token that every sequence starts with.
+        pad_token_id: Token that fills up a batch; it is masked and never a target.
+        max_items: Most items of a history that a prompt shows; older ones are cut off.
+    """
+
+    item_tokens: np.ndarray
+    begin_token_id: int
+    pad_token_id: int
+    max_items: int
+
+    def __post_init__(self) -> None:
+        """Checks what no caller could notice later."""
+        if self.max_items < 1:
+            raise InvalidArgument("max_items", "an int >= 1", self.max_items)
+
+    @property
+    def levels(self) -> int:
+        """Number of SID tokens of one item."""
+        return int(self.item_tokens.shape[1])
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence in tokens: a full prompt and the SID of the next item."""
+        return 1 + self.levels * (self.max_items + 1)
+
+    def prompt(self, history: np.ndarray) -> np.ndarray:
+        """Writes the last ``max_items`` items of a history, int ``[n]``, as int64 token ids."""
+        return self._tokens(np.asarray(history)[-self.max_items :])
+
+    def pad_prompts(self, histories: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes prompts as one batch, padded on the left so that all end in the same column.
+
+        Args:
+            histories: Item indices in time order, one int array ``[n]`` per request; may be empty.
+
+        Returns:
+            ``(input_ids, attention_mask)``, both int64 ``[B, T]``. Models with learned positions
+            need ``position_ids`` counted from the mask.
+        """
+        rows = [self.prompt(history) for history in histories]
+        width = max((len(row) for row in rows), default=0)
+        tokens = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
+        for i, row in enumerate(rows):
+            tokens[i, width - len(row) :] = row
+            mask[i, width - len(row) :] = 1
+        return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+    def batch(self, windows: Sequence[np.ndarray], *, last_only: bool) -> dict[str, torch.Tensor]:
+        """Writes windows of consecutive items as one batch of labeled sequences.
+
+        Padding is on the right, where causal attention cannot see it from a real token.
+
+        Args:
+            windows: Item indices, one int array ``[n]``, ``n >= 1``, per row.
+            last_only: Only the last item of each window is a target, not every item.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[B, T]``; labels are -100
+            where there is no target. transformers models shift the labels themselves.
+        """
+        rows = [self._tokens(window) for window in windows]
+        width = max(len(row) for row in rows)
+        tokens = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
+        labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
+        for i, row in enumerate(rows):
+            first = len(row) - self.levels if last_only else 1
+            tokens[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+            labels[i, first : len(row)] = row[first:]
+        arrays = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _tokens(self, items: np.ndarray) -> np.ndarray:
+        return np.concatenate([[self.begin_token_id], self.item_tokens[items].ravel()])
+
+
+class TrainingBatches:
+    """All batches of a training run; batch i is a pure function of the seed and i.
+
+    A history of n items gives ``ceil(n / (max_items + 1))`` windows per epoch, each starting at
+    random within its own equal share of the possible starts, so an epoch sees every interaction
+    about once and no two epochs cut the same way. Rows of similar length share a batch. Because
+    nothing depends on what was drawn before, a resumed run continues with the very same batches.
+    """
+
+    def __init__(
+        self, form: SidFormat, histories: Sequence[np.ndarray], *, batch_size: int, seed: int
+    ) -> None:
+        """Lays out the windows.
+
+        Args:
+            form: How items are written as tokens.
+            histories: Item indices in time order, one int array ``[n]`` per user; empty ones are
+                left out.
+            batch_size: Windows per batch.
+            seed: Seed of the cuts and of the order.
+
+        Raises:
+            InvalidData: no history has an item, or an item index is outside the catalog.
+        """
+        self.form, self.seed, self.batch_size = form, seed, batch_size
+        self.histories = check_histories("histories", histories, len(form.item_tokens))
+        lengths = np.array([len(history) for history in self.histories], dtype=np.int64)
+        if lengths.sum() == 0:
+            raise InvalidData("histories", "at least one with an item", "none")
+        window = form.max_items + 1
+        counts = -(-lengths // window)
+        self._user = np.repeat(np.arange(len(lengths)), counts)
+        first = np.cumsum(counts) - counts
+        self._stratum = np.arange(len(self._user)) - first[self._user]
+        self._strata = counts[self._user]
+        self._length = np.minimum(lengths[self._user], window)
+        self._starts = lengths[self._user] - self._length + 1
+        self._epoch: tuple[int, np.ndarray, list[np.ndarray]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch."""
+        return -(-len(self._user) // self.batch_size)
+
+    def batch_at(self, step: int) -> dict[str, torch.Tensor]:
+        """Returns the batch of one step, counted from 0 over all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, *self._plan(epoch))
+        _, starts, order = self._epoch
+        windows = [
+            self.histories[self._user[row]][starts[row] : starts[row] + self._length[row]]
+            for row in order[position]
+        ]
+        return self.form.batch(windows, last_only=False)
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Returns the start of every window and the rows of every batch of one epoch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        share = (self._stratum + rng.random(len(self._user))) / self._strata
+        starts = np.minimum((share * self._starts).astype(np.int64), self._starts - 1)
+        rows = rng.permutation(len(self._user))
+        # Sorting within pools of 32 batches removes most padding and keeps batches random.
+        pool = 32 * self.batch_size
+        batches = []
+        for low in range(0, len(rows), pool):
+            part = rows[low : low + pool]
+            part = part[np.argsort(self._length[part], kind="stable")]
+            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        return starts, [batches[i] for i in rng.permutation(len(batches))]
+
+
+def check_histories(name: str, histories: Sequence[np.ndarray], num_items: int) -> list[np.ndarray]:
+    """Returns histories as one-dimensional integer arrays with every index inside the catalog.
+
+    Raises:
+        InvalidData: a history is not one-dimensional integers in ``[0, num_items)``.
+    """
+    checked = [np.asarray(history) for history in histories]
+    for user, history in enumerate(checked):
+        if history.size == 0:
+            continue
+        if history.ndim != 1 or history.dtype.kind not in "iu":
+            got = f"{history.dtype} of shape {list(history.shape)}"
+            raise InvalidData(f"{name}[{user}]", "a one-dimensional integer array", got)
+        if history.min() < 0 or history.max() >= num_items:
+            bad = history[(history < 0) | (history >= num_items)][0]
+            raise InvalidData(f"{name}[{user}]", f"item indices in [0, {num_items})", int(bad))
+    return checked
