@@ -23,7 +23,7 @@ test-cpp: $(STAMP)
 	$(BIN)/ctest --test-dir build --output-on-failure
 
 test-python: $(STAMP)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --dist loadfile
 
 # The demo, smaller: every stage on its real code, ends with the table.
 test-demo: $(STAMP)

@@ -14,7 +14,7 @@ from plum.embed import encode_texts, find_encoder
 from plum.embed import encoder as encoder_module
 from plum.errors import InvalidArgument, InvalidData
 
-from .conftest import WORDS, build_encoder
+from ..tiny_encoder import WORDS, build_encoder
 
 PAIRS = [" ".join(pair) for pair in itertools.permutations(WORDS[:6], 2)]
 TEXTS = [*PAIRS, *WORDS, "alien bear castle dance", "moon night ocean"]

@@ -1,0 +1,124 @@
+"""The whole pipeline on a small catalog with a tiny encoder: results, skipping, killing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from plum.config import resolve_config
+from plum.errors import InvalidArgument, InvalidData
+from plum.pipeline.recommender import Recommender
+from plum.pipeline.run import finish, run_stages
+from plum.pipeline.stages import STAGES
+
+from ..tiny_encoder import LETTERS, build_encoder
+
+SETTINGS = [
+    "data.num_items=120",
+    "data.num_users=150",
+    "tokenize.codebook_sizes=[8, 8, 8]",
+    "finetune.epochs=3",
+    "finetune.batch_size=16",
+    "finetune.save_every_steps=5",
+]
+
+
+def run(folder: Path, encoder: Path, *settings: str) -> list[str]:
+    """Runs all stages and returns those that were not skipped."""
+    config = resolve_config(
+        preset="demo", settings=[*SETTINGS, f"embed.encoder={json.dumps(str(encoder))}", *settings]
+    )
+    quiet = {"progress_of": lambda stage: lambda done, total: None}
+    outcomes = run_stages(config, folder, list(STAGES), **quiet)
+    finish(folder)
+    return [outcome.stage for outcome in outcomes if outcome.ran]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    return build_encoder(folder, words=LETTERS, length=512)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    assert run(folder, encoder) == list(STAGES)
+    return folder
+
+
+def test_leaves_what_it_promises(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics) == {"generator", "popularity", "item_knn"}
+    for values in metrics.values():
+        assert 0 <= values["recall@1"] <= values["recall@10"] <= values["recall@50"] <= 1
+        assert values["duplicate_rate"] == 0
+    assert metrics["generator"]["invalid_rate"] == 0
+    assert "ItemKNN" in (finished / "report.html").read_text()
+    found = pl.read_parquet(finished / "evaluate" / "recommendations" / "*.parquet")
+    assert found["user_id"].n_unique() == found.height == 150
+    for stage in STAGES:
+        manifest = json.loads((finished / stage / "manifest.json").read_text())
+        for name, output in manifest["outputs"].items():
+            assert (finished / stage / name).stat().st_size == output["bytes"]
+    assert not list(finished.glob("*.partial"))
+
+
+def test_does_only_what_changed(finished, encoder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    assert run(folder, encoder) == []
+    assert run(folder, encoder, "recommend.num_users=2") == ["recommend"]
+    changed = run(folder, encoder, "recommend.num_users=2", "finetune.epochs=1")
+    assert changed == ["finetune", "evaluate", "recommend"]
+    assert len(json.loads((folder / "recommend" / "samples.json").read_text())) == 2
+
+
+def test_recommender_of_a_run(finished):
+    config = resolve_config(base=json.loads((finished / "config.json").read_text()))
+    recommender = Recommender.load(finished, config)
+    history = recommender.table.item_ids[:3]
+    found = recommender.recommend(history, 20)
+    assert len({item.item_id for item in found}) == 20
+    assert [item.score for item in found] == sorted((i.score for i in found), reverse=True)
+    for item in found:
+        assert item.item_id in recommender.table.items_of(item.sid)
+    # More than the catalog has: every item once, none invented.
+    assert len({item.item_id for item in recommender.recommend([], 500)}) == 120
+    with pytest.raises(InvalidArgument, match="'no-such-item'"):
+        recommender.recommend([history[0], "no-such-item"], 5)
+    with pytest.raises(InvalidData, match="no finetune/model"):
+        Recommender.load(finished / "data", config)
+
+
+@pytest.mark.parametrize("stage", ["finetune", "evaluate"])
+def test_killed_and_started_again_it_ends_with_the_same_table(finished, encoder, tmp_path, stage):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for name in list(STAGES)[list(STAGES).index(stage) :]:
+        shutil.rmtree(folder / name)
+    sign = {"finetune": "checkpoints/step-*", "evaluate": "started.json"}[stage]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "plum.cli", "run", "--output", str(folder)],
+        env=os.environ,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list((folder / f"{stage}.partial").glob(sign)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert (folder / f"{stage}.partial").is_dir() and not (folder / stage).exists()
+    names = list(STAGES)
+    assert run(folder, encoder) == names[names.index(stage) :]
+    assert (folder / "metrics.json").read_text() == (finished / "metrics.json").read_text()
