@@ -94,7 +94,7 @@ class Config(_Section):
 # What differs from the defaults above, by preset and then by data set.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "tokenize": {"codebook_sizes": (128, 128, 128)},
+        "tokenize": {"kind": "rq-vae", "codebook_sizes": (128, 128, 128)},
         "finetune": {"base": "scratch:tiny", "epochs": 20, "max_items": 20, "learning_rate": 5e-3},
     },
     "cpu": {},

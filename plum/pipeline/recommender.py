@@ -77,7 +77,7 @@ class Recommender:
         table = SidTable.load(run_dir / "tokenize" / "table")
         generator = load_generator(str(model), SidVocabulary(table.codebook_sizes))
         if torch.cuda.is_available():
-            generator.model.to("cuda")
+            generator.model.to(torch.device("cuda"))  # type: ignore[arg-type]
         trie = SidTrie.load(run_dir / "index" / "trie.safetensors")
         return cls(Dataset.load(run_dir / "data"), table, trie, generator, config)
 

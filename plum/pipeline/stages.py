@@ -20,7 +20,7 @@ from plum.files import atomic_path, write_json
 from plum.lm import FinetuneConfig, finetune, load_generator
 from plum.pipeline.recommender import Recommendation, Recommender
 from plum.pipeline.stage import Stage, Workspace
-from plum.quantize import fit_tokenizer, load_tokenizer
+from plum.quantize import RQVAE, fit_tokenizer, load_tokenizer
 from plum.sid import SidTable, SidVocabulary, quality_report, resolve_collisions
 from plum.trie import SidTrie
 
@@ -107,7 +107,8 @@ def _tokenize(work: Workspace) -> None:
         keys=item_ids,
     )
     SidTable(item_ids, codes, sizes).save(work.folder / "table")
-    write_json(work.folder / "history.json", getattr(tokenizer, "history", []))
+    if isinstance(tokenizer, RQVAE):
+        write_json(work.folder / "history.json", tokenizer.history)
 
 
 def _report(work: Workspace) -> None:
