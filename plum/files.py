@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,42 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``path``; on success it is synced and takes the place of it.
+
+    Whatever was at ``path`` stays until the new folder is whole. A kill between the two renames
+    leaves it set aside; :func:`settle_folder` puts it back.
+    """
+    path = Path(path)
+    settle_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            _sync(file)
+        if path.exists():
+            # A folder with files cannot be renamed over, so the old one steps aside first.
+            os.replace(path, temporary.with_suffix(".old"))
+        os.replace(temporary, path)
+        _sync(path.parent)
+        for leftover in path.parent.glob(f".{path.name}.*"):
+            shutil.rmtree(leftover)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def settle_folder(path: str | Path) -> None:
+    """Puts back the folder that a killed :func:`atomic_folder` had set aside, if there is one."""
+    path = Path(path)
+    if not path.exists():
+        for aside in path.parent.glob(f".{path.name}.*.old"):
+            os.replace(aside, path)
+            return
 
 
 def write_text(path: str | Path, text: str) -> None:

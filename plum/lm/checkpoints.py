@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import uuid
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from plum.errors import InvalidData
-from plum.files import atomic_path, read_json, write_json
+from plum.files import atomic_folder, atomic_path, read_json, write_json
 
 _MARKER = "complete.json"
 
@@ -72,7 +68,7 @@ class Checkpoints:
             state: Anything JSON can hold.
         """
         target = self.folder / f"step-{step:08d}"
-        with new_folder(target) as folder:
+        with atomic_folder(target) as folder:
             save_model(model, str(folder / "model.safetensors"))
             tensors = {
                 f"{index}.{name}": value.contiguous()
@@ -121,31 +117,6 @@ class Checkpoints:
         return [path for path in self.folder.glob("step-*") if path.is_dir()]
 
 
-@contextlib.contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``path``; on success it is synced and takes the place of it.
-
-    Whatever was at ``path`` stays until the new folder is whole.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            _sync(file)
-        if path.exists():
-            # A folder with files cannot be renamed over, so the old one steps aside first.
-            os.replace(path, temporary.with_suffix(".old"))
-        os.replace(temporary, path)
-        _sync(path.parent)
-        for leftover in path.parent.glob(f".{path.name}.*"):
-            shutil.rmtree(leftover)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _is_complete(path: Path) -> bool:
     if not (path / _MARKER).is_file():
         return False
@@ -159,11 +130,3 @@ def _fingerprint_of(path: Path) -> str | None:
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

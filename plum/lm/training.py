@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from plum.errors import InvalidArgument, InvalidData
-from plum.files import write_json
-from plum.lm.checkpoints import Checkpoints, new_folder
+from plum.files import atomic_folder, write_json
+from plum.lm.checkpoints import Checkpoints
 from plum.lm.examples import TrainingBatches, check_histories
 from plum.lm.model import Generator, quiet_transformers
 from plum.lm.validation import validate
@@ -153,7 +153,7 @@ def finetune(
         run.train()
         if rows:
             checkpoints.load_best(generator.model)
-        with new_folder(output_dir / "model") as folder:
+        with atomic_folder(output_dir / "model") as folder:
             generator.model.save_pretrained(folder)
             generator.tokenizer.save_pretrained(folder)
     write_json(output_dir / "history.json", run.history)

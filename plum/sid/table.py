@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import shutil
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from plum.errors import InvalidArgument, InvalidData, MissingDependency
-from plum.files import atomic_path, read_json, sha256, write_json
+from plum.files import atomic_folder, atomic_path, read_json, settle_folder, sha256, write_json
 from plum.sid.codes import Codes, as_codes, group_by_sid
 
 _ITEMS, _SIDS, _MANIFEST = "items.parquet", "sids.parquet", "manifest.json"
@@ -142,7 +139,7 @@ class SidTable:
                 ]
             ),
         }
-        with _replacing(folder) as fresh:
+        with atomic_folder(folder) as fresh:
             for name, frame in frames.items():
                 with atomic_path(fresh / name) as temporary:
                     frame.write_parquet(temporary)
@@ -171,6 +168,7 @@ class SidTable:
         """
         polars = _polars("SidTable.load")
         folder = Path(folder)
+        settle_folder(folder)
         path = folder / _MANIFEST
         if not path.is_file():
             raise InvalidData(folder, f"a SID table with its {_MANIFEST}", "none")
@@ -237,20 +235,3 @@ def _check_replaceable(folder: Path) -> None:
             f"also {others[0]!r}",
             "save to a folder of its own",
         )
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """Yields a new folder beside ``folder`` that takes its place if the body succeeds."""
-    mark = uuid.uuid4().hex[:8]
-    fresh = folder.with_name(f".{folder.name}.{mark}.tmp")
-    stale = folder.with_name(f".{folder.name}.{mark}.old")
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-        if folder.exists():
-            folder.rename(stale)
-        fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(stale, ignore_errors=True)

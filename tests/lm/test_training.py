@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, load_model
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.files import read_json
 from plum.lm import FinetuneConfig, finetune, load_generator, validate
-from plum.lm.checkpoints import Checkpoints, new_folder
+from plum.lm.checkpoints import Checkpoints
 from plum.sid import SidVocabulary
 
 QUICK = FinetuneConfig(max_steps=12, batch_size=8, max_items=8, save_every_steps=5, bf16=False)
@@ -205,21 +205,6 @@ def test_a_checkpoint_counts_only_when_whole(tmp_path):
     assert all(torch.equal(other.state_dict()[name], expected[name]) for name in expected)
     assert torch.equal(restored.state_dict()["state"][0]["exp_avg"], moments)
     assert Checkpoints(tmp_path / "none", "mine").newest() is None
-
-
-def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
-    target = tmp_path / "model"
-    with new_folder(target) as folder:
-        save_file({"x": torch.ones(1)}, folder / "w.safetensors")
-    with pytest.raises(RuntimeError, match="full disk"), new_folder(target) as folder:
-        (folder / "w.safetensors").write_bytes(b"half")
-        raise RuntimeError("full disk")
-    assert load_file(target / "w.safetensors")["x"].tolist() == [1.0]
-    (tmp_path / ".model.of-a-killed-run.tmp").mkdir()
-    with new_folder(target) as folder:
-        save_file({"x": torch.zeros(1)}, folder / "w.safetensors")
-    assert load_file(target / "w.safetensors")["x"].tolist() == [0.0]
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(

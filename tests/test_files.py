@@ -1,0 +1,91 @@
+"""Files and folders that are whole or absent, also when the writer is killed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from plum.errors import InvalidData
+from plum.files import atomic_folder, atomic_path, read_json, settle_folder, sha256, write_json
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(path, {"a": float("nan")})
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert read_json(path) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+def test_json_that_is_none(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InvalidData, match=r"x\.json: expected a JSON file, got"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(InvalidData, match="no such file"):
+        read_json(tmp_path / "y.json")
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256(tmp_path / "x").startswith("ba7816bf8f01cfea")
+
+
+def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
+    target = tmp_path / "model"
+    with atomic_folder(target) as folder:
+        (folder / "w").write_text("1")
+    with pytest.raises(RuntimeError, match="full disk"), atomic_folder(target) as folder:
+        (folder / "w").write_text("half")
+        raise RuntimeError("full disk")
+    assert (target / "w").read_text() == "1"
+    (tmp_path / ".model.of-a-killed-run.tmp").mkdir()
+    with atomic_folder(target) as folder:
+        (folder / "w").write_text("2")
+    assert (target / "w").read_text() == "2"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from plum import files
+calls = 0
+def counted(function):
+    def wrapper(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return wrapper
+files.os.replace = counted(os.replace)
+files._sync = counted(files._sync)
+files.shutil.rmtree = counted(files.shutil.rmtree)
+with files.atomic_folder(Path(sys.argv[1])) as folder:
+    (folder / "a").write_text(sys.argv[3])
+    (folder / "b").write_text(sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("kill_at", range(1, 10))
+def test_killed_anywhere_a_whole_folder_is_there(tmp_path, kill_at):
+    target = tmp_path / "table"
+
+    def write(at: int, text: str) -> int:
+        command = [sys.executable, "-c", SCRIPT, str(target), str(at), text]
+        return subprocess.run(command, check=False).returncode
+
+    assert write(0, "old") == 0
+    assert write(kill_at, "new") == (-signal.SIGKILL if kill_at < 9 else 0)
+    settle_folder(target)
+    assert {(target / name).read_text() for name in "ab"} in ({"old"}, {"new"})
+    assert write(0, "newer") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["table"]
