@@ -45,8 +45,8 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks --benchmark-json=$(RESULTS)/latest.json -q
-	$(BIN)/python benchmarks/report.py $(RESULTS)/latest.json
+	$(BIN)/python -m pytest benchmarks --benchmark-json=$(RESULTS)/cpu.json -q
+	$(BIN)/python benchmarks/report.py $(RESULTS)/cpu.json
 
 # One call on a GPU machine without a network: build, GPU tests, benchmarks, results as JSON.
 gpu:

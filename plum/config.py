@@ -53,7 +53,7 @@ class FinetuneConfig(_Section):
     """How the generator is trained; see :class:`plum.lm.FinetuneConfig`."""
 
     base: str = "scratch:small"
-    epochs: float = Field(default=12, gt=0)
+    epochs: float = Field(default=8, gt=0)
     batch_size: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)

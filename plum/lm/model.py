@@ -147,12 +147,14 @@ def _from_scratch(base: str, vocabulary: SidVocabulary, seed: int, max_length: i
         attn_pdrop=0.0,
         # The same function as GPT-2's gelu_new, in one operation in place of seven.
         activation_function="gelu_pytorch_tanh",
-        # The loss cannot be told from this class's name, which every run would warn about.
-        **(SCRATCH_SHAPES[size] | {"loss_type": "ForCausalLM"}),
+        **SCRATCH_SHAPES[size],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(config), tokenizer
+        model = GPT2LMHeadModel(config)
+    # transformers cannot tell the loss from this class's name and would warn in every run.
+    model.loss_type = "ForCausalLM"
+    return model, tokenizer
 
 
 def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int | None) -> Any:
