@@ -3,6 +3,8 @@
 
 constexpr int kLanes = 64;
 constexpr int kGroup = 6;
+// Elements that codewords are fetched ahead.
+constexpr int kAhead = 16;
 constexpr int kTileVectors = kWidth == 16 ? 4 : 2;
 
 // Nothing to set up.
@@ -25,6 +27,8 @@ void screen(const float* operand, int64_t elements, const Level& level, int64_t 
         Vec codeword[kTileVectors];
         for (int v = 0; v < kTileVectors; ++v) {
           codeword[v] = load(codewords + e * kLanes + v * kWidth);
+          // Panels come from the second-level cache; a prefetch past the last one does nothing.
+          __builtin_prefetch(codewords + (e + kAhead) * kLanes + v * kWidth);
         }
         for (int i = 0; i < kGroup; ++i) {
           const Vec t = broadcast(operand[i * elements + e]);
