@@ -19,7 +19,7 @@ constexpr double kDistanceError = 0x1p-17;
 // Bytes of panels that stay in the second-level cache beside a block of rows.
 constexpr int64_t kPanelBytes = int64_t{1} << 19;
 // With more candidates than this, all codewords are compared.
-constexpr int kMaxCandidates = 64;
+constexpr int kMaxCandidates = 512;
 
 // Dimensions between two reductions to fp64: at most 1024 / 8 additions in a chain.
 constexpr int64_t kChain = 1024;
@@ -122,27 +122,39 @@ Row prepare(const float* r, const float* mean, int64_t stride, float* operand) {
 }
 
 // The nearest of `count` codewords as the contract defines it: the lowest of equal distances.
+// All codewords where `slots` is null.
 int64_t nearest_exact(const Problem& p, const Level& level, const float* r, const int32_t* slots,
                       int64_t count) {
+  // Sums in the order of the dimensions are chains of additions; several chains run at once.
+  constexpr int kTogether = 8;
   int64_t nearest = 0;
   double least = __builtin_inf();
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t slot = slots ? slots[i] : i;
-    const float* c = level.rows + slot * p.stride;
-    double distance = 0;
-    for (int64_t d = 0; d < p.width; ++d) {
-      const double difference = double(r[d]) - double(c[d]);
-      distance += difference * difference;
+  for (int64_t first = 0; first < count; first += kTogether) {
+    int64_t slot[kTogether];
+    const float* c[kTogether];
+    double distance[kTogether] = {};
+    for (int j = 0; j < kTogether; ++j) {
+      const int64_t i = smaller_of(first + j, count - 1);
+      slot[j] = slots ? slots[i] : i;
+      c[j] = level.rows + slot[j] * p.stride;
     }
-    if (distance < least || (distance == least && slot < nearest)) {
-      least = distance;
-      nearest = slot;
+    for (int64_t d = 0; d < p.width; ++d) {
+      for (int j = 0; j < kTogether; ++j) {
+        const double difference = double(r[d]) - double(c[j][d]);
+        distance[j] += difference * difference;
+      }
+    }
+    for (int j = 0; j < kTogether; ++j) {
+      if (distance[j] < least || (distance[j] == least && slot[j] < nearest)) {
+        least = distance[j];
+        nearest = slot[j];
+      }
     }
   }
   return nearest;
 }
 
-// As nearest_exact; all codewords where `slots` is null.
+// As nearest_exact, which decides only between those that are close in fp32.
 int64_t nearest_of(const Problem& p, const Level& level, const float* r, const int32_t* slots,
                    int64_t count) {
   int32_t close[kMaxCandidates];
