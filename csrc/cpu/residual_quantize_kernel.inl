@@ -42,6 +42,20 @@ double squared_distance(const float* a, const float* b, int64_t stride) {
   return total;
 }
 
+// The same in fp64, in eight chains: relative error below (stride + 32) / 2^52.
+double squared_distance64(const float* a, const float* b, int64_t stride) {
+  double chains[8] = {};
+  for (int64_t d = 0; d < stride; d += 8) {
+    for (int j = 0; j < 8; ++j) {
+      const double difference = double(a[d + j]) - double(b[d + j]);
+      chains[j] += difference * difference;
+    }
+  }
+  double total = 0;
+  for (double chain : chains) total += chain;
+  return total;
+}
+
 // r -= c; returns |r|^2.
 double subtract(float* r, const float* c, int64_t stride) {
   double total = 0;
@@ -154,33 +168,46 @@ int64_t nearest_exact(const Problem& p, const Level& level, const float* r, cons
   return nearest;
 }
 
-// As nearest_exact, which decides only between those that are close in fp32.
-int64_t nearest_of(const Problem& p, const Level& level, const float* r, const int32_t* slots,
-                   int64_t count) {
-  int32_t close[kMaxCandidates];
+// Keeps in `close` those of `count` codewords that may be nearest by a distance of bounded relative
+// error, at most kMaxCandidates; returns how many, or -1 if they are more. `close` may be `slots`.
+template <typename Distance>
+int narrow(const Problem& p, const Level& level, const float* r, const int32_t* slots,
+           int64_t count, Distance distance_of, double error, int32_t* close) {
   double distances[kMaxCandidates];
-  int num_close = 0;
+  int kept = 0;
   double limit = __builtin_inf(), least = limit;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t slot = slots ? slots[i] : i;
-    const double distance = squared_distance(r, level.rows + slot * p.stride, p.stride);
+    const double distance = distance_of(r, level.rows + slot * p.stride, p.stride);
     if (distance > limit) continue;
     if (distance < least) {
       least = distance;
-      limit = least * (1 + 4 * kDistanceError) + p.stride * kFlushedProduct;
-      int kept = 0;
-      for (int j = 0; j < num_close; ++j) {
+      limit = least * (1 + 4 * error) + p.stride * kFlushedProduct;
+      const int before = kept;
+      kept = 0;
+      for (int j = 0; j < before; ++j) {
         if (distances[j] > limit) continue;
         close[kept] = close[j];
         distances[kept++] = distances[j];
       }
-      num_close = kept;
     }
-    if (num_close == kMaxCandidates) return nearest_exact(p, level, r, slots, count);
-    close[num_close] = static_cast<int32_t>(slot);
-    distances[num_close++] = distance;
+    if (kept == kMaxCandidates) return -1;
+    close[kept] = static_cast<int32_t>(slot);
+    distances[kept++] = distance;
   }
-  return num_close == 1 ? close[0] : nearest_exact(p, level, r, close, num_close);
+  return kept;
+}
+
+// As nearest_exact, which decides only between those that other distances cannot tell apart.
+int64_t nearest_of(const Problem& p, const Level& level, const float* r, const int32_t* slots,
+                   int64_t count) {
+  int32_t close[kMaxCandidates];
+  int kept = narrow(p, level, r, slots, count, squared_distance, kDistanceError, close);
+  if (kept < 0) return nearest_exact(p, level, r, slots, count);
+  if (kept == 1) return close[0];
+  const double error = (p.stride + 32) * 0x1p-52;
+  kept = narrow(p, level, r, close, kept, squared_distance64, error, close);
+  return kept == 1 ? close[0] : nearest_exact(p, level, r, close, kept);
 }
 
 // The nearest codeword of r, given the best and second best tagged scores of each lane.
