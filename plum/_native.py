@@ -54,7 +54,7 @@ def build_info() -> dict[str, Any]:
 
 
 def set_cpu_isa(name: str) -> None:
-    """Makes the C++ kernels use one instruction set: ``generic``, ``avx2`` or ``avx512``."""
+    """Makes the C++ kernels use one instruction set: ``generic``, ``avx2``, ``avx512``, ..."""
     _C.set_cpu_isa(name)
 
 
@@ -86,6 +86,53 @@ def code_usage_cuda(codes: Tensor, sizes: Sequence[int], counts: Tensor) -> None
             counts.data_ptr(),
             torch.cuda.current_stream().cuda_stream,
         )
+
+
+def residual_quantize_cpu(
+    x: Tensor, packed: Any, codes: Tensor, norms: Tensor, residual: Tensor | None
+) -> int:
+    """Fills ``codes``, ``norms`` and ``residual``; returns the first bad row of ``x``, or -1."""
+    _check_cpu(x)
+    _check_cpu(codes, torch.int32)
+    _check_cpu(norms, torch.float32)
+    assert codes.shape == norms.shape and len(codes) == len(x)
+    if residual is not None:
+        _check_cpu(residual, torch.float32)
+        assert residual.shape == x.shape
+    return _C.residual_quantize_cpu(
+        x.data_ptr(),
+        (torch.float32, torch.bfloat16, torch.float16).index(x.dtype),
+        x.shape[0],
+        packed,
+        codes.data_ptr(),
+        norms.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+# Packed codebooks of the latest calls, newest first. They are compared by content, so a codebook
+# may change behind autograd's version counter (`.data`, numpy, another process).
+_packed: list[Any] = []
+_MAX_PACKED = 8
+_MAX_PACKED_BYTES = 1 << 26
+
+
+def packed_codebooks(codebooks: Tensor, sizes: Sequence[int]) -> Any:
+    """Returns the packed form of ``codebooks`` ``[ΣK, D]``, made anew only when they changed."""
+    _check_cpu(codebooks, torch.float32)
+    assert codebooks.shape[0] == sum(sizes)
+    key = (codebooks.data_ptr(), list(sizes), codebooks.shape[1])
+    for index, packed in enumerate(_packed):
+        if packed.matches(*key):
+            if index:
+                _packed.insert(0, _packed.pop(index))
+            return packed
+    packed = _C.PackedCodebooks(*key)
+    if packed.first_bad < 0 and packed.bytes <= _MAX_PACKED_BYTES:
+        _packed.insert(0, packed)
+        del _packed[_MAX_PACKED:]
+    return packed
 
 
 def _check_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> None:

@@ -9,6 +9,7 @@
 
 #include "plum/code_usage.h"
 #include "plum/cpu_features.h"
+#include "plum/residual_quantize.h"
 
 namespace py = pybind11;
 
@@ -39,6 +40,28 @@ int64_t code_usage_cpu(uintptr_t codes, bool wide, int64_t rows, const std::vect
                                       pointer<int64_t>(usage), threads);
 }
 
+using plum::cpu::PackedCodebooks;
+
+PackedCodebooks pack_codebooks(uintptr_t codebooks, const std::vector<int64_t>& sizes,
+                               int64_t width) {
+  py::gil_scoped_release release;
+  return PackedCodebooks(pointer<const float>(codebooks), sizes, width);
+}
+
+bool matches(const PackedCodebooks& packed, uintptr_t codebooks, const std::vector<int64_t>& sizes,
+             int64_t width) {
+  py::gil_scoped_release release;
+  return packed.matches(pointer<const float>(codebooks), sizes, width);
+}
+
+int64_t residual_quantize_cpu(uintptr_t x, int type, int64_t rows, const PackedCodebooks& codebooks,
+                              uintptr_t codes, uintptr_t norms, uintptr_t residual, int threads) {
+  py::gil_scoped_release release;
+  return plum::cpu::residual_quantize(pointer<const void>(x), static_cast<plum::cpu::RowType>(type),
+                                      rows, codebooks, pointer<int32_t>(codes),
+                                      pointer<float>(norms), pointer<float>(residual), threads);
+}
+
 #ifdef PLUM_WITH_CUDA
 void code_usage_cuda(uintptr_t codes, bool wide, int64_t rows, const std::vector<int64_t>& sizes,
                      uintptr_t counts, uintptr_t stream) {
@@ -60,6 +83,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
   module.def("set_cpu_isa", &plum::cpu::set_isa);
   module.def("code_usage_cpu", &code_usage_cpu);
+  py::class_<PackedCodebooks>(module, "PackedCodebooks")
+      .def(py::init(&pack_codebooks))
+      .def("matches", &matches)
+      .def_property_readonly("first_bad", &PackedCodebooks::first_bad)
+      .def_property_readonly("bytes", &PackedCodebooks::bytes);
+  module.def("residual_quantize_cpu", &residual_quantize_cpu);
 #ifdef PLUM_WITH_CUDA
   module.def("code_usage_cuda", &code_usage_cuda);
 #endif

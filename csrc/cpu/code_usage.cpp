@@ -35,6 +35,8 @@ template <typename Code>
 auto kernel() {
 #ifdef PLUM_X86
   switch (active_isa()) {
+    case Isa::kAmxBf16:
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return &avx512::count_rows<Code>;
     case Isa::kAvx2:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from plum._library import Op
+from plum import _native
+from plum._library import Backend, Op
 from plum.errors import InvalidArgument
 from plum.ops.code_usage import code_usage
 
@@ -60,7 +61,7 @@ def residual_quantize(
         sizes: ``K_l`` of a packed ``codebooks``.
         return_residual: Also return the residual after the last level.
         usage: int64 ``[ΣK]`` to which the counts of the codes are added in place.
-        backend: ``"reference"`` forces it; native ones are not there yet.
+        backend: ``"reference"`` or ``"cpu"`` forces one.
 
     Returns:
         Codes, squared residual norms and, if asked for, the residual. No gradient flows.
@@ -122,25 +123,32 @@ def _reference(
     x: Tensor, codebooks: Tensor, sizes: Sequence[int], return_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not bool(codebooks.isfinite().all()):
-        row = int(torch.nonzero(~codebooks.isfinite().all(dim=1))[0, 0])
-        raise InvalidArgument(f"codebooks[{row}]", "finite codewords", "NaN or infinity")
+        raise _bad_codeword(int(torch.nonzero(~codebooks.isfinite().all(dim=1))[0, 0]))
     codes = x.new_empty((len(x), len(sizes)), dtype=torch.int32)
     norms = x.new_empty((len(x), len(sizes)), dtype=torch.float32)
     residual = x.new_empty(x.shape if return_residual else (0, x.shape[1]), dtype=torch.float32)
     books = codebooks.split(list(sizes))
     for start in range(0, len(x), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        r = x[rows].float()
-        _check_finite(r, start, "finite rows")
-        for level, book in enumerate(books):
-            nearest = _nearest(r, book)
-            r = r - book[nearest]
-            _check_finite(r, start, "rows whose residuals stay within fp32")
-            codes[rows, level] = nearest.int()
-            norms[rows, level] = r.double().square().sum(dim=1).float()
+        r = _quantize_chunk(x[rows], start, books, codes[rows], norms[rows])
         if return_residual:
             residual[rows] = r
     return codes, norms, residual
+
+
+def _quantize_chunk(
+    x: Tensor, start: int, books: Sequence[Tensor], codes: Tensor, norms: Tensor
+) -> Tensor:
+    """Fills ``codes`` and ``norms`` of the rows from ``start`` on; returns their residual."""
+    r = x.float()
+    _check_finite(r, start, "finite rows")
+    for level, book in enumerate(books):
+        nearest = _nearest(r, book)
+        r = r - book[nearest]
+        _check_finite(r, start, "rows whose residuals stay within fp32")
+        codes[:, level] = nearest.int()
+        norms[:, level] = r.double().square().sum(dim=1).float()
+    return r
 
 
 def _fake(
@@ -152,6 +160,29 @@ def _fake(
         x.new_empty(shape, dtype=torch.float32),
         x.new_empty(x.shape if return_residual else (0, x.shape[1]), dtype=torch.float32),
     )
+
+
+def _cpu(
+    x: Tensor, codebooks: Tensor, sizes: Sequence[int], return_residual: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, codebooks = x.contiguous(), codebooks.contiguous()
+    packed = _native.packed_codebooks(codebooks, sizes)
+    if packed.first_bad >= 0:
+        raise _bad_codeword(packed.first_bad)
+    codes, norms, residual = _fake(x, codebooks, sizes, return_residual)
+    bad = _native.residual_quantize_cpu(
+        x, packed, codes, norms, residual if return_residual else None
+    )
+    if bad >= 0:
+        # The reference says what is wrong, of which row, as it goes chunk by chunk.
+        start = bad - bad % _CHUNK
+        rows = slice(start, start + _CHUNK)
+        _quantize_chunk(x[rows], start, codebooks.split(list(sizes)), codes[rows], norms[rows])
+    return codes, norms, residual
+
+
+def _bad_codeword(row: int) -> InvalidArgument:
+    return InvalidArgument(f"codebooks[{row}]", "finite codewords", "NaN or infinity")
 
 
 def _nearest(r: Tensor, book: Tensor) -> Tensor:
@@ -197,4 +228,5 @@ _op: Any = Op(
     " -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
 )

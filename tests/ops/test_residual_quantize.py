@@ -1,7 +1,8 @@
-"""residual_quantize against exact rational arithmetic, and the op against torch's own checks."""
+"""residual_quantize: the reference against rational arithmetic, each backend against it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -10,8 +11,43 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plum import _native
 from plum.errors import BackendUnavailable, InvalidArgument
 from plum.ops import code_usage, residual_quantize
+
+
+def every_isa() -> Iterator[str]:
+    """Makes each instruction set of this CPU the active one in turn."""
+    active = _native.build_info()["isa"]
+    try:
+        for isa in _native.build_info()["isas"]:
+            _native.set_cpu_isa(isa)
+            yield isa
+    finally:
+        _native.set_cpu_isa(active)
+
+
+def outcome(x, codebooks, backend):
+    """The result, or the message of the error."""
+    try:
+        return residual_quantize(x, codebooks, return_residual=True, backend=backend)
+    except InvalidArgument as error:
+        return str(error)
+
+
+def assert_equals_reference(x: torch.Tensor, codebooks: list[torch.Tensor]) -> None:
+    expected = outcome(x, codebooks, "reference")
+    for isa in every_isa():
+        got = outcome(x, codebooks, "cpu")
+        if isinstance(expected, str) or isinstance(got, str):
+            assert got == expected, isa
+            continue
+        assert torch.equal(got.codes, expected.codes), isa
+        assert torch.equal(got.residual, expected.residual), isa
+        # Chains of at most 128 fp32 additions, and denormals may have been flushed.
+        torch.testing.assert_close(
+            got.norms, expected.norms, rtol=1e-5, atol=x.shape[1] * 1e-37, msg=isa
+        )
 
 
 def exact(x: torch.Tensor, codebooks: list[torch.Tensor]) -> list[list[int]]:
@@ -52,7 +88,103 @@ def test_codes_are_the_exact_argmin(rows, width, sizes, scale, offset, grid, see
         return values if grid else torch.randn(n, width, generator=generator) * scale + offset
 
     x, codebooks = draw(rows), [draw(size) for size in sizes]
-    assert residual_quantize(x, codebooks).codes.tolist() == exact(x, codebooks)
+    expected = exact(x, codebooks)
+    assert residual_quantize(x, codebooks, backend="reference").codes.tolist() == expected
+    for isa in every_isa():
+        assert residual_quantize(x, codebooks, backend="cpu").codes.tolist() == expected, isa
+
+
+def draw_case(seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Rows and codebooks of a random shape and of one of the kinds that are hard to decide."""
+    random = np.random.default_rng(seed)
+    width = int(random.integers(1, random.choice([3, 8, 70])))
+    sizes = random.integers(1, random.choice([3, 12, 140]), size=random.integers(1, 5))
+    # Square roots of the smallest normal, its fp64 reach, and of values whose squares overflow.
+    scale = 10.0 ** random.choice([-44, -38, -22, -19, -6, 0, 0, 0, 4, 15, 18, 30, 38])
+    offset = random.choice([0, 0, 1, 1000]) * scale
+    kind = random.choice(["normal", "grid", "near ties", "duplicates", "zeros", "mixed norms"])
+    center = random.normal(size=width)
+
+    def draw(n):
+        values = random.normal(size=(n, width))
+        if kind == "grid":
+            values = random.integers(-2, 3, size=(n, width))
+        elif kind == "near ties":
+            values = center + 10.0 ** -random.integers(1, 9) * values
+        elif kind == "duplicates":
+            values = values[random.integers(0, max(1, n // 3), size=n)]
+        elif kind == "zeros":
+            values = values * (random.random((n, 1)) < 0.3)
+        elif kind == "mixed norms":
+            values = values * 10.0 ** random.uniform(-6, 3, size=(n, 1))
+        with np.errstate(over="ignore"):
+            return torch.from_numpy((values * scale + offset).astype(np.float32))
+
+    x, codebooks = draw(int(random.integers(1, 9))), [draw(int(size)) for size in sizes]
+    if random.random() < 0.2:
+        x[0] = codebooks[0][-1]
+    return x, codebooks
+
+
+@settings(max_examples=1000, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_random_cases_on_every_instruction_set(seed):
+    assert_equals_reference(*draw_case(seed))
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_cases():
+    for seed in range(10_000):
+        assert_equals_reference(*draw_case(seed))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize(
+    ("rows", "width", "sizes"),
+    [(700, 384, [256, 64]), (500, 32, [256, 256]), (400, 33, [2048, 5]), (40, 8, [65_536])],
+    ids=str,
+)
+def test_the_shapes_of_use(rows, width, sizes, offset):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, width, generator=generator) + offset
+    books = [torch.randn(size, width, generator=generator) for size in sizes]
+    books[0] += offset
+    assert_equals_reference(x, books)
+
+
+def test_thread_count_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 20, generator=generator)
+    books = [torch.randn(100, 20, generator=generator)] * 2
+    before = torch.get_num_threads()
+    try:
+        for _ in every_isa():
+            results = []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                results.append(outcome(x, books, "cpu"))
+            for result in results[1:]:
+                for got, expected in zip(result, results[0], strict=True):
+                    assert torch.equal(got, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_codebook_changed_behind_autograd_is_packed_anew():
+    x, book = torch.tensor([[1.0]]), torch.tensor([[1.0], [5.0]])
+    assert residual_quantize(x, [book], backend="cpu").codes.tolist() == [[0]]
+    assert residual_quantize(x, book, sizes=[2], backend="cpu").codes.tolist() == [[0]]
+    book.numpy()[:] = [[5.0], [1.0]]
+    assert residual_quantize(x, [book], backend="cpu").codes.tolist() == [[1]]
+    assert residual_quantize(x, book, sizes=[2], backend="cpu").codes.tolist() == [[1]]
+
+
+def test_packed_codebooks_are_reused_and_few():
+    books = torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(0))
+    handles = [_native.packed_codebooks(book, [3]) for book in books]
+    assert _native.packed_codebooks(books[-1].clone(), [3]) is handles[-1]
+    assert _native.packed_codebooks(books[0], [3]) is not handles[0]
+    assert len(_native._packed) <= _native._MAX_PACKED
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-5])
@@ -61,7 +193,8 @@ def test_near_ties_at_the_scale_of_rounding(gap):
     center = torch.randn(24, generator=generator)
     book = center + gap * torch.randn(40, 24, generator=generator)
     x = center + torch.randn(30, 24, generator=generator)
-    assert residual_quantize(x, [book]).codes.tolist() == exact(x, [book])
+    assert residual_quantize(x, [book], backend="reference").codes.tolist() == exact(x, [book])
+    assert_equals_reference(x, [book])
 
 
 def test_equal_codewords_give_the_lowest_index():
@@ -91,6 +224,7 @@ def test_half_precision_rows_are_widened_exactly(dtype):
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     books = [torch.randn(9, 6, generator=torch.Generator().manual_seed(1))]
     assert torch.equal(residual_quantize(x, books).codes, residual_quantize(x.float(), books).codes)
+    assert_equals_reference(x, books)
 
 
 def test_batch_split_packing_strides_and_gradients_do_not_matter():
@@ -131,9 +265,20 @@ def with_nan(rows: int, bad: int) -> torch.Tensor:
         (torch.full((2, 2), 3e38), [torch.full((1, 2), -3e38)], "stay within fp32"),
     ],
 )
-def test_bad_arguments(x, codebooks, name):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_bad_arguments(x, codebooks, name, backend):
     with pytest.raises(InvalidArgument, match=name):
-        residual_quantize(x, codebooks)
+        residual_quantize(x, codebooks, backend=backend)
+
+
+def test_the_first_chunk_with_a_bad_row_is_named_as_by_the_reference():
+    # Row 4093 overflows in the chunk before that of the NaN, and in the same block of the kernel.
+    x = with_nan(4200, 4098)
+    x[4093] = 3e38
+    assert_equals_reference(x, [torch.full((1, 2), -3e38)])
+    # In one chunk the reference reports the NaN first.
+    x[4090, 0] = float("nan")
+    assert_equals_reference(x, [torch.full((1, 2), -3e38)])
 
 
 def test_backend_that_is_not_there():

@@ -6,13 +6,13 @@
 
 namespace plum::cpu {
 
-enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
-constexpr int kNumIsas = 3;
+enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmxBf16 = 4 };
+constexpr int kNumIsas = 5;
 
 // Instruction sets that this CPU can run and this build contains, narrowest first.
 std::vector<std::string> available_isas();
 
-// The widest available one, unless PLUM_CPU_ISA or set_isa says otherwise.
+// The fastest available one, unless PLUM_CPU_ISA or set_isa says otherwise.
 // Throws std::invalid_argument when PLUM_CPU_ISA names one that is not available.
 Isa active_isa();
 std::string active_isa_name();

@@ -1,0 +1,8 @@
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "residual_quantize_types.h"
+
+#define PLUM_ISA avx2
+#include "residual_quantize_fp32.inl"

@@ -1,0 +1,26 @@
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "residual_quantize_types.h"
+
+namespace plum::cpu::avx512_bf16 {
+namespace {
+
+#include "residual_quantize_bf16.inl"
+
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+  return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+#include "residual_quantize_dot.inl"
+#include "residual_quantize_kernel.inl"
+
+}  // namespace
+
+int64_t residual_quantize_block(const Problem& problem, int64_t begin, int64_t count,
+                                float* workspace) {
+  return quantize_block(problem, begin, count, workspace);
+}
+
+}  // namespace plum::cpu::avx512_bf16

@@ -1,0 +1,48 @@
+// The screen on vector registers: 6 rows by 4 (of 16 floats) or 2 vectors of scores at a time.
+// The variant defines multiply_add() before it.
+
+constexpr int kLanes = 64;
+constexpr int kGroup = 6;
+// Elements that codewords are fetched ahead.
+constexpr int kAhead = 16;
+constexpr int kTileVectors = kWidth == 16 ? 4 : 2;
+
+// Nothing to set up.
+struct ScreenState {};
+
+// Scores kGroup rows against panels [first, last).
+void screen(const float* operand, int64_t elements, const Level& level, int64_t first, int64_t last,
+            float* best, float* second) {
+  const Bits keep = same_bits(~level.tag_mask);
+  for (int64_t panel = first; panel < last; ++panel) {
+    const Bits tag = same_bits(static_cast<int32_t>(panel));
+    for (int lane = 0; lane < kLanes; lane += kTileVectors * kWidth) {
+      const float* codewords = level.panels + panel * elements * kLanes + lane;
+      const float* bias = level.bias + panel * kLanes + lane;
+      Vec score[kGroup][kTileVectors];
+      for (int i = 0; i < kGroup; ++i) {
+        for (int v = 0; v < kTileVectors; ++v) score[i][v] = load(bias + v * kWidth);
+      }
+      for (int64_t e = 0; e < elements; ++e) {
+        Vec codeword[kTileVectors];
+        for (int v = 0; v < kTileVectors; ++v) {
+          codeword[v] = load(codewords + e * kLanes + v * kWidth);
+          // Panels come from the second-level cache; a prefetch past the last one does nothing.
+          __builtin_prefetch(codewords + (e + kAhead) * kLanes + v * kWidth);
+        }
+        for (int i = 0; i < kGroup; ++i) {
+          const Vec t = broadcast(operand[i * elements + e]);
+          for (int v = 0; v < kTileVectors; ++v) {
+            score[i][v] = multiply_add(t, codeword[v], score[i][v]);
+          }
+        }
+      }
+      for (int i = 0; i < kGroup; ++i) {
+        for (int v = 0; v < kTileVectors; ++v) {
+          const int at = i * kLanes + lane + v * kWidth;
+          fold(tagged(score[i][v], keep, tag), best + at, second + at);
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,33 @@
+// The variants that screen in fp32.
+
+namespace plum::cpu::PLUM_ISA {
+namespace {
+
+using residual::kRowUnit;
+using residual::Level;
+using residual::Problem;
+
+#include "simd.inl"
+
+constexpr bool kPairs = false;
+
+// Stores x and y and leaves their rounding errors in them: none.
+inline void store_operand(Vec& x, Vec& y, float* operand) {
+  store(operand, x);
+  store(operand + kWidth, y);
+  x = y = broadcast(0);
+}
+
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+
+#include "residual_quantize_dot.inl"
+#include "residual_quantize_kernel.inl"
+
+}  // namespace
+
+int64_t residual_quantize_block(const Problem& problem, int64_t begin, int64_t count,
+                                float* workspace) {
+  return quantize_block(problem, begin, count, workspace);
+}
+
+}  // namespace plum::cpu::PLUM_ISA

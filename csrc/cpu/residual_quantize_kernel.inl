@@ -1,0 +1,305 @@
+// The body of residual_quantize, compiled once per instruction set inside the namespace PLUM_ISA,
+// without contraction of products and sums. The variant defines kLanes, kGroup, kPairs,
+// store_operand(), screen() and struct ScreenState before it.
+//
+// With t = r - mean and c' = c - mean, the nearest codeword has the largest score
+// t.c' - |c'|^2/2. The screen computes scores with a bounded error and keeps, per lane (the
+// codewords of one position in their panels), the best and the second best. Codewords that the
+// bound cannot tell from the best are compared by fp32 distance, and those still close in fp64.
+
+// The lowest score: stays finite when its low bits hold a panel.
+constexpr float kNone = -3e38f;
+// Below this (|t| + |c'|)^2, scores and distances cannot overflow.
+constexpr double kHuge = 0x1p120;
+// What D products lose at most when denormals are flushed, and a norm of D values when their
+// squares are.
+constexpr double kFlushedProduct = 0x1p-124, kFlushedValue = 0x1p-62;
+// Relative error of a fp32 distance; see squared_distance.
+constexpr double kDistanceError = 0x1p-17;
+// Bytes of panels that stay in the second-level cache beside a block of rows.
+constexpr int64_t kPanelBytes = int64_t{1} << 19;
+// With more candidates than this, all codewords are compared.
+constexpr int kMaxCandidates = 512;
+
+// Dimensions between two reductions to fp64: at most 1024 / 8 additions in a chain.
+constexpr int64_t kChain = 1024;
+
+inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Sum of (a - b)^2 with relative error 2^-17: 3 roundings of a term, kChain / 8 + 8 of a sum.
+double squared_distance(const float* a, const float* b, int64_t stride) {
+  double total = 0;
+  for (int64_t begin = 0; begin < stride; begin += kChain) {
+    const int64_t end = smaller_of(begin + kChain, stride);
+    Vec even = broadcast(0), odd = broadcast(0);
+    for (int64_t d = begin; d < end; d += 2 * kWidth) {
+      const Vec x = load(a + d) - load(b + d), y = load(a + d + kWidth) - load(b + d + kWidth);
+      even = fma(x, x, even);
+      odd = fma(y, y, odd);
+    }
+    total += sum(even + odd);
+  }
+  return total;
+}
+
+// The same in fp64, in eight chains: relative error below (stride + 32) / 2^52.
+double squared_distance64(const float* a, const float* b, int64_t stride) {
+  double chains[8] = {};
+  for (int64_t d = 0; d < stride; d += 8) {
+    for (int j = 0; j < 8; ++j) {
+      const double difference = double(a[d + j]) - double(b[d + j]);
+      chains[j] += difference * difference;
+    }
+  }
+  double total = 0;
+  for (double chain : chains) total += chain;
+  return total;
+}
+
+// r -= c; returns |r|^2.
+double subtract(float* r, const float* c, int64_t stride) {
+  double total = 0;
+  for (int64_t begin = 0; begin < stride; begin += kChain) {
+    const int64_t end = smaller_of(begin + kChain, stride);
+    Vec even = broadcast(0), odd = broadcast(0);
+    for (int64_t d = begin; d < end; d += 2 * kWidth) {
+      const Vec x = load(r + d) - load(c + d), y = load(r + d + kWidth) - load(c + d + kWidth);
+      store(r + d, x);
+      store(r + d + kWidth, y);
+      even = fma(x, x, even);
+      odd = fma(y, y, odd);
+    }
+    total += sum(even + odd);
+  }
+  return total;
+}
+
+bool finite(const float* r, int64_t stride) {
+  Vec zero = broadcast(0);
+  for (int64_t d = 0; d < stride; d += kWidth) zero = fma(load(r + d), broadcast(0), zero);
+  return sum(zero) == 0;
+}
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float from_half(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fffu;
+  // From the exponent bias of fp16 to that of fp32: exact, and normalizes denormals.
+  const uint32_t wide = to_bits(from_bits(magnitude << 13) * 0x1p112f);
+  const uint32_t infinite = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+  return from_bits(wide | infinite | (half & 0x8000u) << 16);
+}
+
+void widen(const Problem& p, int64_t row, float* r) {
+  const int64_t first = row * p.width;
+  const uint16_t* half = static_cast<const uint16_t*>(p.x) + first;
+  if (p.type == 0) {
+    __builtin_memcpy(r, static_cast<const float*>(p.x) + first, p.width * sizeof(float));
+  } else if (p.type == 1) {
+    for (int64_t d = 0; d < p.width; ++d) r[d] = from_bits(uint32_t{half[d]} << 16);
+  } else {
+    for (int64_t d = 0; d < p.width; ++d) r[d] = from_half(half[d]);
+  }
+  __builtin_memset(r + p.width, 0, (p.stride - p.width) * sizeof(float));
+}
+
+struct Row {
+  double norm, error;  // upper bounds of |t| and |t - what the screen multiplies|
+};
+
+// Writes t = r - mean as the screen wants it.
+Row prepare(const float* r, const float* mean, int64_t stride, float* operand) {
+  Vec norm = broadcast(0), error = broadcast(0);
+  for (int64_t d = 0; d < stride; d += 2 * kWidth) {
+    Vec x = load(r + d) - load(mean + d), y = load(r + d + kWidth) - load(mean + d + kWidth);
+    norm = fma(x, x, fma(y, y, norm));
+    store_operand(x, y, operand + (kPairs ? d / 2 : d));
+    error = fma(x, x, fma(y, y, error));
+  }
+  const double inflated = 1 + (stride + 32) * 0x1p-23;
+  const double flushed = __builtin_sqrt(double(stride)) * kFlushedValue;
+  Row row;
+  row.norm = __builtin_sqrt(sum(norm) * inflated) + flushed;
+  // The subtraction of the mean rounds once.
+  row.error = __builtin_sqrt(sum(error) * inflated) + flushed + row.norm * 0x1p-23;
+  return row;
+}
+
+// The nearest of `count` codewords as the contract defines it: the lowest of equal distances.
+// All codewords where `slots` is null.
+int64_t nearest_exact(const Problem& p, const Level& level, const float* r, const int32_t* slots,
+                      int64_t count) {
+  // Sums in the order of the dimensions are chains of additions; several chains run at once.
+  constexpr int kTogether = 8;
+  int64_t nearest = 0;
+  double least = __builtin_inf();
+  for (int64_t first = 0; first < count; first += kTogether) {
+    int64_t slot[kTogether];
+    const float* c[kTogether];
+    double distance[kTogether] = {};
+    for (int j = 0; j < kTogether; ++j) {
+      const int64_t i = smaller_of(first + j, count - 1);
+      slot[j] = slots ? slots[i] : i;
+      c[j] = level.rows + slot[j] * p.stride;
+    }
+    for (int64_t d = 0; d < p.width; ++d) {
+      for (int j = 0; j < kTogether; ++j) {
+        const double difference = double(r[d]) - double(c[j][d]);
+        distance[j] += difference * difference;
+      }
+    }
+    for (int j = 0; j < kTogether; ++j) {
+      if (distance[j] < least || (distance[j] == least && slot[j] < nearest)) {
+        least = distance[j];
+        nearest = slot[j];
+      }
+    }
+  }
+  return nearest;
+}
+
+// Keeps in `close` those of `count` codewords that may be nearest by a distance of bounded relative
+// error, at most kMaxCandidates; returns how many, or -1 if they are more. `close` may be `slots`.
+template <typename Distance>
+int narrow(const Problem& p, const Level& level, const float* r, const int32_t* slots,
+           int64_t count, Distance distance_of, double error, int32_t* close) {
+  double distances[kMaxCandidates];
+  int kept = 0;
+  double limit = __builtin_inf(), least = limit;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t slot = slots ? slots[i] : i;
+    const double distance = distance_of(r, level.rows + slot * p.stride, p.stride);
+    if (distance > limit) continue;
+    if (distance < least) {
+      least = distance;
+      limit = least * (1 + 4 * error) + p.stride * kFlushedProduct;
+      const int before = kept;
+      kept = 0;
+      for (int j = 0; j < before; ++j) {
+        if (distances[j] > limit) continue;
+        close[kept] = close[j];
+        distances[kept++] = distances[j];
+      }
+    }
+    if (kept == kMaxCandidates) return -1;
+    close[kept] = static_cast<int32_t>(slot);
+    distances[kept++] = distance;
+  }
+  return kept;
+}
+
+// As nearest_exact, which decides only between those that other distances cannot tell apart.
+int64_t nearest_of(const Problem& p, const Level& level, const float* r, const int32_t* slots,
+                   int64_t count) {
+  int32_t close[kMaxCandidates];
+  int kept = narrow(p, level, r, slots, count, squared_distance, kDistanceError, close);
+  if (kept < 0) return nearest_exact(p, level, r, slots, count);
+  if (kept == 1) return close[0];
+  const double error = (p.stride + 32) * 0x1p-52;
+  kept = narrow(p, level, r, close, kept, squared_distance64, error, close);
+  return kept == 1 ? close[0] : nearest_exact(p, level, r, close, kept);
+}
+
+// The nearest codeword of r, given the best and second best tagged scores of each lane.
+int64_t nearest(const Problem& p, const Level& level, const float* r, const Row& row,
+                const float* best, const float* second) {
+  const double norms = row.norm + level.norm;
+  if (!(norms * norms < kHuge)) return nearest_exact(p, level, r, nullptr, level.count);
+  Vec highest = load(best);
+  for (int v = kWidth; v < kLanes; v += kWidth) highest = larger(highest, load(best + v));
+  const double top = largest(highest);
+  // Cauchy-Schwarz on the rounding of the operands, then D additions and the bias, each with two
+  // roundings, then the tag, which moves a score of the size of the best.
+  const double operands =
+      row.error * (level.norm + level.error) + (row.norm + row.error) * level.error;
+  const double additions =
+      (p.stride + 8) * 0x1p-23 * (row.norm + level.norm) * level.norm + p.stride * kFlushedProduct;
+  const double error = 1.001 * (operands + additions);
+  const double tag = (level.tag_mask + 2.0) * 0x1p-23 * (__builtin_fabs(top) + 2 * error);
+  const float threshold = static_cast<float>(top - 2.001 * (error + tag));
+  uint64_t lanes = 0, crowded = 0;
+  for (int v = 0; v < kLanes; v += kWidth) {
+    lanes |= uint64_t{at_least(load(best + v), threshold)} << v;
+    crowded |= uint64_t{at_least(load(second + v), threshold)} << v;
+  }
+  int32_t candidates[kMaxCandidates];
+  int count = 0;
+  for (; lanes != 0; lanes &= lanes - 1) {
+    const int lane = __builtin_ctzll(lanes);
+    const int32_t slot = static_cast<int32_t>(to_bits(best[lane]) & level.tag_mask) * kLanes + lane;
+    const bool whole_lane = crowded >> lane & 1;
+    for (int64_t other = whole_lane ? lane : slot; other < level.count; other += kLanes) {
+      if (count == kMaxCandidates) return nearest_of(p, level, r, nullptr, level.count);
+      candidates[count++] = static_cast<int32_t>(other);
+      if (!whole_lane) break;
+    }
+  }
+  return count == 1 ? candidates[0] : nearest_of(p, level, r, candidates, count);
+}
+
+// Finds the codes of rows [begin, begin + count); returns the first that is not finite, or -1.
+//   workspace  workspace_floats(count, stride) floats, aligned to 64 bytes
+int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, float* workspace) {
+  const int64_t padded = (count + kRowUnit - 1) / kRowUnit * kRowUnit;
+  const int64_t elements = kPairs ? p.stride / 2 : p.stride;
+  float* residual = workspace;
+  float* operand = residual + padded * p.stride;
+  float* best = operand + padded * elements;
+  float* second = best + padded * kLanes;
+  Row* norms = reinterpret_cast<Row*>(second + padded * kLanes);
+  [[maybe_unused]] const ScreenState state;
+  int64_t bad = -1;
+  for (int64_t i = count; i-- > 0;) {
+    float* r = residual + i * p.stride;
+    widen(p, begin + i, r);
+    if (finite(r, p.stride)) continue;
+    bad = begin + i;
+    __builtin_memset(r, 0, p.stride * sizeof(float));
+  }
+  __builtin_memset(operand + count * elements, 0, (padded - count) * elements * sizeof(float));
+  for (int64_t l = 0; l < p.num_levels; ++l) {
+    const Level& level = p.levels[l];
+    for (int64_t i = 0; i < count; ++i) {
+      norms[i] = prepare(residual + i * p.stride, level.mean, p.stride, operand + i * elements);
+    }
+    for (int64_t i = 0; i < 2 * padded * kLanes; i += kWidth) store(best + i, broadcast(kNone));
+    const int64_t panels = (level.count + kLanes - 1) / kLanes;
+    const int64_t together = kPanelBytes / (elements * kLanes * sizeof(float)) + 1;
+    for (int64_t first = 0; first < panels; first += together) {
+      const int64_t last = smaller_of(first + together, panels);
+      for (int64_t i = 0; i < count; i += kGroup) {
+        screen(operand + i * elements, elements, level, first, last, best + i * kLanes,
+               second + i * kLanes);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      float* r = residual + i * p.stride;
+      const int64_t slot = nearest(p, level, r, norms[i], best + i * kLanes, second + i * kLanes);
+      const double norm = subtract(r, level.rows + slot * p.stride, p.stride);
+      const int64_t out = (begin + i) * p.num_levels + l;
+      p.codes[out] = level.code[slot];
+      p.norms[out] = static_cast<float>(norm);
+      // A finite norm has finite terms.
+      if (norm < 0x1p127 || finite(r, p.stride)) continue;
+      if (bad < 0 || begin + i < bad) bad = begin + i;
+      __builtin_memset(r, 0, p.stride * sizeof(float));
+    }
+  }
+  if (p.residual) {
+    for (int64_t i = 0; i < count; ++i) {
+      __builtin_memcpy(p.residual + (begin + i) * p.width, residual + i * p.stride,
+                       p.width * sizeof(float));
+    }
+  }
+  return bad;
+}

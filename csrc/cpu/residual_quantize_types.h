@@ -1,0 +1,37 @@
+// What residual_quantize.cpp and the kernel variants exchange: plain data, nothing inline.
+#pragma once
+
+#include <cstdint>
+
+namespace plum::cpu::residual {
+
+// Rows of a block and dimensions are padded with zeros to multiples of these.
+constexpr int64_t kRowUnit = 96;
+constexpr int64_t kStrideUnit = 32;
+constexpr int64_t kMaxLanes = 64;
+
+// A screen multiplies 4-byte elements: one fp32 dimension or two bf16 dimensions each.
+struct Level {
+  int64_t count;        // distinct codewords
+  const float* rows;    // [count, stride]
+  const int32_t* code;  // [count]
+  const float* mean;    // [stride]
+  const float* panels;  // [panels, elements, lanes] of c' = c - mean
+  const float* bias;    // [panels, lanes] -|c'|^2 / 2
+  int32_t tag_mask;     // the low bits of a score that hold its panel
+  double norm;          // max |c'|
+  double error;         // max |c' - what the screen multiplies|
+};
+
+struct Problem {
+  const void* x;
+  int type;  // RowType
+  int64_t width, stride;
+  const Level* levels;
+  int64_t num_levels;
+  int32_t* codes;
+  float* norms;
+  float* residual;
+};
+
+}  // namespace plum::cpu::residual

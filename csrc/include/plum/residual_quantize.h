@@ -1,0 +1,65 @@
+// Exact nearest codeword of a row's residual, level by level.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "plum/cpu_features.h"
+
+namespace plum::cpu {
+
+enum class RowType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// L codebooks of finite fp32 codewords, copied into the layout of the instruction set that is
+// active when they are packed. Immutable, so calls may share one.
+class PackedCodebooks {
+ public:
+  // codebooks [sum of sizes, width], contiguous, level by level.
+  PackedCodebooks(const float* codebooks, const std::vector<int64_t>& sizes, int64_t width);
+
+  // True if packing these codebooks now would give the same object.
+  bool matches(const float* codebooks, const std::vector<int64_t>& sizes, int64_t width) const;
+
+  // The first codeword that is not finite, counted over all levels, or -1. Such codebooks cannot
+  // be searched.
+  int64_t first_bad() const { return first_bad_; }
+  size_t bytes() const;
+
+ private:
+  friend int64_t residual_quantize(const void*, RowType, int64_t, const PackedCodebooks&, int32_t*,
+                                   float*, float*, int);
+
+  // Equal codewords would all tie in the screen, so only the first of them is kept.
+  struct Level {
+    std::vector<int32_t> slot;  // [size] where the codeword is in rows
+    std::vector<int32_t> code;  // [distinct] the lowest code of a row
+    std::vector<float> rows;    // [distinct, stride]
+    std::vector<float> mean;    // [stride], subtracted before the screen: smaller norms, less error
+    std::vector<float> panels, bias;
+    double norm = 0, error = 0;  // max |c - mean|, max |(c - mean) - what the screen multiplies|
+  };
+
+  void pack(const float* codebook, int64_t size, Level& level) const;
+
+  Isa isa_;
+  int64_t width_, stride_;
+  int64_t first_bad_ = -1;
+  std::vector<Level> levels_;
+};
+
+// For every row r = x[n] and level l: codes[n, l] = argmin_k |r - codebook_l[k]|^2, ties to the
+// lowest k, compared as fp64 sums of squared differences in the order of the dimensions; then
+// r -= codebook_l[codes[n, l]] in fp32 and norms[n, l] = |r|^2. The result does not depend on the
+// instruction set or the number of threads, but for the last bits of norms.
+// Returns the lowest row that holds a value, or whose residual takes a value, that is not finite;
+// then the outputs are undefined. Returns -1 if there is none.
+//   x         [rows, width], contiguous
+//   codes     [rows, levels]
+//   norms     [rows, levels]
+//   residual  [rows, width] after the last level, or null
+int64_t residual_quantize(const void* x, RowType type, int64_t rows,
+                          const PackedCodebooks& codebooks, int32_t* codes, float* norms,
+                          float* residual, int threads);
+
+}  // namespace plum::cpu
