@@ -28,7 +28,7 @@ def tables(results: dict) -> str:
             "| --- | ---: | ---: |",
         ]
         for name, value in sorted(rate.items(), key=lambda pair: -pair[1]):
-            lines.append(f"| {name} | {value / 1e6:.1f} | {ours / value:.1f} |")
+            lines.append(f"| {name} | {value / 1e6:.3g} | {ours / value:.3g} |")
         lines.append("")
     return "\n".join(lines)
 
