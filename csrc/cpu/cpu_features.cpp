@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(PLUM_X86) && defined(__linux__)
+#if defined(PLUM_BF16) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* kNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
-#ifdef PLUM_X86
+#ifdef PLUM_BF16
 // Tiles hold 8 KiB of state, which Linux saves only for processes that ask for it.
 bool tiles_permitted() {
 #ifdef __linux__
@@ -37,10 +37,14 @@ bool supported(Isa isa) {
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef PLUM_BF16
     case Isa::kAvx512Bf16:
       return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
     case Isa::kAmxBf16:
       return supported(Isa::kAvx512Bf16) && __builtin_cpu_supports("amx-bf16") && tiles_permitted();
+#endif
+    default:
+      break;
   }
   return false;
 #else

@@ -24,6 +24,8 @@ PLUM_DECLARE(generic)
 #ifdef PLUM_X86
 PLUM_DECLARE(avx2)
 PLUM_DECLARE(avx512)
+#endif
+#ifdef PLUM_BF16
 PLUM_DECLARE(avx512_bf16)
 PLUM_DECLARE(amx_bf16)
 #endif
@@ -55,15 +57,17 @@ Layout layout(Isa isa) {
 auto kernel(Isa isa) {
 #ifdef PLUM_X86
   switch (isa) {
+#ifdef PLUM_BF16
     case Isa::kAmxBf16:
       return &amx_bf16::residual_quantize_block;
     case Isa::kAvx512Bf16:
       return &avx512_bf16::residual_quantize_block;
+#endif
     case Isa::kAvx512:
       return &avx512::residual_quantize_block;
     case Isa::kAvx2:
       return &avx2::residual_quantize_block;
-    case Isa::kGeneric:
+    default:
       break;
   }
 #endif
