@@ -57,11 +57,6 @@ class Recommender:
         self._items = np.array([self._index[item] for item in every], dtype=np.int32)
         self._titles = titles_of(dataset)
 
-    @property
-    def sequence_ids(self) -> list[str]:
-        """User ids in the order of the dataset's sequences."""
-        return self.dataset.interactions["user_id"].unique(maintain_order=True).to_list()
-
     @classmethod
     def load(cls, run_dir: Path, config: Config) -> Recommender:
         """Reads the recommender of a run.

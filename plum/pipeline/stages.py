@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from plum.config import load_config
-from plum.data import Dataset, Split, filter_interactions, load_dataset, sequences_of
+from plum.data import Dataset, filter_interactions, load_dataset, sequences_of
 from plum.embed import encode_texts, similarity_report
 from plum.eval import ItemKNN, Popularity, ranking_metrics
 from plum.files import atomic_path, write_json
@@ -23,6 +24,8 @@ from plum.pipeline.stage import Stage, Workspace
 from plum.quantize import RQVAE, fit_tokenizer, load_tokenizer
 from plum.sid import SidTable, SidVocabulary, quality_report, resolve_collisions
 from plum.trie import SidTrie
+
+Items = NDArray[np.int32]
 
 # Recommendations are scored at these depths, and made down to the last of them.
 DEPTHS = (1, 5, 10, 20, 50)
@@ -165,7 +168,8 @@ def _evaluate(work: Workspace) -> None:
     sequences = sequences_of(recommender.dataset)
     test = sequences.split("test")
     k = DEPTHS[-1]
-    ranked = {"generator": _rank_in_parts(recommender, test, k, work)}
+    users = [sequences.user_ids[user] for user in test.users]
+    ranked = {"generator": _rank_in_parts(recommender, users, test.histories, k, work)}
     # The baselines may use all that is known before the test item.
     known = list(test.histories)
     for name, baseline in (("popularity", Popularity()), ("item_knn", ItemKNN())):
@@ -178,18 +182,17 @@ def _evaluate(work: Workspace) -> None:
 
 
 def _rank_in_parts(
-    recommender: Recommender, test: Split, k: int, work: Workspace
-) -> np.ndarray[Any, np.dtype[np.int32]]:
+    recommender: Recommender, users: list[str], histories: list[Items], k: int, work: Workspace
+) -> Items:
     """Ranks for every test user, part by part; parts that an earlier try wrote are kept."""
     batch = work.settings.batch_size
-    users = [recommender.sequence_ids[user] for user in test.users]
     parts = []
     for start in range(0, len(users), _USERS_PER_PART):
         path = work.folder / "recommendations" / f"{start:08d}.parquet"
         stop = min(start + _USERS_PER_PART, len(users))
         if not path.exists():
             found = [
-                recommender.rank(test.histories[row:end], k, requests=range(row, end))
+                recommender.rank(histories[row:end], k, requests=range(row, end))
                 for row in range(start, stop, batch)
                 for end in [min(row + batch, stop)]
             ]
@@ -209,7 +212,8 @@ def _rank_in_parts(
 
 def _recommend(work: Workspace) -> None:
     recommender = Recommender.load(work.run_dir, load_config(work.run_dir / "config.json"))
-    test = sequences_of(recommender.dataset).split("test")
+    sequences = sequences_of(recommender.dataset)
+    test = sequences.split("test")
     rng = np.random.default_rng(work.seed)
     size = min(work.settings.num_users, len(test.users))
     samples = []
@@ -218,7 +222,7 @@ def _recommend(work: Workspace) -> None:
         items, scores = recommender.rank([history], work.settings.num_items)
         samples.append(
             {
-                "user_id": recommender.sequence_ids[test.users[row]],
+                "user_id": sequences.user_ids[test.users[row]],
                 "history": [_plain(recommender.describe(int(item))) for item in history[-10:]],
                 "target": _plain(recommender.describe(int(test.targets[row]))),
                 "recommendations": [
