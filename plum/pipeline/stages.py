@@ -118,8 +118,8 @@ def _report(work: Workspace) -> None:
     table = SidTable.load(work.input("tokenize") / "table")
     tokenizer = load_tokenizer(work.input("tokenize") / "model")
     embeddings = load_file(work.input("embed") / "embeddings.safetensors")
-    codes = tokenizer.encode(embeddings)
     latents = tokenizer.latents(embeddings)
+    codes = tokenizer.quantizer.encode(latents)
     report = quality_report(
         table.codes,
         table.codebook_sizes,
@@ -252,6 +252,7 @@ STAGES = {
         Stage("index", ("tokenize",), _index),
         Stage("finetune", ("data", "tokenize"), _finetune, lambda s: _files(s.base)),
         Stage("evaluate", ("data", "tokenize", "index", "finetune"), _evaluate),
-        Stage("recommend", ("data", "tokenize", "index", "finetune"), _recommend),
+        # The samples are made with the search of evaluate, so they follow its outputs.
+        Stage("recommend", ("data", "tokenize", "index", "finetune", "evaluate"), _recommend),
     )
 }

@@ -81,6 +81,9 @@ def test_does_only_what_changed(finished, encoder, tmp_path):
     changed = run(folder, encoder, "recommend.num_users=2", "finetune.epochs=1")
     assert changed == ["finetune", "evaluate", "recommend"]
     assert len(json.loads((folder / "recommend" / "samples.json").read_text())) == 2
+    # The samples are made with the search of evaluate.
+    valid = ("recommend.num_users=2", "finetune.epochs=1", "evaluate.score=valid")
+    assert run(folder, encoder, *valid) == ["evaluate", "recommend"]
 
 
 def test_recommender_of_a_run(finished):
