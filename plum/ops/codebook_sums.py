@@ -1,7 +1,8 @@
-"""The sum of the rows on each code: the numerator of k-means and EMA updates."""
+"""The sum of the residuals on each code: the numerator of k-means and EMA updates."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,60 +10,100 @@ from torch import Tensor
 
 from plum._library import Op
 from plum.errors import InvalidArgument
+from plum.ops.code_usage import check_codes
+from plum.ops.residual_quantize import pack_codebooks
+
+# Rows a chunk: bounds the memory of the fp64 copy of the rows.
+_CHUNK = 4096
 
 
-def codebook_sums(x: Tensor, codes: Tensor, size: int, *, backend: str | None = None) -> Tensor:
-    """Adds the rows of each code.
+def codebook_sums(
+    x: Tensor,
+    codes: Tensor,
+    codebooks: Sequence[Tensor] | Tensor,
+    *,
+    sizes: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Adds up the residuals that each code stands for.
 
     ::
 
         for n in range(N):
-            sums[codes[n]] += x[n]
+            r = x[n].float()
+            for l in range(L):
+                sums[offset[l] + codes[n, l]] += r
+                r = r - codebooks[l][codes[n, l]]
 
-    The rows of a code are added in the order of n, so the result repeats bit for bit.
+    where ``offset[l]`` is the sum of the sizes before level l. The sums are fp64, so that the
+    order of the rows, and how they are spread over processes, is lost in rounding to fp32.
 
     Args:
         x: fp32, bf16 or fp16 ``[N, D]``.
-        codes: int32 or int64 ``[N]``, in ``[0, size)``.
-        size: Number of codes ``K``.
+        codes: int32 or int64 ``[N, L]``, ``0 <= codes[:, l] < K_l``.
+        codebooks: ``L`` tensors ``[K_l, D]``, or one packed ``[ΣK, D]`` with ``sizes``: those that
+            the codes were found with.
+        sizes: ``K_l`` of a packed ``codebooks``.
         backend: ``"reference"`` forces it.
 
     Returns:
-        fp32 ``[K, D]``; zero rows for codes that no row is on.
+        fp64 ``[ΣK, D]``, level by level; zero rows for codes that no row is on.
 
     Raises:
         InvalidArgument: a shape, dtype or code is not as above.
     """
-    if x.ndim != 2 or not x.is_floating_point():
-        raise InvalidArgument("x", "floating-point [N, D]", f"{x.dtype} {list(x.shape)}")
-    if codes.shape != x.shape[:1] or codes.dtype not in (torch.int32, torch.int64):
+    packed, sizes = pack_codebooks(codebooks, sizes)
+    if x.ndim != 2 or x.shape[1] != packed.shape[1]:
+        raise InvalidArgument("x", f"[N, {packed.shape[1]}] as the codebooks", str(list(x.shape)))
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InvalidArgument("x", "fp32, bf16 or fp16", str(x.dtype))
+    check_codes(codes, sizes)
+    if len(codes) != len(x):
+        raise InvalidArgument("codes", f"{len(x)} rows as x", str(len(codes)))
+    return _op(x.detach(), codes, packed.detach(), sizes, backend=backend)
+
+
+def _reference(x: Tensor, codes: Tensor, codebooks: Tensor, sizes: Sequence[int]) -> Tensor:
+    _check_range(codes, sizes)
+    sums = x.new_zeros((sum(sizes), x.shape[1]), dtype=torch.float64)
+    books = codebooks.split(list(sizes))
+    parts = sums.split(list(sizes))
+    for start in range(0, len(x), _CHUNK):
+        r = x[start : start + _CHUNK].float()
+        for level, (part, book) in enumerate(zip(parts, books, strict=True)):
+            code = codes[start : start + _CHUNK, level].long()
+            if x.is_cuda:
+                part += _segments(r, code, len(part))
+            else:
+                part.index_add_(0, code, r.double())
+            r = r - book[code]
+    return sums
+
+
+def _segments(r: Tensor, code: Tensor, size: int) -> Tensor:
+    """As index_add_ into zeros, which on a GPU adds in no fixed order."""
+    order = torch.argsort(code, stable=True)
+    lengths = torch.bincount(code, minlength=size)
+    return torch.segment_reduce(r.double()[order], "sum", lengths=lengths, initial=0)
+
+
+def _check_range(codes: Tensor, sizes: Sequence[int]) -> None:
+    outside = (codes < 0) | (codes >= torch.tensor(sizes, device=codes.device))
+    if bool(outside.any()):
+        row, level = torch.nonzero(outside)[0].tolist()
         raise InvalidArgument(
-            "codes", f"int32 or int64 [{x.shape[0]}]", f"{codes.dtype} {list(codes.shape)}"
+            f"codes[{row}, {level}]",
+            f"a code in [0, {sizes[level]})",
+            str(int(codes[row, level])),
         )
-    if size < 1:
-        raise InvalidArgument("size", "at least 1", str(size))
-    return _op(x.detach(), codes, size, backend=backend)
 
 
-def _reference(x: Tensor, codes: Tensor, size: int) -> Tensor:
-    if len(codes) and not bool(((codes >= 0) & (codes < size)).all()):
-        row = int(torch.nonzero((codes < 0) | (codes >= size))[0, 0])
-        raise InvalidArgument(f"codes[{row}]", f"a code in [0, {size})", str(int(codes[row])))
-    sums = x.new_zeros((size, x.shape[1]), dtype=torch.float32)
-    if not x.is_cuda:
-        return sums.index_add_(0, codes.long(), x.float())
-    # index_add_ on a GPU adds in no fixed order; a sorted segment reduction does.
-    order = torch.argsort(codes, stable=True)
-    lengths = torch.bincount(codes, minlength=size)
-    return torch.segment_reduce(x.float()[order], "sum", lengths=lengths, initial=0)
-
-
-def _fake(x: Tensor, codes: Tensor, size: int) -> Tensor:
-    return x.new_empty((size, x.shape[1]), dtype=torch.float32)
+def _fake(x: Tensor, codes: Tensor, codebooks: Tensor, sizes: Sequence[int]) -> Tensor:
+    return x.new_empty((sum(sizes), x.shape[1]), dtype=torch.float64)
 
 
 _op: Any = Op(
-    "codebook_sums(Tensor x, Tensor codes, SymInt size) -> Tensor",
+    "codebook_sums(Tensor x, Tensor codes, Tensor codebooks, SymInt[] sizes) -> Tensor",
     reference=_reference,
     fake=_fake,
 )

@@ -60,7 +60,7 @@ def residual_quantize(
         codebooks: ``L`` tensors ``[K_l, D]``, or one packed ``[ΣK, D]`` with ``sizes``.
         sizes: ``K_l`` of a packed ``codebooks``.
         return_residual: Also return the residual after the last level.
-        usage: int64 ``[ΣK]`` to which the counts of the codes are added in place.
+        usage: int64 ``[ΣK]`` to which the counts of the codes are added in place, in the same pass.
         backend: ``"reference"`` or ``"cpu"`` forces one.
 
     Returns:
@@ -71,28 +71,31 @@ def residual_quantize(
             overflows fp32.
         BackendUnavailable: the backend asked for cannot run here.
     """
-    packed, sizes = _pack(codebooks, sizes)
+    packed, sizes = pack_codebooks(codebooks, sizes)
     if x.ndim != 2 or x.shape[1] != packed.shape[1]:
         raise InvalidArgument("x", f"[N, {packed.shape[1]}] as the codebooks", str(list(x.shape)))
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InvalidArgument("x", "fp32, bf16 or fp16", str(x.dtype))
     if x.device != packed.device:
         raise InvalidArgument("codebooks", f"tensors on {x.device}, as x", str(packed.device))
-    if usage is not None and (usage.dtype != torch.int64 or usage.shape != (sum(sizes),)):
+    if usage is not None and (
+        usage.dtype != torch.int64 or usage.shape != (sum(sizes),) or usage.device != x.device
+    ):
         raise InvalidArgument(
-            "usage", f"int64 [{sum(sizes)}]", f"{usage.dtype} {list(usage.shape)}"
+            "usage",
+            f"int64 [{sum(sizes)}] on {x.device}",
+            f"{usage.dtype} {list(usage.shape)} on {usage.device}",
         )
     codes, norms, residual = _op(
-        x.detach(), packed.detach(), sizes, return_residual, backend=backend
+        x.detach(), packed.detach(), sizes, return_residual, usage, backend=backend
     )
-    if usage is not None:
-        usage += code_usage(codes, sizes)
     return ResidualCodes(codes, norms, residual if return_residual else None)
 
 
-def _pack(
+def pack_codebooks(
     codebooks: Sequence[Tensor] | Tensor, sizes: Sequence[int] | None
 ) -> tuple[Tensor, list[int]]:
+    """Checks codebooks and returns them as one fp32 ``[ΣK, D]`` with their sizes."""
     if isinstance(codebooks, Tensor):
         if sizes is None or codebooks.ndim != 2 or sum(sizes) != codebooks.shape[0]:
             raise InvalidArgument(
@@ -120,7 +123,11 @@ def _pack(
 
 
 def _reference(
-    x: Tensor, codebooks: Tensor, sizes: Sequence[int], return_residual: bool
+    x: Tensor,
+    codebooks: Tensor,
+    sizes: Sequence[int],
+    return_residual: bool,
+    usage: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not bool(codebooks.isfinite().all()):
         raise _bad_codeword(int(torch.nonzero(~codebooks.isfinite().all(dim=1))[0, 0]))
@@ -133,6 +140,8 @@ def _reference(
         r = _quantize_chunk(x[rows], start, books, codes[rows], norms[rows])
         if return_residual:
             residual[rows] = r
+    if usage is not None:
+        usage += code_usage(codes, sizes)
     return codes, norms, residual
 
 
@@ -152,7 +161,11 @@ def _quantize_chunk(
 
 
 def _fake(
-    x: Tensor, codebooks: Tensor, sizes: Sequence[int], return_residual: bool
+    x: Tensor,
+    codebooks: Tensor,
+    sizes: Sequence[int],
+    return_residual: bool,
+    usage: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (x.shape[0], len(sizes))
     return (
@@ -163,13 +176,17 @@ def _fake(
 
 
 def _cpu(
-    x: Tensor, codebooks: Tensor, sizes: Sequence[int], return_residual: bool
+    x: Tensor,
+    codebooks: Tensor,
+    sizes: Sequence[int],
+    return_residual: bool,
+    usage: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, codebooks = x.contiguous(), codebooks.contiguous()
     packed = _native.packed_codebooks(codebooks, sizes)
     if packed.first_bad >= 0:
         raise _bad_codeword(packed.first_bad)
-    codes, norms, residual = _fake(x, codebooks, sizes, return_residual)
+    codes, norms, residual = _fake(x, codebooks, sizes, return_residual, usage)
     bad = _native.residual_quantize_cpu(
         x, packed, codes, norms, residual if return_residual else None
     )
@@ -178,6 +195,8 @@ def _cpu(
         start = bad - bad % _CHUNK
         rows = slice(start, start + _CHUNK)
         _quantize_chunk(x[rows], start, codebooks.split(list(sizes)), codes[rows], norms[rows])
+    if usage is not None:
+        usage += code_usage(codes, sizes)
     return codes, norms, residual
 
 
@@ -224,8 +243,8 @@ def _check_finite(rows: Tensor, start: int, expected: str) -> None:
 
 
 _op: Any = Op(
-    "residual_quantize(Tensor x, Tensor codebooks, SymInt[] sizes, bool return_residual)"
-    " -> (Tensor, Tensor, Tensor)",
+    "residual_quantize(Tensor x, Tensor codebooks, SymInt[] sizes, bool return_residual,"
+    " Tensor(a!)? usage) -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],

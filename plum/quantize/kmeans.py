@@ -156,7 +156,7 @@ class KMeans:
             nearest, _ = _assign(batch, centroids)
             size = code_usage(nearest[:, None], [self.num_clusters])
             counts += size
-            total = codebook_sums(batch, nearest, self.num_clusters)
+            total = codebook_sums(batch, nearest[:, None], [centroids]).float()
             # A running mean: each row moves its centroid by 1 / (rows seen so far).
             step = (total - size[:, None] * centroids) / counts.clamp_min(1)[:, None]
             centroids = torch.where(size[:, None] > 0, centroids + step, centroids)
@@ -176,7 +176,7 @@ def _lloyd(x: Tensor, codes: Tensor, distances: Tensor, centroids: Tensor) -> Te
 def _means(x: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
     """Returns the mean of each cluster; a cluster without rows keeps its centroid."""
     count = code_usage(codes[:, None], [len(centroids)])[:, None]
-    mean = codebook_sums(x, codes, len(centroids)) / count.clamp_min(1)
+    mean = (codebook_sums(x, codes[:, None], [centroids]) / count.clamp_min(1)).float()
     return torch.where(count > 0, mean, centroids)
 
 

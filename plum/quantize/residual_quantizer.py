@@ -293,12 +293,9 @@ class ResidualQuantizer(nn.Module):
         self.usage_ema.lerp_(usage / len(x), 1 - self.decay)
         if self.update != "ema":
             return
-        residual = x.float()
-        for level, (count, total) in enumerate(self._averages()):
-            codebook = self.codebooks[level]
-            sums = codebook_sums(residual, codes[:, level], len(codebook))
-            residual = residual - codebook[codes[:, level].long()]
-            total.lerp_(sums / len(x), 1 - self.decay)
+        sums = (codebook_sums(x, codes, list(self.codebooks)) / len(x)).float()
+        self.sum_ema.lerp_(sums, 1 - self.decay)
+        for codebook, (count, total) in zip(self.codebooks, self._averages(), strict=True):
             # A code unused for long keeps its codeword: both of its averages fade to nothing.
             alive = count > _FADED
             mean = total / torch.where(alive, count, torch.ones_like(count))[:, None]

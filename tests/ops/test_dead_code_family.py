@@ -1,4 +1,4 @@
-"""dead_codes, codebook_sums and revive_codes."""
+"""dead_codes and revive_codes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plum.errors import InvalidArgument
-from plum.ops import codebook_sums, dead_codes, residual_quantize, revive_codes
+from plum.ops import dead_codes, residual_quantize, revive_codes
 
 
 def test_dead_is_relative_to_the_uniform_share_of_the_level():
@@ -29,25 +29,6 @@ def test_dead_is_relative_to_the_uniform_share_of_the_level():
 def test_dead_codes_bad_arguments(usage, sizes, share, name):
     with pytest.raises(InvalidArgument, match=name):
         dead_codes(usage, sizes, share=share)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_equal_a_plain_loop(dtype):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(500, 7, generator=generator).to(dtype)
-    codes = torch.randint(9, (500,), generator=generator)
-    expected = torch.zeros(10, 7)
-    for row, code in zip(x.float(), codes.tolist(), strict=True):
-        expected[code] += row
-    torch.testing.assert_close(codebook_sums(x, codes, 10), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(codebook_sums(x, codes, 10), codebook_sums(x, codes.int(), 10))
-
-
-def test_sums_name_a_bad_code():
-    with pytest.raises(InvalidArgument, match=r"codes\[1\]: expected a code in \[0, 3\), got 3"):
-        codebook_sums(torch.ones(2, 2), torch.tensor([0, 3]), 3)
-    with pytest.raises(InvalidArgument, match="codes"):
-        codebook_sums(torch.ones(2, 2), torch.tensor([0]), 3)
 
 
 def test_revived_code_is_nearest_to_the_row_it_came_from():
@@ -110,10 +91,8 @@ def test_revive_codes_bad_arguments():
 def test_opcheck():
     generator = torch.Generator().manual_seed(0)
     rows, codebook = torch.randn(9, 3, generator=generator), torch.randn(4, 3, generator=generator)
-    codes = torch.tensor([0, 1, 1, 2, 3, 0, 0, 1, 2])
     opcheck = torch.library.opcheck
     opcheck(torch.ops.plum.dead_codes.default, (torch.arange(4), [2, 2], 0.1))
-    opcheck(torch.ops.plum.codebook_sums.default, (rows, codes, 4))
     uniform = torch.rand(9, generator=generator, dtype=torch.float64)
     dead = torch.tensor([True, False, True, False])
     opcheck(torch.ops.plum.revive_codes.default, (codebook, dead, rows, torch.ones(9), uniform))

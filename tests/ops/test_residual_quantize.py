@@ -288,8 +288,10 @@ def test_backend_that_is_not_there():
 
 def test_opcheck_and_compile():
     x, book = torch.randn(9, 4), torch.randn(6, 4)
-    torch.library.opcheck(torch.ops.plum.residual_quantize.default, (x, book, [4, 2], True))
-    torch.library.opcheck(torch.ops.plum.residual_quantize.default, (x, book, [4, 2], False))
+    torch.library.opcheck(
+        torch.ops.plum.residual_quantize.default, (x, book, [4, 2], True, torch.zeros(6).long())
+    )
+    torch.library.opcheck(torch.ops.plum.residual_quantize.default, (x, book, [4, 2], False, None))
     compiled = torch.compile(
         lambda rows: residual_quantize(rows, [book]).codes + 1, fullgraph=True, backend="aot_eager"
     )
