@@ -79,25 +79,3 @@ def code_usage(codes: Tensor, sizes: Sequence[int]) -> Tensor:
             )
         offset += size
     return counts
-
-
-# What a compiler needs to build every shipped variant without a GPU: (kernel, signature,
-# compile-time constants).
-VARIANTS = [
-    (
-        _code_usage_kernel,
-        {
-            "p_codes": f"*{codes}",
-            "p_counts": "*i64",
-            "num_rows": "i64",
-            "num_levels": "i32",
-            "level": "i32",
-            "offset": "i32",
-            "size": "i32",
-            "bad_slot": "i32",
-        },
-        {"BLOCK": block, "BINS": bins},
-    )
-    for codes in ("i32", "i64")
-    for block, bins in ((1024, 0), (1024, 512), (4096, 4096))
-]

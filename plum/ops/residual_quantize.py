@@ -61,7 +61,7 @@ def residual_quantize(
         sizes: ``K_l`` of a packed ``codebooks``.
         return_residual: Also return the residual after the last level.
         usage: int64 ``[ΣK]`` to which the counts of the codes are added in place, in the same pass.
-        backend: ``"reference"`` or ``"cpu"`` forces one.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"`` forces one.
 
     Returns:
         Codes, squared residual norms and, if asked for, the residual. No gradient flows.
@@ -200,6 +200,36 @@ def _cpu(
     return codes, norms, residual
 
 
+def _triton(
+    x: Tensor,
+    codebooks: Tensor,
+    sizes: Sequence[int],
+    return_residual: bool,
+    usage: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from plum.kernels import residual_quantize as kernel
+
+    packed = kernel.pack_codebooks(codebooks.contiguous(), list(sizes))
+    counts = None if usage is None else torch.zeros_like(usage)
+    found = kernel.residual_quantize(
+        x.contiguous(), packed, return_residual=return_residual, usage=counts
+    )
+    # Waits for the kernel; both flags in one transfer.
+    finite, bad = torch.cat([packed.finite.long()[None], found.bad_row]).tolist()
+    if not finite:
+        raise _bad_codeword(int(torch.nonzero(~codebooks.isfinite().all(dim=1))[0, 0]))
+    if bad < len(x):
+        start = bad - bad % _CHUNK
+        rows = slice(start, start + _CHUNK)
+        _quantize_chunk(
+            x[rows], start, codebooks.split(list(sizes)), found.codes[rows], found.norms[rows]
+        )
+    if usage is not None and counts is not None:
+        usage += counts
+    residual = found.residual
+    return found.codes, found.norms, x.new_empty((0, x.shape[1])) if residual is None else residual
+
+
 def _bad_codeword(row: int) -> InvalidArgument:
     return InvalidArgument(f"codebooks[{row}]", "finite codewords", "NaN or infinity")
 
@@ -247,5 +277,8 @@ _op: Any = Op(
     " Tensor(a!)? usage) -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
+    backends=[
+        Backend("cpu", "cpu", _cpu, _native.missing, default=True),
+        Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
+    ],
 )

@@ -18,6 +18,10 @@ from code_usage import code_usage
 device = "cuda" if torch.cuda.is_available() else "cpu"
 codes = torch.tensor([[0, 1], [2, 1], [0, 9]], dtype=torch.int32, device=device)
 assert code_usage(codes, [3, 2]).tolist() == [2, 0, 1, 0, 2, 1]
+from residual_quantize import pack_codebooks, residual_quantize
+codebooks = torch.tensor([[0.0, 0.0], [4.0, 4.0], [0.0, 1.0], [1.0, 0.0]], device=device)
+x = torch.tensor([[4.0, 5.2], [1.0, 0.4]], device=device)
+assert residual_quantize(x, pack_codebooks(codebooks, [2, 2])).codes.tolist() == [[1, 0], [0, 1]]
 """
 
 
