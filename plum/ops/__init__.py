@@ -3,6 +3,12 @@
 from plum.ops.code_usage import code_usage
 from plum.ops.codebook_sums import codebook_sums
 from plum.ops.dead_codes import dead_codes
+from plum.ops.fill_reservoir import (
+    Reservoir,
+    empty_reservoir,
+    fill_reservoir_,
+    reservoir_sizes,
+)
 from plum.ops.forced_tail import ForcedTail, forced_tail
 from plum.ops.residual_quantize import ResidualCodes, residual_quantize
 from plum.ops.revive_codes import RevivedCodes, revive_codes
@@ -14,12 +20,16 @@ from plum.ops.trie_walk import trie_walk
 __all__ = [
     "BeamStep",
     "ForcedTail",
+    "Reservoir",
     "ResidualCodes",
     "RevivedCodes",
     "code_usage",
     "codebook_sums",
     "dead_codes",
+    "empty_reservoir",
+    "fill_reservoir_",
     "forced_tail",
+    "reservoir_sizes",
     "residual_quantize",
     "revive_codes",
     "trie_advance",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from plum._library import Op
 from plum.errors import InvalidArgument
+from plum.ops._row_hash import row_hash
 
 
 class RevivedCodes(NamedTuple):
@@ -26,92 +27,85 @@ class RevivedCodes(NamedTuple):
 def revive_codes(
     codebook: Tensor,
     dead: Tensor,
-    residuals: Tensor,
-    weights: Tensor,
+    rows: Tensor,
+    keys: Tensor,
     *,
-    generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> RevivedCodes:
-    """Replaces dead codewords by rows drawn without replacement, high losses first.
+    """Replaces dead codewords by sampled rows, those of the largest keys first.
 
-    Row n gets the key ``u_n ** (1 / w_n)`` with u uniform in (0, 1]; the rows of the largest keys
-    are a weighted sample without replacement (Efraimidis and Spirakis 2006). Rows of weight zero
-    and rows equal to a living codeword or to one drawn before are never drawn, so a revived code
-    is nearest to at least the row it came from. If fewer rows qualify than codes are dead, the
-    dead codes of highest index stay as they are.
+    Rows equal to a living codeword or to a row of a larger key are passed over, so a revived code
+    is nearest to at least the row it came from. If fewer rows are left than codes are dead, the
+    dead codes of highest index stay as they are, for another sample to revive: a codeword split
+    off a busy one instead would be nearest to no row for sure, and die again.
+
+    Nothing waits for the device: the shapes do not depend on how many codes are dead.
 
     Args:
         codebook: ``[K, D]`` floating point.
         dead: bool ``[K]``.
-        residuals: ``[N, D]``, the residuals that this level quantizes.
-        weights: ``[N]``, not negative; the squared error of each row, say.
-        generator: Source of the keys, on the device of ``residuals``.
+        rows: ``[M, D]``, residuals that this level quantizes; of :func:`fill_reservoir_`, say.
+        keys: Floating point ``[M]``, what to take first; -inf and NaN for never.
         backend: ``"reference"`` forces it.
 
     Returns:
         The new codebook and which codes were replaced.
 
     Raises:
-        InvalidArgument: a shape, dtype or value is not as above.
+        InvalidArgument: a shape or dtype is not as above.
     """
     if codebook.ndim != 2 or dead.shape != codebook.shape[:1] or dead.dtype != torch.bool:
         raise InvalidArgument(
             "dead", f"bool [{codebook.shape[0]}]", f"{dead.dtype} {list(dead.shape)}"
         )
-    if residuals.ndim != 2 or residuals.shape[1] != codebook.shape[1]:
-        raise InvalidArgument("residuals", f"[N, {codebook.shape[1]}]", str(list(residuals.shape)))
-    if weights.shape != residuals.shape[:1]:
-        raise InvalidArgument("weights", f"[{len(residuals)}]", str(list(weights.shape)))
-    uniform = torch.rand(
-        len(residuals), generator=generator, device=residuals.device, dtype=torch.float64
-    )
-    return RevivedCodes(
-        *_op(
-            codebook.detach(), dead, residuals.detach(), weights.detach(), uniform, backend=backend
+    if rows.ndim != 2 or rows.shape[1] != codebook.shape[1]:
+        raise InvalidArgument("rows", f"[M, {codebook.shape[1]}]", str(list(rows.shape)))
+    if keys.shape != rows.shape[:1] or not keys.is_floating_point():
+        raise InvalidArgument(
+            "keys", f"floating point [{len(rows)}]", f"{keys.dtype} {list(keys.shape)}"
         )
+    return RevivedCodes(
+        *_op(codebook.detach(), dead, rows.detach(), keys.detach(), backend=backend)
     )
 
 
-def _reference(
-    codebook: Tensor, dead: Tensor, residuals: Tensor, weights: Tensor, uniform: Tensor
-) -> tuple[Tensor, Tensor]:
-    if not bool((weights >= 0).all()):
-        row = int(torch.nonzero(~(weights >= 0))[0, 0])
-        raise InvalidArgument(f"weights[{row}]", "not negative", str(float(weights[row])))
-    slots = torch.nonzero(dead).flatten()
-    revived, replaced = codebook.clone(), torch.zeros_like(dead)
-    if not len(slots) or not len(residuals):
-        return revived, replaced
-    rows = residuals.to(codebook.dtype)
-    # log(u) / w orders rows as u ** (1 / w) does, without underflow for small w.
-    keys = torch.log1p(-uniform) / weights.double()
-    keys = torch.where(weights > 0, keys, torch.full_like(keys, float("-inf")))
-    _, identity = torch.unique(torch.cat([codebook[~dead], rows]), dim=0, return_inverse=True)
-    taken = int((~dead).sum())
-    living, identity = identity[:taken], identity[taken:]
-    keys = keys.masked_fill(torch.isin(identity, living), float("-inf"))
+def _reference(codebook: Tensor, dead: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    if not len(rows) or not len(codebook):
+        return codebook.clone(), torch.zeros_like(dead)
+    keys = torch.where(keys > float("-inf"), keys, float("-inf"))
     order = torch.argsort(keys, descending=True, stable=True)
-    order = order[keys[order] > float("-inf")]
-    # Of equal rows, only the first in the order of keys may be drawn.
-    ranked = identity[order]
-    first = torch.full((int(identity.max()) + 1,), len(order), device=order.device)
-    first.scatter_reduce_(0, ranked, torch.arange(len(order), device=order.device), "amin")
-    drawn = order[first[ranked] == torch.arange(len(order), device=order.device)][: len(slots)]
-    slots = slots[: len(drawn)]
-    revived[slots] = rows[drawn]
-    replaced[slots] = True
-    return revived, replaced
+    rows = rows[order].to(codebook.dtype)
+    free = (keys[order] > float("-inf")) & _new(rows, codebook, dead)
+    # The j-th dead code takes the j-th free row.
+    last = len(rows) - 1
+    turn = torch.where(free, free.cumsum(dim=0) - 1, last)
+    index = torch.arange(len(rows), device=rows.device)
+    taken = torch.full_like(index, last).scatter_reduce_(0, turn, index, "amin")
+    place = dead.cumsum(dim=0) - 1
+    replaced = dead & (place < free.sum())
+    fresh = rows[taken[place.clamp(0, last)]]
+    return torch.where(replaced[:, None], fresh, codebook), replaced
 
 
-def _fake(
-    codebook: Tensor, dead: Tensor, residuals: Tensor, weights: Tensor, uniform: Tensor
-) -> tuple[Tensor, Tensor]:
+def _new(rows: Tensor, codebook: Tensor, dead: Tensor) -> Tensor:
+    """Returns bool ``[M]``: rows that equal neither a living codeword nor a row before them."""
+    hashed, living = row_hash(rows), row_hash(codebook)
+    # A row may equal a dead codeword; its place is taken by a number that no row is likely to have.
+    living = torch.where(dead, ~hashed[0], living).sort().values
+    at = torch.searchsorted(living, hashed).clamp_max(len(living) - 1)
+    sorted_, order = hashed.sort(stable=True)
+    repeated = torch.zeros_like(sorted_, dtype=torch.bool)
+    repeated[1:] = sorted_[1:] == sorted_[:-1]
+    repeated = torch.empty_like(repeated).scatter_(0, order, repeated)
+    return (living[at] != hashed) & ~repeated
+
+
+def _fake(codebook: Tensor, dead: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(codebook), torch.empty_like(dead)
 
 
 _op: Any = Op(
-    "revive_codes(Tensor codebook, Tensor dead, Tensor residuals, Tensor weights, Tensor uniform)"
-    " -> (Tensor, Tensor)",
+    "revive_codes(Tensor codebook, Tensor dead, Tensor rows, Tensor keys) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
 )

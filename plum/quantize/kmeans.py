@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from plum.errors import InvalidArgument
-from plum.ops import code_usage, codebook_sums, residual_quantize
+from plum.ops import codebook_sums, residual_quantize
 
 INITS = ("k-means++", "random")
+# k-means++ draws from a random sample of this many rows, or of so many rows a cluster.
+_SEED_ROWS, _SEED_ROWS_PER_CLUSTER = 1 << 14, 8
+# k-means++: candidates a center, and most centers a round.
+_CANDIDATES, _MOST_CENTERS = 4, 8
+# Share of the rows up to which it is faster to add and take off what moved than to add up anew.
+_FEW = 0.25
 
 
 class KMeans:
@@ -35,7 +41,7 @@ class KMeans:
         self,
         num_clusters: int,
         *,
-        init: str = "k-means++",
+        init: str | Tensor = "k-means++",
         max_iters: int = 50,
         tol: float = 1e-4,
         batch_size: int | None = None,
@@ -45,11 +51,12 @@ class KMeans:
 
         Args:
             num_clusters: ``K``.
-            init: ``"k-means++"`` (Arthur and Vassilvitskii 2007, the greedy variant) or
-                ``"random"`` rows.
+            init: ``"k-means++"`` (Arthur and Vassilvitskii 2007, the greedy variant), on a random
+                sample of ``max(16384, 8 K)`` rows where there are more; ``"random"`` rows; or the
+                centroids to start from, ``[K, D]``.
             max_iters: Most iterations, or passes over the data in mini-batch mode.
             tol: Stop when the squared shift of all centroids together is at most this fraction of
-                the mean variance of a dimension.
+                the mean variance of a dimension, measured on the same sample.
             batch_size: None for full Lloyd iterations; a number of rows for mini-batch k-means
                 (Sculley 2010).
             seed: Seed of the start and of the order of the batches.
@@ -59,8 +66,13 @@ class KMeans:
         """
         if num_clusters < 1:
             raise InvalidArgument("num_clusters", "at least 1", num_clusters)
-        if init not in INITS:
-            raise InvalidArgument("init", f"one of {', '.join(INITS)}", repr(init))
+        if isinstance(init, Tensor):
+            if init.ndim != 2 or len(init) != num_clusters or not bool(init.isfinite().all()):
+                raise InvalidArgument(
+                    "init", f"finite [{num_clusters}, D]", f"{init.dtype} {list(init.shape)}"
+                )
+        elif init not in INITS:
+            raise InvalidArgument("init", f"{', '.join(INITS)} or a tensor", repr(init))
         if max_iters < 0:
             raise InvalidArgument("max_iters", "at least 0", max_iters)
         if not tol >= 0:
@@ -101,33 +113,37 @@ class KMeans:
             raise InvalidArgument(
                 "x", "floating point [N, D] with at least one row", f"{x.dtype} {list(x.shape)}"
             )
-        x = x.detach().float()
-        bad = torch.nonzero(~x.isfinite().all(dim=1)).flatten()
-        if len(bad):
-            raise InvalidArgument(f"x[{int(bad[0])}]", "finite values", "NaN or infinity")
+        x = x.detach()
+        x = x.float() if x.dtype == torch.float64 else x
         generator = torch.Generator().manual_seed(self.seed)
-        start = _plus_plus if self.init == "k-means++" else _random_rows
-        centroids = start(x, self.num_clusters, generator)
-        # double: the mean of squares must not cancel when the data is far from the origin.
-        limit = self.tol * float(x.double().var(dim=0, correction=0).mean())
-        counts = torch.zeros(self.num_clusters, dtype=torch.int64, device=x.device)
-        codes, distances = _assign(x, centroids)
+        sample = _sample(x, self.num_clusters, generator)
+        if isinstance(self.init, Tensor):
+            centroids = self.init.detach().to(sample, copy=True)
+        else:
+            start = _plus_plus if self.init == "k-means++" else _random_rows
+            centroids = start(sample, self.num_clusters, generator)
+        limit = self.tol * float((sample - sample.mean(dim=0)).square().mean())
+        seen = torch.zeros(self.num_clusters, dtype=torch.int64, device=x.device)
+        found = _assign(x, centroids)
+        sums = None
         self.num_iters = 0
         for done in range(1, self.max_iters + 1):
             if self.batch_size is None:
-                moved = _lloyd(x, codes, distances, centroids)
+                split = _split_into_empty(x, found, centroids)
+                sums = _add_up(x, split.codes, centroids, sums)
+                moved = sums.means(split.counts, centroids)
             else:
-                moved = self._pass(x, codes, distances, centroids, counts, generator)
+                moved = self._pass(x, found, centroids, seen, generator)
             shift = float((moved - centroids).double().square().sum())
             centroids = moved
-            codes, distances = _assign(x, centroids)
+            found = _assign(x, centroids)
             self.num_iters = done
             if progress is not None:
                 progress(done, self.max_iters)
             if shift <= limit:
                 break
         self._centroids = centroids
-        self.inertia = float(distances.double().sum())
+        self.inertia = float(found.distances.double().sum())
         return self
 
     def predict(self, x: Tensor) -> Tensor:
@@ -137,102 +153,181 @@ class KMeans:
     def _pass(
         self,
         x: Tensor,
-        codes: Tensor,
-        distances: Tensor,
+        found: _Clusters,
         centroids: Tensor,
-        counts: Tensor,
+        seen: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """Runs one pass of mini-batches; ``counts`` int64 ``[K]`` grows by the rows seen."""
+        """Runs one pass of mini-batches; ``seen`` int64 ``[K]`` grows by the rows of each."""
         assert self.batch_size is not None
-        empty = code_usage(codes[:, None], [self.num_clusters]) == 0
+        empty = found.counts == 0
         if bool(empty.any()):
-            split = _split_into_empty(x, codes, distances, centroids)
-            centroids = torch.where(empty[:, None], _means(x, split, centroids), centroids)
-            counts[empty] = 0
+            split = _split_into_empty(x, found, centroids)
+            means = _add_up(x, split.codes, centroids).means(split.counts, centroids)
+            centroids = torch.where(empty[:, None], means, centroids)
+            seen[empty] = 0
         order = torch.randperm(len(x), generator=generator).to(x.device)
         for rows in order.split(self.batch_size):
-            batch = x[rows]
-            nearest, _ = _assign(batch, centroids)
-            size = code_usage(nearest[:, None], [self.num_clusters])
-            counts += size
-            total = codebook_sums(batch, nearest[:, None], [centroids]).float()
+            batch = x.index_select(0, rows)
+            nearest = _assign(batch, centroids)
+            seen += nearest.counts
             # A running mean: each row moves its centroid by 1 / (rows seen so far).
-            step = (total - size[:, None] * centroids) / counts.clamp_min(1)[:, None]
-            centroids = torch.where(size[:, None] > 0, centroids + step, centroids)
+            share = (nearest.counts / seen.clamp_min(1))[:, None]
+            means = _add_up(batch, nearest.codes, centroids).means(nearest.counts, centroids)
+            centroids = torch.lerp(centroids, means, share)
         return centroids
 
 
-def _assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the nearest centroid, int32 ``[N]``, and the squared distance to it, ``[N]``."""
-    found = residual_quantize(x, [centroids])
-    return found.codes[:, 0], found.norms[:, 0]
+class _Clusters(NamedTuple):
+    """The nearest centroid of each row.
+
+    Attributes:
+        codes: int32 ``[N]``.
+        distances: fp32 ``[N]``, squared distance to it.
+        counts: int64 ``[K]``, how many rows each centroid has.
+    """
+
+    codes: Tensor
+    distances: Tensor
+    counts: Tensor
 
 
-def _lloyd(x: Tensor, codes: Tensor, distances: Tensor, centroids: Tensor) -> Tensor:
-    return _means(x, _split_into_empty(x, codes, distances, centroids), centroids)
+def _assign(x: Tensor, centroids: Tensor) -> _Clusters:
+    counts = torch.zeros(len(centroids), dtype=torch.int64, device=x.device)
+    found = residual_quantize(x, [centroids], usage=counts)
+    return _Clusters(found.codes[:, 0], found.norms[:, 0], counts)
 
 
-def _means(x: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
-    """Returns the mean of each cluster; a cluster without rows keeps its centroid."""
-    count = code_usage(codes[:, None], [len(centroids)])[:, None]
-    mean = (codebook_sums(x, codes[:, None], [centroids]) / count.clamp_min(1)).float()
-    return torch.where(count > 0, mean, centroids)
+class _Sums(NamedTuple):
+    """The sum of the rows of each cluster.
+
+    Attributes:
+        codes: int32 ``[N]``, the cluster of each row.
+        totals: fp64 ``[K, D]``.
+    """
+
+    codes: Tensor
+    totals: Tensor
+
+    def means(self, counts: Tensor, centroids: Tensor) -> Tensor:
+        """Returns the mean of each cluster; a cluster without rows keeps its centroid."""
+        means = (self.totals / counts.clamp_min(1)[:, None]).float()
+        return torch.where(counts[:, None] > 0, means, centroids)
 
 
-def _split_into_empty(x: Tensor, codes: Tensor, distances: Tensor, centroids: Tensor) -> Tensor:
-    """Returns ``codes`` in which each empty cluster has taken a part of the largest one."""
-    counts = code_usage(codes[:, None], [len(centroids)])
-    empty = torch.nonzero(counts == 0).flatten().tolist()
+def _add_up(x: Tensor, codes: Tensor, centroids: Tensor, before: _Sums | None = None) -> _Sums:
+    """Returns the sums of ``codes``; from those ``before``, only the rows that moved are read.
+
+    The sums are fp64, so what is added and taken off again is lost in the rounding to fp32.
+    """
+    if before is not None:
+        rows = torch.nonzero(codes != before.codes).flatten()
+        if len(rows) <= _FEW * len(x):
+            part = x.index_select(0, rows)
+            gained, lost = (
+                codebook_sums(part, which.index_select(0, rows)[:, None], [centroids])
+                for which in (codes, before.codes)
+            )
+            return _Sums(codes, before.totals + gained - lost)
+    return _Sums(codes, codebook_sums(x, codes[:, None], [centroids]))
+
+
+def _split_into_empty(x: Tensor, found: _Clusters, centroids: Tensor) -> _Clusters:
+    """Returns ``found`` where each empty cluster has taken a part of the largest one."""
+    empty = torch.nonzero(found.counts == 0).flatten().tolist()
     if not empty:
-        return codes
-    codes, distances, counts = codes.clone(), distances.clone(), counts.clone()
+        return found
+    codes, distances, counts = (part.clone() for part in found)
     # Below this the spread of a cluster is the rounding of its mean: its rows are all the same.
     noise = 1e-12 * centroids.square().sum(dim=1)
+    left = counts.clone()
     for cluster in empty:
-        while int(counts.max()) > 1:
-            largest = int(counts.argmax())
+        while int(left.max()) > 1:
+            largest = int(left.argmax())
             rows = torch.nonzero(codes == largest).flatten()
             farthest = rows[distances[rows].argmax()]
             if distances[farthest] > noise[largest]:
                 break
-            counts[largest] = 0
+            left[largest] = 0
         else:
             break
-        away = (x[rows] - x[farthest]).square().sum(dim=1)
-        moved = rows[away < distances[rows]]
+        away = (x[rows].float() - x[farthest].float()).square().sum(dim=1)
+        nearer = away < distances[rows]
+        moved = rows[nearer]
         codes[moved] = cluster
-        distances[moved] = away[away < distances[rows]]
-        counts[cluster] = len(moved)
-        counts[largest] -= len(moved)
-        noise[cluster] = 1e-12 * x[farthest].square().sum()
-    return codes
+        distances[moved] = away[nearer]
+        for tally in (counts, left):
+            tally[cluster] = len(moved)
+            tally[largest] -= len(moved)
+        noise[cluster] = 1e-12 * x[farthest].float().square().sum()
+    return _Clusters(codes, distances, counts)
+
+
+def _sample(x: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """Returns the rows to start from, fp32: all of them, or a random sample.
+
+    Raises:
+        InvalidArgument: one of these rows is not finite; the search checks the others.
+    """
+    limit = max(_SEED_ROWS, _SEED_ROWS_PER_CLUSTER * num_clusters)
+    rows = torch.arange(len(x), device=x.device)
+    if len(x) > limit:
+        rows = torch.randperm(len(x), generator=generator)[:limit].sort().values.to(x.device)
+    sample = (x.index_select(0, rows) if len(x) > limit else x).float()
+    # A sum is quicker than a look at every value, which only one that is not finite is worth.
+    if not bool(sample.sum().isfinite()):
+        bad = torch.nonzero(~sample.isfinite().all(dim=1)).flatten()
+        if len(bad):
+            raise InvalidArgument(f"x[{int(rows[bad[0]])}]", "finite values", "NaN or infinity")
+    return sample
 
 
 def _plus_plus(x: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
     """Draws rows with probability proportional to the squared distance to those drawn before.
 
-    Each round draws 2 + ln K candidates and keeps the one that lowers the total most. The distance
-    to the nearest drawn row is a running minimum, so the whole start costs O(NKD log K).
+    Each round draws candidates and keeps, one by one, those that lower the total of the distances
+    most. Rounds grow to 8 centers of 4 candidates each, one in eight of the centers so far, so
+    that the products are wide: that costs O(N K D) with small factors. The distance to the nearest
+    drawn row is a running minimum.
     """
-    chosen = [int(torch.randint(len(x), (), generator=generator))]
-    nearest = (x - x[chosen[0]]).square().sum(dim=1)
-    # Distances to candidates as a product of matrices, around the mean so that little cancels.
+    # Distances as products, around the mean so that little cancels.
     centered = x - x.mean(dim=0)
     norms = centered.square().sum(dim=1)
-    trials = 2 + int(math.log(num_clusters))
-    for _ in range(1, num_clusters):
+    blur = 1e-6 * x.shape[1] ** 0.5 * norms
+    chosen = [int(torch.randint(len(x), (), generator=generator))]
+    nearest = (x - x[chosen[0]]).square().sum(dim=1)
+    exact = False
+    while len(chosen) < num_clusters:
         mass = nearest.cumsum(dim=0, dtype=torch.float64)
         if float(mass[-1]) == 0:
-            break
+            if exact:
+                break
+            # What is left is lost in the rounding of products, if it is not zero.
+            exact = True
+            nearest = residual_quantize(x, [x[chosen]]).norms[:, 0]
+            continue
+        keep = min(max(len(chosen) // 8, 1), _MOST_CENTERS, num_clusters - len(chosen))
         # Thresholds in (0, total] fall on rows of positive distance, never on a drawn one.
-        draws = 1 - torch.rand(trials, generator=generator, dtype=torch.float64)
-        rows = torch.searchsorted(mass, mass[-1] * draws.to(mass.device))
+        draws = 1 - torch.rand(2 + _CANDIDATES * keep, generator=generator, dtype=torch.float64)
+        rows = torch.searchsorted(mass, mass[-1] * draws.to(mass.device)).clamp_max_(len(x) - 1)
+        if exact:
+            chosen.append(int(rows[0]))
+            nearest = torch.minimum(nearest, (x - x[rows[0]]).square().sum(dim=1))
+            continue
         away = torch.addmm(norms, centered[rows], centered.T, alpha=-2).add_(norms[rows, None])
-        totals = torch.minimum(nearest, away.clamp_min_(0)).sum(dim=1, dtype=torch.float64)
-        row = int(rows[totals.argmin()])
-        chosen.append(row)
-        nearest = torch.minimum(nearest, (x - x[row]).square().sum(dim=1))
+        # Where it may be rounding a distance is taken for zero, as that of equal rows is.
+        away = torch.where(away > blur, away, 0)
+        away[torch.arange(len(rows)), rows] = 0
+        total = float("inf")
+        for pick in range(keep):
+            torch.minimum(away, nearest, out=away)
+            totals = away.sum(dim=1)
+            best = int(totals.argmin())
+            if pick and not float(totals[best]) < total:
+                break
+            total = float(totals[best])
+            chosen.append(int(rows[best]))
+            nearest = away[best].clone()
     return _repeated(x, torch.tensor(chosen), num_clusters)
 
 

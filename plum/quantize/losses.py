@@ -6,12 +6,16 @@ width of the inputs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plum.errors import InvalidArgument
+from plum.ops import ResidualCodes, code_usage, codebook_sums
+from plum.ops.residual_quantize import pack_codebooks
 
 
 class QuantizationLosses(NamedTuple):
@@ -26,7 +30,13 @@ class QuantizationLosses(NamedTuple):
     codebook: Tensor
 
 
-def quantization_losses(x: Tensor, codewords: Tensor) -> QuantizationLosses:
+def quantization_losses(
+    x: Tensor,
+    found: ResidualCodes,
+    codebooks: Sequence[Tensor] | Tensor,
+    *,
+    sizes: Sequence[int] | None = None,
+) -> QuantizationLosses:
     """Computes both halves of ``L_rq`` (TIGER, arXiv 2305.05065; PLUM, arXiv 2510.07784).
 
     ::
@@ -34,21 +44,95 @@ def quantization_losses(x: Tensor, codewords: Tensor) -> QuantizationLosses:
         L_rq    = sum_l  β ||r_l - sg[e_l]||² + ||sg[r_l] - e_l||²
         r_{l+1} = r_l - sg[e_l],   r_0 = x
 
-    averaged over the rows. The codewords are taken off the residual without their gradient, so
-    the first term reaches only ``x`` and the second only the codebook of its own level.
+    averaged over the rows; zero for a batch without rows. The codewords are taken off the residual
+    without their gradient, so the first term reaches only ``x`` and the second only the codebook
+    of its own level. Both values are the norms that the search found, and no ``[N, L, D]`` is
+    made on the way back either:
+
+    ::
+
+        d commitment / d x   = 2/N sum_l r_{l+1} = 2/N (L r_L + sum_l l e_l)
+        d codebook / d c_lk  = 2/N (usage_lk c_lk - sum of r_l over the rows on k)
 
     Args:
         x: ``[N, D]``.
-        codewords: ``[N, L, D]``, the chosen codeword of each level.
+        found: Of ``residual_quantize(x, codebooks, return_residual=True)``.
+        codebooks: ``L`` tensors ``[K_l, D]``, or one packed ``[ΣK, D]`` with ``sizes``.
+        sizes: ``K_l`` of a packed ``codebooks``.
 
     Returns:
         Scalars ``sum_l ||r_l - sg[e_l]||²`` and ``sum_l ||sg[r_l] - e_l||²``.
+
+    Raises:
+        InvalidArgument: ``found`` has no residual, or a shape or dtype is not as above.
     """
-    taken = codewords.detach().cumsum(dim=1)
-    commitment = (x[:, None] - taken).square().sum(dim=(1, 2)).mean()
-    residuals = x.detach()[:, None] - (taken - codewords.detach())
-    codebook = (residuals - codewords).square().sum(dim=(1, 2)).mean()
-    return QuantizationLosses(commitment, codebook)
+    if found.residual is None:
+        raise InvalidArgument("found", "codes with their residual", "none", "return_residual=True")
+    packed, sizes = pack_codebooks(codebooks, sizes)
+    losses = _QuantizationLosses.apply(
+        x, packed, found.codes, found.norms, found.residual, tuple(sizes)
+    )
+    return QuantizationLosses(*losses)
+
+
+def sum_codewords(
+    codes: Tensor, packed: Tensor, sizes: Sequence[int], weights: Tensor | None = None
+) -> Tensor:
+    """Adds up codewords: ``sum_l weights[n, l] * codebook_l[codes[n, l]]``.
+
+    Args:
+        codes: int32 or int64 ``[N, l]``, the first codes of each row.
+        packed: ``[ΣK, D]``.
+        sizes: ``L`` codebook sizes.
+        weights: ``[N, l]``; None for ones.
+
+    Returns:
+        ``[N, D]``; gradients flow to ``packed``.
+    """
+    starts = accumulate(sizes, initial=0)
+    index = torch.stack(
+        [code + start for code, start in zip(codes.long().unbind(1), starts, strict=False)], dim=1
+    )
+    if weights is None:
+        weights = packed.new_ones(index.shape)
+    return nn.functional.embedding_bag(
+        index, packed, mode="sum", per_sample_weights=weights.to(packed)
+    )
+
+
+class _QuantizationLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor,
+        codes: Tensor,
+        norms: Tensor,
+        residual: Tensor,
+        sizes: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, packed, codes, residual)
+        ctx.sizes = sizes
+        loss = (norms.sum(dtype=torch.float64) / max(len(x), 1)).float()
+        return loss, loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, packed, codes, residual = ctx.saved_tensors
+        scale = 2 / max(len(x), 1)
+        to_x = to_packed = None
+        if ctx.needs_input_grad[0]:
+            levels = torch.arange(codes.shape[1], device=x.device).expand(codes.shape)
+            later = sum_codewords(codes, packed, ctx.sizes, levels)
+            later = later.add_(residual, alpha=codes.shape[1])
+            to_x = later.mul_(scale * grads[0]).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            sums = codebook_sums(x, codes, packed, sizes=ctx.sizes)
+            usage = code_usage(codes, ctx.sizes, validate=False)
+            to_packed = ((usage[:, None] * packed.double() - sums) * (scale * grads[1])).to(
+                packed.dtype
+            )
+        return to_x, to_packed, None, None, None, None
 
 
 def reconstruction_loss(x: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
@@ -62,7 +146,7 @@ def reconstruction_loss(x: Tensor, target: Tensor, present: Tensor | None = None
         present: bool ``[N]``, rows that have this modality; None for all.
 
     Returns:
-        A scalar; zero if no row is present.
+        A scalar; zero if there is no row, or none is present.
 
     Raises:
         InvalidArgument: the shapes differ.
@@ -70,7 +154,7 @@ def reconstruction_loss(x: Tensor, target: Tensor, present: Tensor | None = None
     if x.shape != target.shape:
         raise InvalidArgument("target", f"{list(x.shape)} as x", str(list(target.shape)))
     if present is None:
-        return (x - target).square().sum(dim=1).mean()
+        return (x - target).square().sum() / max(len(x), 1)
     # Replaced, not multiplied by zero: a missing row may hold anything, NaN included.
     target = torch.where(present[:, None], target, x.detach())
     return (x - target).square().sum() / present.sum().clamp_min(1)

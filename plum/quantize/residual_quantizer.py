@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from plum.errors import InvalidArgument
-from plum.ops import code_usage, codebook_sums, dead_codes, residual_quantize, revive_codes
+from plum.ops import (
+    Reservoir,
+    ResidualCodes,
+    code_usage,
+    codebook_sums,
+    dead_codes,
+    empty_reservoir,
+    fill_reservoir_,
+    reservoir_sizes,
+    residual_quantize,
+    revive_codes,
+)
+from plum.quantize.beam import beam_encode
+from plum.quantize.distributed import (
+    copy_from_first,
+    gather_rows,
+    merge_reservoirs,
+    rank,
+    sum_over_ranks,
+)
+from plum.quantize.gradient import rotate, straight_through
 from plum.quantize.kmeans import KMeans
-from plum.quantize.losses import quantization_losses
+from plum.quantize.losses import quantization_losses, sum_codewords
 from plum.quantize.storage import load_module, save_module
 
 UPDATES = ("ema", "gradient")
+GRADIENTS = {"straight-through": straight_through, "rotation": rotate}
+METRICS = ("euclidean", "cosine")
 # Streams of random numbers, so that no two uses of a seed share one.
-_INIT, _MASK, _REVIVE = range(3)
+_INIT, _MASK, _RESERVOIR = range(3)
 # Usage below which the moving averages of a code no longer say where it was.
 _FADED = 1e-12
 
@@ -31,11 +56,11 @@ class QuantizerOutput:
     Attributes:
         codes: int32 ``[N, L]``.
         quantized: ``[N, D]``, the sum of the codewords (of the first r levels under progressive
-            masking), with the gradient passed straight through to the input.
-        residual: ``[N, D]``, what all levels together leave over; no gradient.
+            masking), with a gradient to the input that ``gradient`` says.
+        residual: fp32 ``[N, D]``, what all levels together leave over; no gradient.
         loss: Scalar, the sum of ``losses``.
         losses: ``"commitment"`` (times β) and, with gradient updates, ``"codebook"``.
-        usage: int64 ``[ΣK]``, how often each code occurs in this batch.
+        usage: int64 ``[ΣK]``, how often each code occurs in this batch, of this process.
     """
 
     codes: Tensor
@@ -53,13 +78,29 @@ class ResidualQuantizer(nn.Module):
 
     - ``update="ema"``: a codeword is the moving average of the residuals on it (van den Oord et
       al. 2017, appendix A); ``update="gradient"``: an optimizer moves them by the codebook loss.
-    - Every ``revive_every`` steps the codes whose moving usage is below ``dead_share`` of the
-      uniform share of their level get the residual of a row of this batch, drawn with a
-      probability that grows with the row's error at that level. The moving averages of a revived
-      code restart at the uniform share, so the next update leaves it where it was put.
+    - Each step offers its rows to a reservoir, a sample of each level's residuals in which rows of
+      high error are likely. Every ``revive_every`` steps, before the search, the codes whose
+      moving usage is below ``dead_share`` of the uniform share of their level get the residuals
+      sampled since the last time. The moving averages of a revived code restart at the uniform
+      share, and the optimizer of :meth:`attach_optimizer` forgets where the code was going, so
+      the next update leaves it where it was put.
 
-    Randomness is a function of ``seed`` and of the number of training steps, which is part of the
-    ``state_dict``: a run that is resumed from one continues bit for bit.
+    ``metric="cosine"`` scales rows at the entrance, and all codewords, to norm 1. The nearest unit
+    codeword of a residual r is the one of the largest r·c, so the search is the cosine search at
+    every level; but a codeword then has the norm 1 at deep levels too, where residuals are short.
+
+    Randomness is a function of ``seed``, the number of training steps and the rows. Steps and
+    reservoir are part of the ``state_dict``: a run that is resumed from one continues bit for bit.
+
+    Under ``torch.distributed``, EMA updates and revival are those of the batches of all processes
+    together, the same on each: a step takes one all-reduce, a revival an all-gather and an
+    all-reduce. Processes must step together, if with an empty batch; how the rows are spread over
+    them makes no difference. Each has its own reservoir, so each must load its own state to go on
+    bit for bit. The gradients of codebooks are left to DDP.
+
+    Attributes:
+        process_group: The processes that train together; None for the default group. A group of
+            this process alone trains apart from the others.
     """
 
     codebooks: nn.ParameterList
@@ -73,12 +114,15 @@ class ResidualQuantizer(nn.Module):
         codebook_sizes: Sequence[int],
         *,
         update: str = "ema",
+        gradient: str = "straight-through",
+        metric: str = "euclidean",
         commitment: float = 0.25,
         decay: float = 0.99,
         revive_every: int = 100,
         dead_share: float = 0.1,
         progressive_masking: bool = False,
         seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Creates codebooks of random normal codewords; see :meth:`init_codebooks`.
 
@@ -86,6 +130,9 @@ class ResidualQuantizer(nn.Module):
             dim: Width ``D`` of a row.
             codebook_sizes: ``K_l`` of each of the ``L`` levels.
             update: ``"ema"`` or ``"gradient"``.
+            gradient: ``"straight-through"`` or ``"rotation"`` (arXiv 2410.06424), how the gradient
+                of ``quantized`` gets to the input.
+            metric: ``"euclidean"`` or ``"cosine"``.
             commitment: Weight β of the commitment loss.
             decay: Decay of the moving averages of usage and of the EMA codewords, in [0, 1).
             revive_every: Training steps between revivals; 0 for none.
@@ -93,6 +140,7 @@ class ResidualQuantizer(nn.Module):
             progressive_masking: In training, keep only the first r levels of each row in
                 ``quantized``, r uniform in 1..L (PLUM, arXiv 2510.07784).
             seed: Seed of everything random in here.
+            process_group: See the attribute.
 
         Raises:
             InvalidArgument: an argument is out of range.
@@ -102,8 +150,13 @@ class ResidualQuantizer(nn.Module):
             raise InvalidArgument("dim", "at least 1", dim)
         if not codebook_sizes or any(size < 1 for size in codebook_sizes):
             raise InvalidArgument("codebook_sizes", "sizes of at least 1", list(codebook_sizes))
-        if update not in UPDATES:
-            raise InvalidArgument("update", f"one of {', '.join(UPDATES)}", repr(update))
+        for name, value, known in (
+            ("update", update, UPDATES),
+            ("gradient", gradient, GRADIENTS),
+            ("metric", metric, METRICS),
+        ):
+            if value not in known:
+                raise InvalidArgument(name, f"one of {', '.join(known)}", repr(value))
         if not (math.isfinite(commitment) and commitment >= 0):
             raise InvalidArgument("commitment", "a number of at least 0", commitment)
         if not 0 <= decay < 1:
@@ -115,23 +168,31 @@ class ResidualQuantizer(nn.Module):
         self.dim = dim
         self.codebook_sizes = tuple(codebook_sizes)
         self.update = update
+        self.gradient = gradient
+        self.metric = metric
         self.commitment = commitment
         self.decay = decay
         self.revive_every = revive_every
         self.dead_share = dead_share
         self.progressive_masking = progressive_masking
         self.seed = seed
+        self.process_group = process_group
         generator = self._generator(_INIT)
+        books = [torch.randn(size, dim, generator=generator) for size in self.codebook_sizes]
         self.codebooks = nn.ParameterList(
-            nn.Parameter(torch.randn(size, dim, generator=generator), update == "gradient")
-            for size in self.codebook_sizes
+            nn.Parameter(self._scaled(book), update == "gradient") for book in books
         )
         total = sum(self.codebook_sizes)
         self.register_buffer("usage_ema", torch.zeros(total))
         self.register_buffer("sum_ema", torch.zeros(total, dim))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        # No buffers: DDP would give every process the reservoir of the first.
+        self._reservoir: Reservoir | None = None
+        # What ``steps`` holds, without asking the device; None for not read yet.
+        self._step: int | None = None
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         for level in range(self.num_levels):
-            self._restart_averages(level, slice(None))
+            self._restart_averages(level)
 
     @property
     def num_levels(self) -> int:
@@ -145,37 +206,60 @@ class ResidualQuantizer(nn.Module):
         *,
         max_iters: int = 50,
         batch_size: int | None = None,
+        max_rows: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Sets each codebook to the k-means centroids of the residuals of the levels before.
+
+        Under ``torch.distributed`` all processes call it, and cluster the rows of all of them.
 
         Args:
             x: ``[N, D]``, finite.
             max_iters: k-means iterations a level.
             batch_size: Rows a mini-batch of k-means; None for full iterations.
+            max_rows: Most rows of all processes together, evenly spread over ``x``; None for all.
             progress: Called as ``progress(done, L)`` after each level.
 
         Raises:
             InvalidArgument: ``x`` is not as above.
         """
-        residual = self._checked(x).float()
+        if max_rows is not None and max_rows < 1:
+            raise InvalidArgument("max_rows", "at least 1, or None for all", max_rows)
+        x = self._entered(x.detach()).float()
+        residual = gather_rows(x, max_rows, self.process_group)
         for level, codebook in enumerate(self.codebooks):
             kmeans = KMeans(
                 len(codebook),
                 max_iters=max_iters,
                 batch_size=batch_size,
                 seed=_mixed(self.seed, _INIT, level),
-            ).fit(residual)
-            codebook.copy_(kmeans.centroids)
-            self._restart_averages(level, slice(None))
-            residual = residual - codebook[kmeans.predict(residual).long()]
+            ).fit(self._scaled(residual))
+            codebook.copy_(self._scaled(kmeans.centroids))
+            code = residual_quantize(residual, [codebook]).codes[:, 0]
+            residual = residual - codebook[code.long()]
             if progress is not None:
                 progress(level + 1, self.num_levels)
+        copy_from_first(list(self.codebooks), self.process_group)
+        for level in range(self.num_levels):
+            self._restart_averages(level)
+        self.forget_sample()
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
-        """Returns the codes of ``x`` ``[N, D]``: int32 ``[N, L]``, nearest codewords, greedily."""
-        return residual_quantize(self._checked(x), list(self.codebooks)).codes
+    def encode(self, x: Tensor, *, beam_width: int = 1) -> Tensor:
+        """Returns the codes of rows.
+
+        Args:
+            x: ``[N, D]``, finite.
+            beam_width: 1 takes the nearest codeword level by level; more search for codewords
+                whose sum is nearer, see :func:`plum.quantize.beam_encode`.
+
+        Returns:
+            int32 ``[N, L]``.
+
+        Raises:
+            InvalidArgument: an argument is not as above.
+        """
+        return beam_encode(self._entered(x), self._packed().split(self.codebook_sizes), beam_width)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Sums the codewords of codes or of their prefixes.
@@ -192,7 +276,7 @@ class ResidualQuantizer(nn.Module):
         if codes.ndim != 2 or not 1 <= codes.shape[1] <= self.num_levels:
             raise InvalidArgument("codes", f"[N, 1..{self.num_levels}]", str(list(codes.shape)))
         code_usage(codes, self.codebook_sizes[: codes.shape[1]])
-        return self._codewords(codes).sum(dim=1)
+        return sum_codewords(codes, self._packed(), self.codebook_sizes)
 
     def forward(self, x: Tensor) -> QuantizerOutput:
         """Quantizes ``x`` ``[N, D]`` and, in training mode, maintains the codebooks.
@@ -200,63 +284,80 @@ class ResidualQuantizer(nn.Module):
         Raises:
             InvalidArgument: ``x`` is not a finite floating-point ``[N, D]``.
         """
-        self._checked(x)
+        x = self._entered(x)
         if self.training:
-            self.steps += 1
-            if self.revive_every and int(self.steps) % self.revive_every == 0:
-                self.revive(x)
-        codes = residual_quantize(x, list(self.codebooks)).codes
-        usage = code_usage(codes, self.codebook_sizes)
-        codewords = self._codewords(codes)
-        terms = quantization_losses(x, codewords)
+            self._begin_step()
+        packed, sizes = self._packed(), self.codebook_sizes
+        usage = torch.zeros(len(packed), dtype=torch.int64, device=x.device)
+        found = residual_quantize(x, packed, sizes=sizes, return_residual=True, usage=usage)
+        assert found.residual is not None
+        terms = quantization_losses(x, found, packed, sizes=sizes)
         losses = {"commitment": self.commitment * terms.commitment}
         if self.update == "gradient":
             losses["codebook"] = terms.codebook
-        kept = codewords.detach()
-        residual = x.detach() - kept.sum(dim=1)
-        if self.training and self.progressive_masking:
-            kept = kept * self._prefix_mask(x)
+        mask = self._prefix_mask(x) if self.training and self.progressive_masking else None
+        quantized = sum_codewords(found.codes, packed.detach(), sizes, mask)
         if self.training:
-            self._update_averages(x.detach(), codes, usage)
+            self._learn(x.detach(), found, packed.detach(), usage)
         return QuantizerOutput(
-            codes=codes,
-            quantized=x + (kept.sum(dim=1) - x).detach(),
-            residual=residual,
+            codes=found.codes,
+            quantized=GRADIENTS[self.gradient](x, quantized) if x.requires_grad else quantized,
+            residual=found.residual,
             loss=torch.stack(list(losses.values())).sum(),
             losses=losses,
             usage=usage,
         )
 
     @torch.no_grad()
-    def revive(self, x: Tensor) -> int:
-        """Re-seeds the dead codes from rows of ``x`` ``[N, D]``; returns how many it re-seeded.
+    def revive(self) -> Tensor:
+        """Re-seeds the dead codes from the residuals sampled since the last time.
 
-        Coarse levels go first, and each level sees the residuals that the levels before leave
-        after their own revival.
+        :meth:`forward` calls it every ``revive_every`` steps; with ``revive_every=0`` nothing is
+        sampled. Nothing waits for the device.
+
+        Returns:
+            int64 ``[L]``, how many codes of each level were re-seeded.
         """
-        residual = self._checked(x).detach().float()
+        capacities = reservoir_sizes(self.codebook_sizes)
+        sample = merge_reservoirs(self._sample(), capacities, self.process_group)
+        self.forget_sample()
         dead = dead_codes(self.usage_ema, self.codebook_sizes, share=self.dead_share)
-        generator = self._generator(_REVIVE, int(self.steps), device=x.device)
-        revived = 0
-        for level, lost in enumerate(dead.split(list(self.codebook_sizes))):
+        levels = zip(
+            *(part.split(self.codebook_sizes) for part in (self._packed(), dead)),
+            *(part.split(capacities) for part in sample),
+            strict=True,
+        )
+        revived = []
+        for level, (codewords, lost, rows, keys) in enumerate(levels):
+            rows = self._scaled(rows)
+            if self.metric == "cosine":
+                # A residual of zero has no direction.
+                keys = keys.masked_fill((rows == 0).all(dim=1), float("-inf"))
+            fresh, replaced = revive_codes(codewords, lost, rows, keys)
             codebook = self.codebooks[level]
-            found = residual_quantize(residual, [codebook])
-            if bool(lost.any()):
-                fresh, replaced = revive_codes(
-                    codebook, lost, residual, found.norms[:, 0], generator=generator
-                )
-                codebook.copy_(fresh)
-                self._restart_averages(level, replaced)
-                revived += int(replaced.sum())
-                found = residual_quantize(residual, [codebook])
-            residual = residual - codebook[found.codes[:, 0].long()]
-        return revived
+            codebook.copy_(torch.where(replaced[:, None], fresh, codebook))
+            self._restart_averages(level, replaced)
+            self._reset_optimizer(codebook, replaced)
+            revived.append(replaced.sum())
+        return torch.stack(revived)
+
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Names the optimizer of the codebooks, so that revival resets its state.
+
+        Momentum and second moments of a codeword that is gone would move the one in its place.
+        The reference is weak, and is not part of copies of this module.
+        """
+        self._optimizer = weakref.ref(optimizer)
+
+    def forget_sample(self) -> None:
+        """Empties the reservoir, which a model that is not trained further need not carry."""
+        self._reservoir = None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically."""
         names = [
-            *("dim", "codebook_sizes", "update", "commitment", "decay", "revive_every"),
-            *("dead_share", "progressive_masking", "seed"),
+            *("dim", "codebook_sizes", "update", "gradient", "metric", "commitment", "decay"),
+            *("revive_every", "dead_share", "progressive_masking", "seed"),
         ]
         save_module(self, {name: getattr(self, name) for name in names}, folder)
 
@@ -269,42 +370,90 @@ class ResidualQuantizer(nn.Module):
         """
         return load_module(lambda config: cls(**config), cls.__name__, folder)
 
-    def _codewords(self, codes: Tensor) -> Tensor:
-        levels = [
-            nn.functional.embedding(codes[:, level].long(), self.codebooks[level])
-            for level in range(codes.shape[1])
-        ]
-        return torch.stack(levels, dim=1)
-
-    def _prefix_mask(self, x: Tensor) -> Tensor:
-        """Returns ``[N, L, 1]`` in {0, 1}: each row keeps its first r levels, r ~ U{1..L}."""
-        generator = self._generator(_MASK, int(self.steps))
-        kept = torch.randint(1, self.num_levels + 1, (len(x), 1, 1), generator=generator)
-        return (torch.arange(self.num_levels)[:, None] < kept).to(x)
+    def _begin_step(self) -> None:
+        if self._step is None:
+            self._step = int(self.steps)
+        self._step += 1
+        self.steps += 1
+        if self.revive_every and self._step % self.revive_every == 0:
+            self.revive()
 
     @torch.no_grad()
-    def _update_averages(self, x: Tensor, codes: Tensor, usage: Tensor) -> None:
-        """Moves usage and, with EMA updates, the codewords by one batch.
+    def _learn(self, x: Tensor, found: ResidualCodes, packed: Tensor, usage: Tensor) -> None:
+        """Samples the batch and moves usage and, with EMA updates, the codewords by it.
 
         Usage is kept as a share of the batch, so batches of any size weigh the same.
         """
-        if not len(x):
-            return
-        self.usage_ema.lerp_(usage / len(x), 1 - self.decay)
+        sizes = self.codebook_sizes
+        if self.revive_every:
+            assert self._step is not None
+            seed = _mixed(self.seed, _RESERVOIR, self._step)
+            fill_reservoir_(self._sample(), x, found, packed, sizes=sizes, seed=seed)
+        parts = [usage.new_full((1,), len(x)), usage]
+        if self.update == "ema":
+            parts.append(codebook_sums(x, found.codes, packed, sizes=sizes))
+        rows, counts, *sums = sum_over_ranks(parts, self.process_group)
+        # A step without rows moves nothing.
+        weight = ((rows > 0) * (1 - self.decay)).float()
+        rows = rows.clamp_min(1)
+        self.usage_ema.lerp_((counts / rows).float(), weight)
         if self.update != "ema":
             return
-        sums = (codebook_sums(x, codes, list(self.codebooks)) / len(x)).float()
-        self.sum_ema.lerp_(sums, 1 - self.decay)
+        self.sum_ema.lerp_((sums[0] / rows).float(), weight)
         for codebook, (count, total) in zip(self.codebooks, self._averages(), strict=True):
             # A code unused for long keeps its codeword: both of its averages fade to nothing.
             alive = count > _FADED
-            mean = total / torch.where(alive, count, torch.ones_like(count))[:, None]
-            codebook.copy_(torch.where(alive[:, None], mean, codebook))
+            mean = total / torch.where(alive, count, 1)[:, None]
+            if self.metric == "cosine":
+                # Residuals that cancel have no direction.
+                alive &= mean.norm(dim=1) > 0
+            codebook.copy_(torch.where(alive[:, None], self._scaled(mean), codebook))
 
-    def _restart_averages(self, level: int, which: Tensor | slice) -> None:
-        count, total = self._averages()[level]
-        count[which] = 1 / self.codebook_sizes[level]
-        total[which] = self.codebooks[level].detach()[which] / self.codebook_sizes[level]
+    def _sample(self) -> Reservoir:
+        """Returns the reservoir, on the device of the model."""
+        device = self.usage_ema.device
+        if self._reservoir is None:
+            self._reservoir = empty_reservoir(self.codebook_sizes, self.dim, device=device)
+        self._reservoir = Reservoir(*(part.to(device) for part in self._reservoir))
+        return self._reservoir
+
+    def _restart_averages(self, level: int, which: Tensor | None = None) -> None:
+        """Sets the averages of the codes ``which``, bool ``[K]``, to the uniform share."""
+        (count, total), codebook = self._averages()[level], self.codebooks[level].detach()
+        if which is None:
+            which = torch.ones_like(count, dtype=torch.bool)
+        count.masked_fill_(which, 1 / len(count))
+        total.copy_(torch.where(which[:, None], codebook / len(count), total))
+
+    def _reset_optimizer(self, codebook: nn.Parameter, which: Tensor) -> None:
+        """Zeroes what gradients and optimizer hold for the codewords ``which``, bool ``[K]``."""
+        held = [] if codebook.grad is None else [codebook.grad]
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is not None:
+            held += optimizer.state.get(codebook, {}).values()
+        for value in held:
+            if isinstance(value, Tensor) and value.shape == codebook.shape:
+                value.masked_fill_(which[:, None], 0)
+
+    def _prefix_mask(self, x: Tensor) -> Tensor:
+        """Returns ``[N, L]`` in {0, 1}: each row keeps its first r levels, r ~ U{1..L}."""
+        assert self._step is not None
+        own = rank(self.process_group)
+        # The other processes have other rows, and need other prefixes.
+        generator = self._generator(_MASK, self._step, *[own] * (own > 0), device=x.device)
+        shape = (len(x), 1)
+        kept = torch.randint(1, self.num_levels + 1, shape, generator=generator, device=x.device)
+        return (torch.arange(self.num_levels, device=x.device) < kept).float()
+
+    def _packed(self) -> Tensor:
+        """Returns the codewords as the search uses them, ``[ΣK, D]``."""
+        packed = torch.cat(list(self.codebooks))
+        # EMA codewords are stored with norm 1, those of an optimizer are not.
+        return self._scaled(packed) if self.update == "gradient" else packed
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        """Returns rows of norm 1 with the cosine metric, ``rows`` otherwise."""
+        return nn.functional.normalize(rows) if self.metric == "cosine" else rows
 
     def _averages(self) -> list[tuple[Tensor, Tensor]]:
         sizes = list(self.codebook_sizes)
@@ -314,12 +463,43 @@ class ResidualQuantizer(nn.Module):
         generator = torch.Generator(device or torch.device("cpu"))
         return generator.manual_seed(_mixed(self.seed, *stream))
 
-    def _checked(self, x: Tensor) -> Tensor:
+    def _entered(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.dim or not x.is_floating_point():
             raise InvalidArgument(
                 "x", f"floating point [N, {self.dim}]", f"{x.dtype} {list(x.shape)}"
             )
-        return x
+        return self._scaled(x.float()) if self.metric == "cosine" else x
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._reservoir is not None:
+            for name, value in self._reservoir._asdict().items():
+                destination[f"{prefix}reservoir_{name}"] = value
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *reports: Any
+    ) -> None:
+        device = self.usage_ema.device
+        self._reservoir = self._step = None
+        blank = empty_reservoir(self.codebook_sizes, self.dim, device=device)
+        stored = {
+            name: state_dict.pop(f"{prefix}reservoir_{name}", None) for name in Reservoir._fields
+        }
+        if all(value is not None for value in stored.values()):
+            for name, value in blank._asdict().items():
+                if stored[name].shape != value.shape:
+                    reports[-1].append(
+                        f"size mismatch for {prefix}reservoir_{name}: {list(stored[name].shape)}"
+                        f" in the file, {list(value.shape)} in the model"
+                    )
+                else:
+                    value.copy_(stored[name])
+            self._reservoir = blank
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other parameters than the optimizer, and a weak reference cannot be pickled.
+        return {**self.__dict__, "_optimizer": None}
 
 
 def _mixed(*keys: int) -> int:

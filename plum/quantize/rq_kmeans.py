@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +13,8 @@ from plum.quantize.inputs import check_embeddings
 from plum.quantize.residual_quantizer import ResidualQuantizer
 from plum.quantize.storage import load_module, save_module
 
-# Rows encoded at once, which bounds the memory of a whole catalog.
-_CHUNK = 65536
+# Rows joined and projected at once, which bounds the memory of a whole catalog.
+_CHUNK = 16384
 
 
 class RQKMeans(nn.Module):
@@ -75,20 +75,25 @@ class RQKMeans(nn.Module):
         Raises:
             InvalidArgument: the embeddings are not as above.
         """
-        check_embeddings(embeddings, self.input_dims)
-        x = torch.cat([embeddings[name].double() for name in self.input_dims], dim=1)
-        center = x.mean(dim=0)
-        x = x - center
-        widths = list(self.input_dims.values())
+        count = check_embeddings(embeddings, self.input_dims)
+        # fp64, a chunk at a time: a copy of everything would be twice the embeddings.
+        totals = [x.double().sum(dim=0) for x in self._chunks(embeddings)]
+        center = torch.stack(totals).sum(dim=0) / count
+        covariance = torch.zeros(
+            len(center), len(center), dtype=torch.float64, device=center.device
+        )
+        for x in self._chunks(embeddings):
+            x = x.double() - center
+            covariance.addmm_(x.T, x)
         scales = []
-        for part, width in zip(x.split(widths, dim=1), widths, strict=True):
-            variance = part.square().sum(dim=1).mean()
+        for variance in covariance.diagonal().split(list(self.input_dims.values())):
+            total = variance.sum() / count
             # A constant modality carries nothing; any scale will do for it.
-            scale = variance.rsqrt() if variance > 0 else torch.ones_like(variance)
-            scales.append(scale.expand(width))
+            scale = total.rsqrt() if total > 0 else torch.ones_like(total)
+            scales.append(scale.expand(len(variance)))
         scale = torch.cat(scales)
-        x = x * scale
-        basis = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, : self.latent_dim]
+        covariance *= scale[:, None] * scale
+        basis = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : self.latent_dim]
         # An eigenvector has no sign of its own; its largest entry is made positive.
         largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
         self.basis.copy_(basis * torch.sign(largest))
@@ -102,13 +107,20 @@ class RQKMeans(nn.Module):
         Raises:
             InvalidArgument: a modality is missing, or has the wrong shape or values.
         """
-        count = check_embeddings(embeddings, self.input_dims)
-        chunks = []
-        for start in range(0, count, _CHUNK):
-            rows = [embeddings[name][start : start + _CHUNK] for name in self.input_dims]
-            x = torch.cat([part.to(self.basis) for part in rows], dim=1)
-            chunks.append((x - self.center) * self.scale @ self.basis)
-        return torch.cat(chunks)
+        check_embeddings(embeddings, self.input_dims)
+        return torch.cat(
+            [
+                (x.to(self.basis) - self.center) * self.scale @ self.basis
+                for x in self._chunks(embeddings)
+            ]
+        )
+
+    def _chunks(self, embeddings: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """Yields ``[n, ΣD_m]``, the modalities joined, a few thousand rows at a time."""
+        for parts in zip(
+            *(embeddings[name].split(_CHUNK) for name in self.input_dims), strict=True
+        ):
+            yield torch.cat(parts, dim=1)
 
     def encode(self, embeddings: Mapping[str, Tensor]) -> Tensor:
         """Returns the codes of a whole catalog: int32 ``[N, L]``; see :meth:`latents`."""

@@ -31,6 +31,7 @@ class RQVAEConfig:
         codebook_sizes: ``K_l`` of each level.
         beta: Weight of the commitment loss.
         update: ``"ema"`` or ``"gradient"``, how the codebooks learn.
+        gradient: ``"straight-through"`` or ``"rotation"``, how the gradient passes the quantizer.
         decay: Decay of the moving averages.
         revive_every: Training steps between revivals of dead codes; 0 for none.
         dead_share: Fraction of the uniform share below which a code is dead.
@@ -44,6 +45,7 @@ class RQVAEConfig:
     codebook_sizes: tuple[int, ...] = (256, 256, 256)
     beta: float = 0.25
     update: str = "ema"
+    gradient: str = "straight-through"
     decay: float = 0.99
     revive_every: int = 100
     dead_share: float = 0.1
@@ -89,7 +91,7 @@ class RQVAE(nn.Module):
     ::
 
         z   = LayerNorm(projector(concat_m(E_m(x_m))))          (fusion, PLUM arXiv 2510.07784)
-        ẑ   = residual-quantized z, gradient straight through
+        ẑ   = residual-quantized z, gradient straight through or by rotation
         L   = sum_m w_m ||x_m - D_m(ẑ)||² + L_rq(z)             (TIGER arXiv 2305.05065)
 
     The LayerNorm has no scale and shift of its own: z has the squared norm ``D``, so the
@@ -122,6 +124,7 @@ class RQVAE(nn.Module):
             width,
             config.codebook_sizes,
             update=config.update,
+            gradient=config.gradient,
             commitment=config.beta,
             decay=config.decay,
             revive_every=config.revive_every,

@@ -161,6 +161,7 @@ def fit_rqvae(
     model = RQVAE(config).to(device)
     model.fit_inputs(embeddings, present)
     optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=lr)
+    model.quantizer.attach_optimizer(optimizer)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     generator = torch.Generator().manual_seed(config.seed)
     history: list[dict[str, Any]] = []
@@ -198,6 +199,7 @@ def fit_rqvae(
             progress(epoch + 1, epochs)
     assert best is not None
     model.load_state_dict(best[1])
+    model.quantizer.forget_sample()
     model.history = history
     return model.eval(), history
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from plum.errors import InvalidArgument
-from plum.quantize import KMeans
+from plum.ops import residual_quantize
+from plum.quantize import KMeans, kmeans
 
 
 def blobs(n: int = 1200, d: int = 16, k: int = 24, seed: int = 0) -> torch.Tensor:
@@ -65,6 +66,120 @@ def test_same_start_gives_scikit_learns_centroids():
     ours = KMeans(10, max_iters=300, tol=0, seed=5).fit(x)
     torch.testing.assert_close(ours.centroids, torch.from_numpy(theirs.cluster_centers_))
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
+
+
+def test_a_given_start_gives_scikit_learns_centroids():
+    cluster = pytest.importorskip("sklearn.cluster")
+    x = blobs(900, 12, 16)
+    start = x[:16] + 0.5
+    theirs = cluster.KMeans(16, init=start.numpy(), n_init=1, max_iter=6, tol=0).fit(x.numpy())
+    ours = KMeans(16, init=start, max_iters=6, tol=0).fit(x)
+    torch.testing.assert_close(ours.centroids, torch.from_numpy(theirs.cluster_centers_))
+    assert torch.equal(KMeans(16, init=start, max_iters=0).fit(x).centroids, start)
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 1])
+def test_sums_of_what_moved_are_those_of_all_rows(monkeypatch, share):
+    """The centroids follow a plain loop, whatever part of the rows the sums are made from."""
+    monkeypatch.setattr(kmeans, "_FEW", share)
+    x = blobs(1500, 10, 40) + 30
+    start = x[:40].clone()
+    ours = KMeans(40, init=start, max_iters=8, tol=0).fit(x).centroids
+    expected = start.double()
+    for _ in range(8):
+        codes = torch.cdist(x.double(), expected).argmin(dim=1)
+        assert len(codes.unique()) == 40
+        expected = torch.stack([x[codes == k].double().mean(dim=0) for k in range(40)])
+    torch.testing.assert_close(ours, expected.float())
+
+
+def test_only_rows_that_moved_are_added_up(monkeypatch):
+    read = []
+
+    def counting(x, *rest):
+        read.append(len(x))
+        return add(x, *rest)
+
+    add = kmeans.codebook_sums
+    monkeypatch.setattr(kmeans, "codebook_sums", counting)
+    KMeans(24, max_iters=100, tol=0).fit(blobs(k=300))
+    assert read[0] == 1200
+    assert len(read) > 10 and sum(read[-6:]) < 300
+
+
+def test_k_means_plus_plus_starts_as_low_as_scikit_learns():
+    cluster = pytest.importorskip("sklearn.cluster")
+    x = blobs(3000, 16, 100)
+    ours = [KMeans(64, max_iters=0, seed=seed).fit(x).inertia for seed in range(10)]
+    theirs = [
+        direct_inertia(
+            x, torch.from_numpy(cluster.kmeans_plusplus(x.numpy(), 64, random_state=seed)[0])
+        )
+        for seed in range(10)
+    ]
+    assert sum(ours) < 1.05 * sum(theirs)
+
+
+def test_k_means_plus_plus_draws_distinct_rows_where_products_cannot_tell_them_apart():
+    # Two heaps a thousand apart, each of 20 rows a thousandth apart.
+    near = 1e-3 * torch.arange(20.0)[:, None] * torch.tensor([[1.0, 0.5]])
+    x = torch.cat([near, near + 1000]).repeat(3, 1)
+    distinct = x.unique(dim=0)
+    start = KMeans(len(distinct), max_iters=0, seed=2).fit(x)
+    assert len(start.centroids.unique(dim=0)) == len(distinct)
+    assert start.inertia == 0
+
+
+def test_k_means_plus_plus_draws_no_row_twice_in_a_round():
+    # Eighteen heaps far apart, then two beside the first: almost all that is left is on one.
+    heaps = 10 * torch.eye(20)
+    heaps[18:] = heaps[0] + torch.diag(torch.tensor([1.0, 0.05]).repeat(10))[18:]
+    for seed in range(4):
+        start = KMeans(20, max_iters=0, seed=seed).fit(heaps.repeat(50, 1))
+        assert len(start.centroids.unique(dim=0)) == 20
+        assert start.inertia == 0
+
+
+@pytest.mark.parametrize("init", ["k-means++", "random"])
+def test_starts_from_a_sample_of_many_rows(monkeypatch, init):
+    x = blobs(4000, 16, 24)
+    whole = KMeans(24, init=init, seed=0).fit(x)
+    monkeypatch.setattr(kmeans, "_SEED_ROWS", 200)
+    model = KMeans(24, init=init, seed=0).fit(x)
+    assert model.inertia == pytest.approx(direct_inertia(x, model.centroids), rel=1e-5)
+    assert model.inertia < 1.2 * whole.inertia
+    start = KMeans(24, init=init, max_iters=0, seed=0).fit(x).centroids
+    assert not residual_quantize(start, [x]).norms.any()
+    assert len(start.unique(dim=0)) == 24
+    # Whether or not a row is in the sample, it is named.
+    for row, size in ((77, 200), (3777, 200), (3800, 3900), (3900, 3900)):
+        monkeypatch.setattr(kmeans, "_SEED_ROWS", size)
+        spoiled = x.clone()
+        spoiled[row, 3] = float("inf")
+        with pytest.raises(InvalidArgument, match=rf"x\[{row}\]"):
+            KMeans(24, init=init).fit(spoiled)
+
+
+@pytest.mark.parametrize("scale", [2.0**-50, 2.0**50])
+def test_scale_does_not_matter(scale):
+    x = blobs(400, 8, 12)
+    expected = KMeans(12, seed=1).fit(x).predict(x)
+    assert torch.equal(KMeans(12, seed=1).fit(x * scale).predict(x * scale), expected)
+
+
+def test_rows_whose_squares_overflow_end():
+    model = KMeans(20).fit(blobs(50, 4, 5) * 1e25)
+    assert model.centroids.isfinite().all()
+    assert len(model.centroids.unique(dim=0)) == 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rows_of_other_precision(dtype):
+    x = blobs(500, 8, 12).to(dtype)
+    expected = KMeans(12, seed=1).fit(x.float())
+    model = KMeans(12, seed=1).fit(x)
+    assert model.centroids.dtype == torch.float32
+    assert torch.equal(model.centroids, expected.centroids)
 
 
 def test_iterations_lower_the_inertia_and_plus_plus_starts_lower():
@@ -146,6 +261,8 @@ def test_bad_input_is_refused():
         KMeans(0)
     with pytest.raises(InvalidArgument, match="init"):
         KMeans(2, init="best")
+    with pytest.raises(InvalidArgument, match=r"init.*\[2, D\]"):
+        KMeans(2, init=torch.zeros(3, 4))
     with pytest.raises(InvalidArgument, match="at least one row"):
         KMeans(2).fit(torch.zeros(0, 3))
     x = torch.zeros(5, 2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from plum.errors import InvalidArgument, InvalidData
-from plum.quantize import RQVAE, RQKMeans, RQVAEConfig, fit_rq_kmeans, load_tokenizer
+from plum.quantize import RQVAE, RQKMeans, RQVAEConfig, fit_rq_kmeans, load_tokenizer, rq_kmeans
 
 DIMS = {"text": 20, "image": 12}
 
@@ -143,6 +143,17 @@ def test_rq_kmeans_projects_on_principal_components(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert isinstance(load_tokenizer(tmp_path), RQKMeans)
     assert torch.equal(load_tokenizer(tmp_path).encode(inputs), codes)
+
+
+def test_rq_kmeans_in_chunks_is_the_same(monkeypatch):
+    # Some way off the origin, where a sum of squares that is not centered would cancel.
+    inputs = {name: x + 300 for name, x in items().items()}
+    whole = fit_rq_kmeans(inputs, (8, 4), latent_dim=5)
+    monkeypatch.setattr(rq_kmeans, "_CHUNK", 17)
+    parts = fit_rq_kmeans(inputs, (8, 4), latent_dim=5)
+    for name in ("center", "scale", "basis"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+    assert torch.equal(parts.encode(inputs), whole.encode(inputs))
 
 
 def test_rq_kmeans_decodes_to_the_inputs_when_nothing_is_lost():

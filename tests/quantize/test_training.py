@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from plum.errors import InvalidArgument
-from plum.quantize import RQVAEConfig, fit_rqvae, fit_tokenizer
+from plum.quantize import ResidualQuantizer, RQVAEConfig, fit_rqvae, fit_tokenizer
 from plum.quantize.training import _rank
 
 
@@ -92,8 +92,30 @@ def test_a_seed_gives_the_same_bits(kind):
     assert not torch.equal(codes, other)
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient"])
-def test_both_updates_beat_the_warm_up(update):
+def test_the_codebooks_know_their_optimizer_while_it_trains(monkeypatch):
+    states = []
+    revive = ResidualQuantizer.revive
+
+    def watched(self):
+        states.append([len(self._optimizer().state[codebook]) for codebook in self.codebooks])
+        return revive(self)
+
+    monkeypatch.setattr(ResidualQuantizer, "revive", watched)
+    config = RQVAEConfig(
+        {"text": 24}, latent_dim=16, codebook_sizes=(8, 8), update="gradient", revive_every=20
+    )
+    model, _ = fit_rqvae({"text": clusters()}, config, epochs=10, batch_size=40)
+    # step, exp_avg and exp_avg_sq of both codebooks, at each revival.
+    assert states == [[3, 3]] * 4
+    assert model.quantizer._optimizer() is None
+    assert not [name for name in model.state_dict() if "reservoir" in name]
+
+
+@pytest.mark.parametrize(
+    ("update", "gradient"),
+    [("ema", "straight-through"), ("gradient", "straight-through"), ("ema", "rotation")],
+)
+def test_both_updates_beat_the_warm_up(update, gradient):
     x = {"text": clusters()}
     model = fit_tokenizer(
         x,
@@ -102,6 +124,7 @@ def test_both_updates_beat_the_warm_up(update):
         epochs=20,
         batch_size=64,
         update=update,
+        gradient=gradient,
         progressive_masking=True,
     )
     first, last = model.history[2], model.history[-1]
