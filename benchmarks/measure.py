@@ -1,0 +1,79 @@
+"""How every benchmark here times, and what it writes down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from benchmarks.ceilings import Ceiling
+from benchmarks.worker import Job
+
+T = TypeVar("T")
+
+
+def measure(
+    benchmark: Any, job: Job, budget: float, check: Callable[[Tensor], T], *, warmups: int = 1
+) -> T:
+    """Runs a job, checks its answer, then times as many rounds as a budget allows.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        job: What to time; on a GPU it waits for the device.
+        budget: Seconds to spend, roughly; at least two rounds are timed, of what takes longer
+            than twice the budget one.
+        check: Called with the answer before anything is timed.
+        warmups: Runs before the timed ones; 2 where the first one compiles.
+
+    Returns:
+        What ``check`` returned.
+    """
+    seconds = 0.0
+    for _ in range(warmups):
+        start = time.perf_counter()
+        job()
+        seconds = time.perf_counter() - start
+    checked = check(job.result())
+    rounds = min(50, int(budget / seconds))
+    benchmark.pedantic(job, rounds=max(rounds, 1 if seconds > 2 * budget else 2))
+    return checked
+
+
+def record(
+    benchmark: Any,
+    rows: int,
+    *,
+    operations: float,
+    nbytes: float,
+    ceiling: Ceiling,
+    target: float | None = None,
+    target_share: float | None = None,
+    **facts: float,
+) -> None:
+    """Writes the figures of the best round into ``extra_info``.
+
+    Args:
+        benchmark: pytest-benchmark's fixture, after it has run.
+        rows: Rows that one run processes.
+        operations: Operations that one run needs by the formula of the op.
+        nbytes: Bytes that one run must move at the least.
+        ceiling: What the machine can do.
+        target: The ratio of plum's rate to this provider's that is asked for.
+        target_share: The share of the floor that is asked for.
+        facts: Further figures, such as the share of rows that are exact.
+    """
+    seconds = benchmark.stats.stats.min
+    benchmark.extra_info.update(
+        rows_per_second=rows / seconds,
+        nanoseconds_per_row=seconds / rows * 1e9,
+        gigaflops=operations / seconds / 1e9,
+        gigabytes_per_second=nbytes / seconds / 1e9,
+        share_of_floor=ceiling.seconds(operations, nbytes) / seconds,
+        **facts,
+    )
+    if target is not None:
+        benchmark.extra_info["target"] = target
+    if target_share is not None:
+        benchmark.extra_info["target_share"] = target_share
