@@ -89,9 +89,18 @@ def code_usage_cuda(codes: Tensor, sizes: Sequence[int], counts: Tensor) -> None
 
 
 def residual_quantize_cpu(
-    x: Tensor, packed: Any, codes: Tensor, norms: Tensor, residual: Tensor | None
+    x: Tensor,
+    packed: Any,
+    codes: Tensor,
+    norms: Tensor,
+    residual: Tensor | None,
+    usage: Tensor | None,
 ) -> int:
-    """Fills ``codes``, ``norms`` and ``residual``; returns the first bad row of ``x``, or -1."""
+    """Fills ``codes``, ``norms`` and ``residual`` and adds to ``usage``.
+
+    Returns:
+        The first bad row of ``x``, with ``usage`` as it was, or -1.
+    """
     _check_cpu(x)
     _check_cpu(codes, torch.int32)
     _check_cpu(norms, torch.float32)
@@ -99,6 +108,9 @@ def residual_quantize_cpu(
     if residual is not None:
         _check_cpu(residual, torch.float32)
         assert residual.shape == x.shape
+    if usage is not None:
+        _check_cpu(usage, torch.int64)
+        assert usage.numel() == packed.size
     return _C.residual_quantize_cpu(
         x.data_ptr(),
         (torch.float32, torch.bfloat16, torch.float16).index(x.dtype),
@@ -107,6 +119,7 @@ def residual_quantize_cpu(
         codes.data_ptr(),
         norms.data_ptr(),
         0 if residual is None else residual.data_ptr(),
+        0 if usage is None else usage.data_ptr(),
         torch.get_num_threads(),
     )
 

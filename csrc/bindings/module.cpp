@@ -55,11 +55,13 @@ bool matches(const PackedCodebooks& packed, uintptr_t codebooks, const std::vect
 }
 
 int64_t residual_quantize_cpu(uintptr_t x, int type, int64_t rows, const PackedCodebooks& codebooks,
-                              uintptr_t codes, uintptr_t norms, uintptr_t residual, int threads) {
+                              uintptr_t codes, uintptr_t norms, uintptr_t residual, uintptr_t usage,
+                              int threads) {
   py::gil_scoped_release release;
   return plum::cpu::residual_quantize(pointer<const void>(x), static_cast<plum::cpu::RowType>(type),
                                       rows, codebooks, pointer<int32_t>(codes),
-                                      pointer<float>(norms), pointer<float>(residual), threads);
+                                      pointer<float>(norms), pointer<float>(residual),
+                                      pointer<int64_t>(usage), threads);
 }
 
 #ifdef PLUM_WITH_CUDA
@@ -87,6 +89,7 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init(&pack_codebooks))
       .def("matches", &matches)
       .def_property_readonly("first_bad", &PackedCodebooks::first_bad)
+      .def_property_readonly("size", &PackedCodebooks::size)
       .def_property_readonly("bytes", &PackedCodebooks::bytes);
   module.def("residual_quantize_cpu", &residual_quantize_cpu);
 #ifdef PLUM_WITH_CUDA

@@ -219,6 +219,37 @@ def test_norms_residual_and_usage():
     assert residual_quantize(x, codebooks).residual is None
 
 
+def test_usage_is_counted_by_every_kernel_and_thread():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 6, generator=generator)
+    books = [torch.randn(k, 6, generator=generator) for k in (7, 300, 1)]
+    books[1][200:] = books[1][:100]
+    expected = 5 + code_usage(residual_quantize(x, books, backend="reference").codes, [7, 300, 1])
+    before = torch.get_num_threads()
+    try:
+        for isa in every_isa():
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                usage = torch.full((308,), 5)
+                residual_quantize(x, books, usage=usage, backend="cpu")
+                assert torch.equal(usage, expected), (isa, threads)
+    finally:
+        torch.set_num_threads(before)
+    strided = torch.full((308, 2), 5)[:, 0]
+    residual_quantize(x, books, usage=strided, backend="cpu")
+    assert torch.equal(strided, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_usage_stays_as_it_was_when_a_row_is_bad(backend, value):
+    x, usage = torch.zeros(5000, 2), torch.tensor([4, 2])
+    x[4900] = value
+    with pytest.raises(InvalidArgument, match=r"x\[4900\]"):
+        residual_quantize(x, [torch.full((2, 2), -3e38)], usage=usage, backend=backend)
+    assert usage.tolist() == [4, 2]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rows_are_widened_exactly(dtype):
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
