@@ -199,7 +199,7 @@ def _cpu(
         rows = slice(start, start + _CHUNK)
         _quantize_chunk(x[rows], start, codebooks.split(list(sizes)), codes[rows], norms[rows])
         raise AssertionError(f"the kernel calls row {bad} bad and the reference does not")
-    if usage is not None and counts is not usage:
+    if usage is not None and counts is not None and counts is not usage:
         usage += counts
     return codes, norms, residual
 

@@ -6,10 +6,9 @@
 #include <vector>
 
 #include "plum/cpu_features.h"
+#include "plum/row_type.h"
 
 namespace plum::cpu {
-
-enum class RowType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 // L codebooks of finite fp32 codewords, copied into the layout of the instruction set that is
 // active when they are packed. Immutable, so calls may share one.
