@@ -18,7 +18,7 @@ namespace plum::cpu {
 #define PLUM_DECLARE(isa)                                                                         \
   namespace isa {                                                                                 \
   int64_t residual_quantize_block(const residual::Problem& problem, int64_t begin, int64_t count, \
-                                  float* workspace);                                              \
+                                  int64_t next, float* workspace);                                \
   }
 PLUM_DECLARE(generic)
 #ifdef PLUM_X86
@@ -167,7 +167,8 @@ void PackedCodebooks::pack(const float* codebook, int64_t size, Level& level) co
       float rounded = static_cast<float>(exact);
       if (pairs) {
         const uint16_t half = to_bf16(rounded);
-        halves[panel + (d / 2 * lanes + lane) * 2 + d % 2] = half;
+        // As the rows: dimension d with d + 16, of 32.
+        halves[panel + ((d / 32 * 16 + d % 16) * lanes + lane) * 2 + d / 16 % 2] = half;
         rounded = from_bf16(half);
       } else {
         level.panels[panel + d * lanes + lane] = rounded;
@@ -217,10 +218,11 @@ int64_t residual_quantize(const void* x, RowType type, int64_t rows,
   std::vector<residual::Level> levels;
   const int64_t lanes = layout(codebooks.isa_).lanes;
   std::vector<int64_t> offsets;
-  int64_t offset = 0;
+  int64_t offset = 0, largest = 0;
   for (const PackedCodebooks::Level& level : codebooks.levels_) {
     offsets.push_back(offset);
     offset += static_cast<int64_t>(level.slot.size());
+    largest = std::max<int64_t>(largest, level.panels.size() * sizeof(float));
     const auto count = static_cast<int64_t>(level.code.size());
     int32_t tag_mask = 0;
     while (tag_mask < (count - 1) / lanes) tag_mask = 2 * tag_mask + 1;
@@ -237,8 +239,9 @@ int64_t residual_quantize(const void* x, RowType type, int64_t rows,
                                   codes,
                                   norms,
                                   residual};
-  const int64_t units =
-      std::clamp<int64_t>(kBlockFloats / (stride * kRowUnit), 1, kBlockRows / kRowUnit);
+  // Panels that stay in the second-level cache need no more rows to share them.
+  const int64_t most = largest <= residual::kPanelBytes ? 1 : kBlockRows / kRowUnit;
+  const int64_t units = std::clamp<int64_t>(kBlockFloats / (stride * kRowUnit), 1, most);
   const int64_t fair = round_up((rows + threads - 1) / threads, kRowUnit);
   const int64_t block = std::min(units * kRowUnit, fair);
   const int64_t blocks = (rows + block - 1) / block;
@@ -252,13 +255,14 @@ int64_t residual_quantize(const void* x, RowType type, int64_t rows,
     const auto workspace = aligned_floats(block * (2 * stride + 2 * kMaxLanes + 4));
     if (usage) counts[worker].assign(codebooks.size_, 0);
     // Blocks are taken in order, so the first bad row is in one already taken.
-    while (first_bad[worker] < 0) {
-      const int64_t begin = next.fetch_add(block);
-      if (begin >= rows) break;
+    int64_t begin = next.fetch_add(block);
+    while (begin < rows && first_bad[worker] < 0) {
+      const int64_t after = next.fetch_add(block);
       const int64_t count = std::min(block, rows - begin);
-      first_bad[worker] = quantize_block(problem, begin, count, workspace.get());
+      first_bad[worker] = quantize_block(problem, begin, count, after, workspace.get());
       if (first_bad[worker] >= 0) next.store(rows);
       if (usage) count_codes(codes, begin, count, offsets, counts[worker]);
+      begin = after;
     }
   });
   int64_t bad = -1;

@@ -115,7 +115,7 @@ def pack_codebooks(
                     str(list(codebook.shape)),
                 )
         packed, sizes = torch.cat(list(codebooks)), [len(codebook) for codebook in codebooks]
-    if any(size < 1 for size in sizes):
+    if not sizes or any(size < 1 for size in sizes):
         raise InvalidArgument("codebooks", "at least one codeword a level", f"sizes {sizes}")
     if not packed.is_floating_point():
         raise InvalidArgument("codebooks", "floating point", str(packed.dtype))

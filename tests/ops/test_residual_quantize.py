@@ -302,6 +302,12 @@ def test_bad_arguments(x, codebooks, name, backend):
         residual_quantize(x, codebooks, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_packed_codebooks_without_a_level(backend):
+    with pytest.raises(InvalidArgument, match=r"codebooks: .*, got sizes \[\]"):
+        residual_quantize(torch.ones(2, 3), torch.ones(0, 3), sizes=[], backend=backend)
+
+
 def test_the_first_chunk_with_a_bad_row_is_named_as_by_the_reference():
     # Row 4093 overflows in the chunk before that of the NaN, and in the same block of the kernel.
     x = with_nan(4200, 4098)
