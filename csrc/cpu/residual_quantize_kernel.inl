@@ -14,16 +14,13 @@ constexpr double kHuge = 0x1p120;
 // What D products lose at most when denormals are flushed, and a norm of D values when their
 // squares are.
 constexpr double kFlushedProduct = 0x1p-124, kFlushedValue = 0x1p-62;
-// Relative error of a fp32 distance; see squared_distances.
-constexpr double kDistanceError = 0x1p-17;
 // With more candidates than this, all codewords are compared.
 constexpr int kMaxCandidates = 512;
 
-// Dimensions between two reductions to fp64: at most 1024 / 8 additions in a chain.
+// Dimensions between two reductions to fp64.
 constexpr int64_t kChain = 1024;
 
-// Sums of (r - c)^2 for kAtOnce codewords, which share the loads of r, with relative error 2^-17:
-// 3 roundings of a term, kChain / 8 + 8 of a sum.
+// Sums of (r - c)^2 for kAtOnce codewords, which share the loads of r.
 template <int kAtOnce>
 void squared_distances(const float* r, const float* const* c, int64_t stride, double* distances) {
   double total[kAtOnce] = {};
@@ -44,7 +41,13 @@ void squared_distances(const float* r, const float* const* c, int64_t stride, do
   for (int j = 0; j < kAtOnce; ++j) distances[j] = total[j];
 }
 
-// The same in fp64, in eight chains: relative error below (stride + 32) / 2^52.
+// The relative error of such a sum: 3 roundings of a term, one of each addition in a chain and at
+// most 9 of adding up the chains.
+inline double distance_error(int64_t stride) {
+  return (smaller_of(stride, kChain) / (2 * kWidth) + 16) * 0x1p-24;
+}
+
+// The same of one codeword in fp64, in eight chains: relative error below (stride + 32) / 2^52.
 void squared_distance64(const float* r, const float* const* c, int64_t stride, double* distance) {
   double chains[8] = {};
   for (int64_t d = 0; d < stride; d += 8) {
@@ -53,9 +56,8 @@ void squared_distance64(const float* r, const float* const* c, int64_t stride, d
       chains[j] += difference * difference;
     }
   }
-  double total = 0;
-  for (double chain : chains) total += chain;
-  *distance = total;
+  *distance = 0;
+  for (double chain : chains) *distance += chain;
 }
 
 // r -= c; returns |r|^2.
@@ -230,7 +232,8 @@ int narrow(const Problem& p, const Level& level, const float* r, const int32_t* 
 int64_t nearest_of(const Problem& p, const Level& level, const float* r, const int32_t* slots,
                    int64_t count) {
   int32_t close[kMaxCandidates];
-  int kept = narrow<2>(p, level, r, slots, count, squared_distances<2>, kDistanceError, close);
+  int kept =
+      narrow<2>(p, level, r, slots, count, squared_distances<2>, distance_error(p.stride), close);
   if (kept < 0) return nearest_exact(p, level, r, slots, count);
   if (kept == 1) return close[0];
   const double error = (p.stride + 32) * 0x1p-52;

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from plum import _native
 from plum.errors import BackendUnavailable, InvalidArgument
-from plum.ops import code_usage, residual_quantize
+from plum.ops import code_usage, codebook_sums, residual_quantize
 
 
 def every_isa() -> Iterator[str]:
@@ -150,6 +150,65 @@ def test_the_shapes_of_use(rows, width, sizes, offset):
     books = [torch.randn(size, width, generator=generator) for size in sizes]
     books[0] += offset
     assert_equals_reference(x, books)
+
+
+def test_sixteen_levels_of_their_own_sizes():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [1, 2, 31, 32, 33, 63, 64, 65, 100, 5, 7, 3, 128, 129, 1, 300]
+    x = torch.randn(500, 37, generator=generator)
+    books = [torch.randn(size, 37, generator=generator) for size in sizes]
+    assert_equals_reference(x, [book / (level + 1) for level, book in enumerate(books)])
+
+
+def test_scores_that_differ_by_less_than_the_panel_in_their_low_bits():
+    """65,536 codewords, the two nearest of a row in the first and in the last panel."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(rows, most):
+        return torch.randint(-most, most + 1, (rows, 32), generator=generator).float()
+
+    # Small integers are exact in bf16, and with every codeword comes its negative, so the mean is
+    # zero: the screen is exact but for the panel in the low bits of a score.
+    near = draw(16, 60) + 40
+    far = near + draw(16, 1)
+    rest = draw(32_736, 3)
+    book = torch.cat([near, rest, -near, -far, -rest, far])
+    x = near.repeat_interleave(2000, dim=0) + draw(32_000, 1)
+    first, last = (
+        (x.double() @ c.double().T - c.double().square().sum(1) / 2).max(dim=1).values
+        for c in (near, far)
+    )
+    # A panel fills up to 11 bits: 4 or 8 units of scores in [2^15, 2^16).
+    scale = torch.where(first < 65536, 4, 8)
+    hidden = (first > last) & (first // scale == last // scale) & (first % scale > 0.7 * scale)
+    assert int(hidden.sum()) > 50
+    assert_equals_reference(torch.cat([x[hidden][:200], near, far]), [book])
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    width = 256
+    rows = 2**31 // width + 5000
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(rows, width, dtype=torch.bfloat16)
+    ends = [slice(0, 1000), slice(rows - 6000, rows)]
+    for part in ends:
+        x[part] = torch.randn(len(x[part]), width, generator=generator).bfloat16()
+    book = torch.randn(40, width, generator=generator)
+    usage = torch.zeros(40, dtype=torch.int64)
+    codes, norms, _ = residual_quantize(x, [book], usage=usage, backend="cpu")
+    for part in ends:
+        expected = residual_quantize(x[part], [book], backend="reference")
+        assert torch.equal(codes[part], expected.codes)
+        torch.testing.assert_close(norms[part], expected.norms, rtol=1e-5, atol=0)
+    zeros = codes[1000:-6000]
+    assert bool((zeros == book.square().sum(1).argmin()).all())
+    assert torch.equal(usage, torch.bincount(codes[:, 0], minlength=40))
+    kept = [torch.cat([tensor[part] for part in ends]) for tensor in (x, codes)]
+    assert torch.equal(
+        codebook_sums(x, codes, [book], backend="cpu"),
+        codebook_sums(*kept, [book], backend="reference"),
+    )
 
 
 def test_thread_count_changes_nothing():
