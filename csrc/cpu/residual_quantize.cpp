@@ -251,8 +251,8 @@ int64_t residual_quantize(const void* x, RowType type, int64_t rows,
   std::vector<int64_t> first_bad(workers, -1);
   std::vector<std::vector<int64_t>> counts(workers);
   parallel(workers, [&](int worker) {
-    // Residual, operand, two scores a lane and two fp64 norms for each row.
-    const auto workspace = aligned_floats(block * (2 * stride + 2 * kMaxLanes + 4));
+    // Residual, operand, two scores a lane, two fp64 norms and three words for each row.
+    const auto workspace = aligned_floats(block * (2 * stride + 2 * kMaxLanes + 7));
     if (usage) counts[worker].assign(codebooks.size_, 0);
     // Blocks are taken in order, so the first bad row is in one already taken.
     int64_t begin = next.fetch_add(block);

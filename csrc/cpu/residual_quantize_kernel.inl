@@ -158,19 +158,19 @@ double prepare(float* r, const float* c, const float* mean, int64_t stride, floa
 
 // The nearest of `count` codewords as the contract defines it: the lowest of equal distances.
 // All codewords where `slots` is null.
-int64_t nearest_exact(const Problem& p, const Level& level, const float* r, const int32_t* slots,
+int32_t nearest_exact(const Problem& p, const Level& level, const float* r, const int32_t* slots,
                       int64_t count) {
   // Sums in the order of the dimensions are chains of additions; several chains run at once.
   constexpr int kTogether = 8;
-  int64_t nearest = 0;
+  int32_t nearest = 0;
   double least = __builtin_inf();
   for (int64_t first = 0; first < count; first += kTogether) {
-    int64_t slot[kTogether];
+    int32_t slot[kTogether];
     const float* c[kTogether];
     double distance[kTogether] = {};
     for (int j = 0; j < kTogether; ++j) {
       const int64_t i = smaller_of(first + j, count - 1);
-      slot[j] = slots ? slots[i] : i;
+      slot[j] = slots ? slots[i] : static_cast<int32_t>(i);
       c[j] = level.rows + slot[j] * p.stride;
     }
     for (int64_t d = 0; d < p.width; ++d) {
@@ -229,7 +229,7 @@ int narrow(const Problem& p, const Level& level, const float* r, const int32_t* 
 }
 
 // As nearest_exact, which decides only between those that other distances cannot tell apart.
-int64_t nearest_of(const Problem& p, const Level& level, const float* r, const int32_t* slots,
+int32_t nearest_of(const Problem& p, const Level& level, const float* r, const int32_t* slots,
                    int64_t count) {
   int32_t close[kMaxCandidates];
   int kept =
@@ -241,14 +241,8 @@ int64_t nearest_of(const Problem& p, const Level& level, const float* r, const i
   return kept == 1 ? close[0] : nearest_exact(p, level, r, close, kept);
 }
 
-// The nearest codeword of r, given the best and second best tagged scores of each lane.
-int64_t nearest(const Problem& p, const Level& level, const float* r, const Row& row,
-                const float* best, const float* second) {
-  const double norms = row.norm + level.norm;
-  if (!(norms * norms < kHuge)) return nearest_exact(p, level, r, nullptr, level.count);
-  Vec highest = load(best);
-  for (int v = kWidth; v < kLanes; v += kWidth) highest = larger(highest, load(best + v));
-  const double top = largest(highest);
+// Scores within this of the best may be those of the nearest codeword.
+inline double margin(const Problem& p, const Level& level, const Row& row, double top) {
   // Cauchy-Schwarz on the rounding of the operands, then D additions and the bias, each with two
   // roundings, then the tag, which moves a score of the size of the best.
   const double operands =
@@ -257,25 +251,79 @@ int64_t nearest(const Problem& p, const Level& level, const float* r, const Row&
       (p.stride + 8) * 0x1p-23 * (row.norm + level.norm) * level.norm + p.stride * kFlushedProduct;
   const double error = 1.001 * (operands + additions);
   const double tag = (level.tag_mask + 2.0) * 0x1p-23 * (__builtin_fabs(top) + 2 * error);
-  const float threshold = static_cast<float>(top - 2.001 * (error + tag));
-  uint64_t lanes = 0, crowded = 0;
+  return 2.001 * (error + tag);
+}
+
+// Bit i: the score of lane i is at least `threshold`.
+inline uint64_t lanes_above(const float* scores, float threshold) {
+  uint64_t lanes = 0;
   for (int v = 0; v < kLanes; v += kWidth) {
-    lanes |= uint64_t{at_least(load(best + v), threshold)} << v;
-    crowded |= uint64_t{at_least(load(second + v), threshold)} << v;
+    lanes |= uint64_t{at_least(load(scores + v), threshold)} << v;
   }
+  return lanes;
+}
+
+inline int32_t slot_of(const Level& level, const float* best, int lane) {
+  return static_cast<int32_t>(to_bits(best[lane]) & level.tag_mask) * kLanes + lane;
+}
+
+// The nearest codeword of r among those whose best or second best scores are above `threshold`.
+int32_t nearest_above(const Problem& p, const Level& level, const float* r, const float* best,
+                      const float* second, float threshold) {
+  const uint64_t crowded = lanes_above(second, threshold);
   int32_t candidates[kMaxCandidates];
   int count = 0;
-  for (; lanes != 0; lanes &= lanes - 1) {
+  for (uint64_t lanes = lanes_above(best, threshold); lanes != 0; lanes &= lanes - 1) {
     const int lane = __builtin_ctzll(lanes);
-    const int32_t slot = static_cast<int32_t>(to_bits(best[lane]) & level.tag_mask) * kLanes + lane;
     const bool whole_lane = crowded >> lane & 1;
-    for (int64_t other = whole_lane ? lane : slot; other < level.count; other += kLanes) {
+    int64_t slot = whole_lane ? lane : slot_of(level, best, lane);
+    for (; slot < level.count; slot += kLanes) {
       if (count == kMaxCandidates) return nearest_of(p, level, r, nullptr, level.count);
-      candidates[count++] = static_cast<int32_t>(other);
+      candidates[count++] = static_cast<int32_t>(slot);
       if (!whole_lane) break;
     }
   }
-  return count == 1 ? candidates[0] : nearest_of(p, level, r, candidates, count);
+  return nearest_of(p, level, r, candidates, count);
+}
+
+// Finds the nearest codewords of `count` rows, given the best and second best tagged scores of each
+// lane. Rows with one candidate go straight through; the others come after them.
+//   work  [2, count]
+void find_nearest(const Problem& p, const Level& level, const float* residual, int64_t count,
+                  const Row* rows, const float* best, const float* second, float* work,
+                  int32_t* slots) {
+  float* thresholds = work;
+  int32_t* unsure = reinterpret_cast<int32_t*>(work + count);
+  for (int64_t i = 0; i < count; ++i) {
+    Vec highest = load(best + i * kLanes);
+    for (int v = kWidth; v < kLanes; v += kWidth) {
+      highest = larger(highest, load(best + i * kLanes + v));
+    }
+    thresholds[i] = largest(highest);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const double top = thresholds[i];
+    thresholds[i] = static_cast<float>(top - margin(p, level, rows[i], top));
+  }
+  int64_t left = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t lanes = lanes_above(best + i * kLanes, thresholds[i]);
+    const uint64_t crowded = lanes_above(second + i * kLanes, thresholds[i]);
+    const double norms = rows[i].norm + level.norm;
+    const bool sure =
+        (lanes & (lanes - 1)) == 0 && lanes != 0 && crowded == 0 && norms * norms < kHuge;
+    slots[i] = slot_of(level, best + i * kLanes, lanes == 0 ? 0 : __builtin_ctzll(lanes));
+    unsure[left] = static_cast<int32_t>(i);
+    left += !sure;
+  }
+  for (int64_t j = 0; j < left; ++j) {
+    const int64_t i = unsure[j];
+    const float* r = residual + i * p.stride;
+    const double norms = rows[i].norm + level.norm;
+    slots[i] = norms * norms < kHuge ? nearest_above(p, level, r, best + i * kLanes,
+                                                     second + i * kLanes, thresholds[i])
+                                     : nearest_exact(p, level, r, nullptr, level.count);
+  }
 }
 
 // Fetches the part of row `row` that falls to level l, so that memory works all the time.
@@ -300,6 +348,8 @@ int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, int64_t n
   float* best = operand + padded * elements;
   float* second = best + padded * kLanes;
   Row* norms = reinterpret_cast<Row*>(second + padded * kLanes);
+  float* work = reinterpret_cast<float*>(norms + padded);
+  int32_t* slots = reinterpret_cast<int32_t*>(work + 2 * padded);
   [[maybe_unused]] const ScreenState state;
   int64_t bad = -1;
   // A row that is not finite is noted, and goes on as zeros.
@@ -330,10 +380,11 @@ int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, int64_t n
                second + i * kLanes);
       }
     }
+    find_nearest(p, level, residual, count, norms, best, second, work, slots);
     for (int64_t i = 0; i < count; ++i) {
       float* r = residual + i * p.stride;
       fetch(p, next + i, l);
-      const int64_t slot = nearest(p, level, r, norms[i], best + i * kLanes, second + i * kLanes);
+      const int32_t slot = slots[i];
       const float* c = level.rows + slot * p.stride;
       const double norm = last_level ? subtract(r, c, p.stride)
                                      : prepare<true>(r, c, next_level.mean, p.stride,
