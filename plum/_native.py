@@ -20,6 +20,10 @@ except ImportError as error:
     _why = f"the native module is not built ({error}); run: pip install -e ."
 
 
+# In the order of the C++ enum RowType.
+_ROW_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def missing() -> str | None:
     """Returns why the C++ kernels cannot run here, or None."""
     return _why if _C is None else None
@@ -88,10 +92,43 @@ def code_usage_cuda(codes: Tensor, sizes: Sequence[int], counts: Tensor) -> None
         )
 
 
-def residual_quantize_cpu(
-    x: Tensor, packed: Any, codes: Tensor, norms: Tensor, residual: Tensor | None
+def codebook_sums_cpu(
+    x: Tensor, codes: Tensor, codebooks: Tensor, sizes: Sequence[int], sums: Tensor
 ) -> int:
-    """Fills ``codes``, ``norms`` and ``residual``; returns the first bad row of ``x``, or -1."""
+    """Fills ``sums``; returns the first bad position of ``codes``, or -1."""
+    _check_cpu(x)
+    _check_cpu(codes)
+    _check_cpu(codebooks, torch.float32)
+    _check_cpu(sums, torch.float64)
+    assert codes.shape == (len(x), len(sizes))
+    assert codebooks.shape == sums.shape == (sum(sizes), x.shape[1])
+    return _C.codebook_sums_cpu(
+        x.data_ptr(),
+        _ROW_TYPES.index(x.dtype),
+        x.shape[0],
+        x.shape[1],
+        codes.data_ptr(),
+        codes.dtype == torch.int64,
+        sizes,
+        codebooks.data_ptr(),
+        sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def residual_quantize_cpu(
+    x: Tensor,
+    packed: Any,
+    codes: Tensor,
+    norms: Tensor,
+    residual: Tensor | None,
+    usage: Tensor | None,
+) -> int:
+    """Fills ``codes``, ``norms`` and ``residual`` and adds to ``usage``.
+
+    Returns:
+        The first bad row of ``x``, with ``usage`` as it was, or -1.
+    """
     _check_cpu(x)
     _check_cpu(codes, torch.int32)
     _check_cpu(norms, torch.float32)
@@ -99,14 +136,18 @@ def residual_quantize_cpu(
     if residual is not None:
         _check_cpu(residual, torch.float32)
         assert residual.shape == x.shape
+    if usage is not None:
+        _check_cpu(usage, torch.int64)
+        assert usage.numel() == packed.size
     return _C.residual_quantize_cpu(
         x.data_ptr(),
-        (torch.float32, torch.bfloat16, torch.float16).index(x.dtype),
+        _ROW_TYPES.index(x.dtype),
         x.shape[0],
         packed,
         codes.data_ptr(),
         norms.data_ptr(),
         0 if residual is None else residual.data_ptr(),
+        0 if usage is None else usage.data_ptr(),
         torch.get_num_threads(),
     )
 

@@ -18,7 +18,7 @@ namespace plum::cpu {
 #define PLUM_DECLARE(isa)                                                                         \
   namespace isa {                                                                                 \
   int64_t residual_quantize_block(const residual::Problem& problem, int64_t begin, int64_t count, \
-                                  float* workspace);                                              \
+                                  int64_t next, float* workspace);                                \
   }
 PLUM_DECLARE(generic)
 #ifdef PLUM_X86
@@ -100,6 +100,16 @@ std::unique_ptr<float, AlignedFree> aligned_floats(int64_t count) {
       static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64})));
 }
 
+// Adds the codes of rows [begin, begin + rows) to `counts`.
+void count_codes(const int32_t* codes, int64_t begin, int64_t rows,
+                 const std::vector<int64_t>& offsets, std::vector<int64_t>& counts) {
+  const auto levels = static_cast<int64_t>(offsets.size());
+  const int32_t* code = codes + begin * levels;
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t level = 0; level < levels; ++level) ++counts[offsets[level] + *code++];
+  }
+}
+
 }  // namespace
 
 PackedCodebooks::PackedCodebooks(const float* codebooks, const std::vector<int64_t>& sizes,
@@ -108,9 +118,8 @@ PackedCodebooks::PackedCodebooks(const float* codebooks, const std::vector<int64
       width_(width),
       stride_(round_up(width, kStrideUnit)),
       levels_(sizes.size()) {
-  int64_t total = 0;
-  for (int64_t size : sizes) total += size;
-  for (int64_t k = 0; k < total; ++k) {
+  for (int64_t size : sizes) size_ += size;
+  for (int64_t k = 0; k < size_; ++k) {
     const float* codeword = codebooks + k * width;
     if (!std::all_of(codeword, codeword + width, [](float c) { return std::isfinite(c); })) {
       first_bad_ = k;
@@ -158,7 +167,8 @@ void PackedCodebooks::pack(const float* codebook, int64_t size, Level& level) co
       float rounded = static_cast<float>(exact);
       if (pairs) {
         const uint16_t half = to_bf16(rounded);
-        halves[panel + (d / 2 * lanes + lane) * 2 + d % 2] = half;
+        // As the rows: dimension d with d + 16, of 32.
+        halves[panel + ((d / 32 * 16 + d % 16) * lanes + lane) * 2 + d / 16 % 2] = half;
         rounded = from_bf16(half);
       } else {
         level.panels[panel + d * lanes + lane] = rounded;
@@ -203,11 +213,16 @@ size_t PackedCodebooks::bytes() const {
 
 int64_t residual_quantize(const void* x, RowType type, int64_t rows,
                           const PackedCodebooks& codebooks, int32_t* codes, float* norms,
-                          float* residual, int threads) {
+                          float* residual, int64_t* usage, int threads) {
   if (rows == 0) return -1;
   std::vector<residual::Level> levels;
   const int64_t lanes = layout(codebooks.isa_).lanes;
+  std::vector<int64_t> offsets;
+  int64_t offset = 0, largest = 0;
   for (const PackedCodebooks::Level& level : codebooks.levels_) {
+    offsets.push_back(offset);
+    offset += static_cast<int64_t>(level.slot.size());
+    largest = std::max<int64_t>(largest, level.panels.size() * sizeof(float));
     const auto count = static_cast<int64_t>(level.code.size());
     int32_t tag_mask = 0;
     while (tag_mask < (count - 1) / lanes) tag_mask = 2 * tag_mask + 1;
@@ -224,8 +239,9 @@ int64_t residual_quantize(const void* x, RowType type, int64_t rows,
                                   codes,
                                   norms,
                                   residual};
-  const int64_t units =
-      std::clamp<int64_t>(kBlockFloats / (stride * kRowUnit), 1, kBlockRows / kRowUnit);
+  // Panels that stay in the second-level cache need no more rows to share them.
+  const int64_t most = largest <= residual::kPanelBytes ? 1 : kBlockRows / kRowUnit;
+  const int64_t units = std::clamp<int64_t>(kBlockFloats / (stride * kRowUnit), 1, most);
   const int64_t fair = round_up((rows + threads - 1) / threads, kRowUnit);
   const int64_t block = std::min(units * kRowUnit, fair);
   const int64_t blocks = (rows + block - 1) / block;
@@ -233,21 +249,30 @@ int64_t residual_quantize(const void* x, RowType type, int64_t rows,
   const int workers = static_cast<int>(std::min<int64_t>(blocks, threads));
   std::atomic<int64_t> next{0};
   std::vector<int64_t> first_bad(workers, -1);
+  std::vector<std::vector<int64_t>> counts(workers);
   parallel(workers, [&](int worker) {
-    // Residual, operand, two scores a lane and two fp64 norms for each row.
-    const auto workspace = aligned_floats(block * (2 * stride + 2 * kMaxLanes + 4));
+    // Residual, operand, two scores a lane, two fp64 norms and three words for each row.
+    const auto workspace = aligned_floats(block * (2 * stride + 2 * kMaxLanes + 7));
+    if (usage) counts[worker].assign(codebooks.size_, 0);
     // Blocks are taken in order, so the first bad row is in one already taken.
-    while (first_bad[worker] < 0) {
-      const int64_t begin = next.fetch_add(block);
-      if (begin >= rows) break;
-      first_bad[worker] =
-          quantize_block(problem, begin, std::min(block, rows - begin), workspace.get());
+    int64_t begin = next.fetch_add(block);
+    while (begin < rows && first_bad[worker] < 0) {
+      const int64_t after = next.fetch_add(block);
+      const int64_t count = std::min(block, rows - begin);
+      first_bad[worker] = quantize_block(problem, begin, count, after, workspace.get());
       if (first_bad[worker] >= 0) next.store(rows);
+      if (usage) count_codes(codes, begin, count, offsets, counts[worker]);
+      begin = after;
     }
   });
   int64_t bad = -1;
   for (int64_t row : first_bad) {
     if (row >= 0 && (bad < 0 || row < bad)) bad = row;
+  }
+  if (usage && bad < 0) {
+    for (const std::vector<int64_t>& count : counts) {
+      for (int64_t code = 0; code < codebooks.size_; ++code) usage[code] += count[code];
+    }
   }
   return bad;
 }

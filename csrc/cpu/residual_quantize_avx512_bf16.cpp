@@ -18,9 +18,9 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
 
 }  // namespace
 
-int64_t residual_quantize_block(const Problem& problem, int64_t begin, int64_t count,
+int64_t residual_quantize_block(const Problem& problem, int64_t begin, int64_t count, int64_t next,
                                 float* workspace) {
-  return quantize_block(problem, begin, count, workspace);
+  return quantize_block(problem, begin, count, next, workspace);
 }
 
 }  // namespace plum::cpu::avx512_bf16

@@ -8,12 +8,14 @@ using residual::Problem;
 
 constexpr bool kPairs = true;
 
-// Stores x and y, 32 dimensions, and leaves their rounding errors in them.
+// Stores x and y, 32 dimensions, and leaves their rounding errors in them. Dimension d of x and of
+// y make a pair: a 32-bit element with y in its high half.
 inline void store_operand(Vec& x, Vec& y, float* operand) {
-  const __m512i rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
-  _mm512_storeu_si512(operand, rounded);
-  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(rounded));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(rounded, 1));
-  x -= _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
-  y -= _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
+  const __m512i half_unit = _mm512_set1_epi32(0x8000), high = _mm512_set1_epi32(~0xffff);
+  const __m512i a = _mm512_add_epi32(_mm512_castps_si512(x), half_unit);
+  const __m512i b = _mm512_add_epi32(_mm512_castps_si512(y), half_unit);
+  // (b & high) | a >> 16
+  _mm512_storeu_si512(operand, _mm512_ternarylogic_epi32(b, high, _mm512_srli_epi32(a, 16), 0xEA));
+  x -= _mm512_castsi512_ps(_mm512_and_si512(a, high));
+  y -= _mm512_castsi512_ps(_mm512_and_si512(b, high));
 }

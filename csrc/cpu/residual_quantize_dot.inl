@@ -40,7 +40,10 @@ void screen(const float* operand, int64_t elements, const Level& level, int64_t 
       for (int i = 0; i < kGroup; ++i) {
         for (int v = 0; v < kTileVectors; ++v) {
           const int at = i * kLanes + lane + v * kWidth;
-          fold(tagged(score[i][v], keep, tag), best + at, second + at);
+          Vec top = load(best + at), next = load(second + at);
+          fold(tagged(score[i][v], keep, tag), top, next);
+          store(best + at, top);
+          store(second + at, next);
         }
       }
     }

@@ -14,46 +14,50 @@ constexpr double kHuge = 0x1p120;
 // What D products lose at most when denormals are flushed, and a norm of D values when their
 // squares are.
 constexpr double kFlushedProduct = 0x1p-124, kFlushedValue = 0x1p-62;
-// Relative error of a fp32 distance; see squared_distance.
-constexpr double kDistanceError = 0x1p-17;
-// Bytes of panels that stay in the second-level cache beside a block of rows.
-constexpr int64_t kPanelBytes = int64_t{1} << 19;
 // With more candidates than this, all codewords are compared.
 constexpr int kMaxCandidates = 512;
 
-// Dimensions between two reductions to fp64: at most 1024 / 8 additions in a chain.
+// Dimensions between two reductions to fp64.
 constexpr int64_t kChain = 1024;
 
-inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Sum of (a - b)^2 with relative error 2^-17: 3 roundings of a term, kChain / 8 + 8 of a sum.
-double squared_distance(const float* a, const float* b, int64_t stride) {
-  double total = 0;
+// Sums of (r - c)^2 for kAtOnce codewords, which share the loads of r.
+template <int kAtOnce>
+void squared_distances(const float* r, const float* const* c, int64_t stride, double* distances) {
+  double total[kAtOnce] = {};
   for (int64_t begin = 0; begin < stride; begin += kChain) {
     const int64_t end = smaller_of(begin + kChain, stride);
-    Vec even = broadcast(0), odd = broadcast(0);
+    Vec even[kAtOnce], odd[kAtOnce];
+    for (int j = 0; j < kAtOnce; ++j) even[j] = odd[j] = broadcast(0);
     for (int64_t d = begin; d < end; d += 2 * kWidth) {
-      const Vec x = load(a + d) - load(b + d), y = load(a + d + kWidth) - load(b + d + kWidth);
-      even = fma(x, x, even);
-      odd = fma(y, y, odd);
+      const Vec a = load(r + d), b = load(r + d + kWidth);
+      for (int j = 0; j < kAtOnce; ++j) {
+        const Vec x = a - load(c[j] + d), y = b - load(c[j] + d + kWidth);
+        even[j] = fma(x, x, even[j]);
+        odd[j] = fma(y, y, odd[j]);
+      }
     }
-    total += sum(even + odd);
+    for (int j = 0; j < kAtOnce; ++j) total[j] += sum(even[j] + odd[j]);
   }
-  return total;
+  for (int j = 0; j < kAtOnce; ++j) distances[j] = total[j];
 }
 
-// The same in fp64, in eight chains: relative error below (stride + 32) / 2^52.
-double squared_distance64(const float* a, const float* b, int64_t stride) {
+// The relative error of such a sum: 3 roundings of a term, one of each addition in a chain and at
+// most 9 of adding up the chains.
+inline double distance_error(int64_t stride) {
+  return (smaller_of(stride, kChain) / (2 * kWidth) + 16) * 0x1p-24;
+}
+
+// The same of one codeword in fp64, in eight chains: relative error below (stride + 32) / 2^52.
+void squared_distance64(const float* r, const float* const* c, int64_t stride, double* distance) {
   double chains[8] = {};
   for (int64_t d = 0; d < stride; d += 8) {
     for (int j = 0; j < 8; ++j) {
-      const double difference = double(a[d + j]) - double(b[d + j]);
+      const double difference = double(r[d + j]) - double(c[0][d + j]);
       chains[j] += difference * difference;
     }
   }
-  double total = 0;
-  for (double chain : chains) total += chain;
-  return total;
+  *distance = 0;
+  for (double chain : chains) *distance += chain;
 }
 
 // r -= c; returns |r|^2.
@@ -117,39 +121,56 @@ struct Row {
   double norm, error;  // upper bounds of |t| and |t - what the screen multiplies|
 };
 
-// Writes t = r - mean as the screen wants it.
-Row prepare(const float* r, const float* mean, int64_t stride, float* operand) {
-  Vec norm = broadcast(0), error = broadcast(0);
-  for (int64_t d = 0; d < stride; d += 2 * kWidth) {
-    Vec x = load(r + d) - load(mean + d), y = load(r + d + kWidth) - load(mean + d + kWidth);
-    norm = fma(x, x, fma(y, y, norm));
-    store_operand(x, y, operand + (kPairs ? d / 2 : d));
-    error = fma(x, x, fma(y, y, error));
+// Writes t = r - mean as the screen wants it, after r -= c if kSubtract; then returns |r|^2.
+template <bool kSubtract>
+double prepare(float* r, const float* c, const float* mean, int64_t stride, float* operand,
+               Row& row) {
+  Vec norms[2] = {broadcast(0), broadcast(0)}, errors[2] = {broadcast(0), broadcast(0)};
+  double total = 0;
+  for (int64_t begin = 0; begin < stride; begin += kChain) {
+    const int64_t end = smaller_of(begin + kChain, stride);
+    Vec squares[2] = {broadcast(0), broadcast(0)};
+    for (int64_t d = begin; d < end; d += 2 * kWidth) {
+      Vec t[2];
+      for (int j = 0; j < 2; ++j) {
+        const int64_t at = d + j * kWidth;
+        Vec x = load(r + at);
+        if (kSubtract) {
+          x = x - load(c + at);
+          store(r + at, x);
+          squares[j] = fma(x, x, squares[j]);
+        }
+        t[j] = x - load(mean + at);
+        norms[j] = fma(t[j], t[j], norms[j]);
+      }
+      store_operand(t[0], t[1], operand + (kPairs ? d / 2 : d));
+      for (int j = 0; j < 2; ++j) errors[j] = fma(t[j], t[j], errors[j]);
+    }
+    if (kSubtract) total += sum(squares[0] + squares[1]);
   }
   const double inflated = 1 + (stride + 32) * 0x1p-23;
   const double flushed = __builtin_sqrt(double(stride)) * kFlushedValue;
-  Row row;
-  row.norm = __builtin_sqrt(sum(norm) * inflated) + flushed;
+  row.norm = __builtin_sqrt(sum(norms[0] + norms[1]) * inflated) + flushed;
   // The subtraction of the mean rounds once.
-  row.error = __builtin_sqrt(sum(error) * inflated) + flushed + row.norm * 0x1p-23;
-  return row;
+  row.error = __builtin_sqrt(sum(errors[0] + errors[1]) * inflated) + flushed + row.norm * 0x1p-23;
+  return total;
 }
 
 // The nearest of `count` codewords as the contract defines it: the lowest of equal distances.
 // All codewords where `slots` is null.
-int64_t nearest_exact(const Problem& p, const Level& level, const float* r, const int32_t* slots,
+int32_t nearest_exact(const Problem& p, const Level& level, const float* r, const int32_t* slots,
                       int64_t count) {
   // Sums in the order of the dimensions are chains of additions; several chains run at once.
   constexpr int kTogether = 8;
-  int64_t nearest = 0;
+  int32_t nearest = 0;
   double least = __builtin_inf();
   for (int64_t first = 0; first < count; first += kTogether) {
-    int64_t slot[kTogether];
+    int32_t slot[kTogether];
     const float* c[kTogether];
     double distance[kTogether] = {};
     for (int j = 0; j < kTogether; ++j) {
       const int64_t i = smaller_of(first + j, count - 1);
-      slot[j] = slots ? slots[i] : i;
+      slot[j] = slots ? slots[i] : static_cast<int32_t>(i);
       c[j] = level.rows + slot[j] * p.stride;
     }
     for (int64_t d = 0; d < p.width; ++d) {
@@ -168,56 +189,60 @@ int64_t nearest_exact(const Problem& p, const Level& level, const float* r, cons
   return nearest;
 }
 
-// Keeps in `close` those of `count` codewords that may be nearest by a distance of bounded relative
+// Keeps in `close` those of `count` codewords that may be nearest by distances of bounded relative
 // error, at most kMaxCandidates; returns how many, or -1 if they are more. `close` may be `slots`.
-template <typename Distance>
+template <int kAtOnce, typename Distances>
 int narrow(const Problem& p, const Level& level, const float* r, const int32_t* slots,
-           int64_t count, Distance distance_of, double error, int32_t* close) {
+           int64_t count, Distances distances_of, double error, int32_t* close) {
   double distances[kMaxCandidates];
   int kept = 0;
   double limit = __builtin_inf(), least = limit;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t slot = slots ? slots[i] : i;
-    const double distance = distance_of(r, level.rows + slot * p.stride, p.stride);
-    if (distance > limit) continue;
-    if (distance < least) {
-      least = distance;
-      limit = least * (1 + 4 * error) + p.stride * kFlushedProduct;
-      const int before = kept;
-      kept = 0;
-      for (int j = 0; j < before; ++j) {
-        if (distances[j] > limit) continue;
-        close[kept] = close[j];
-        distances[kept++] = distances[j];
-      }
+  for (int64_t first = 0; first < count; first += kAtOnce) {
+    int32_t slot[kAtOnce];
+    const float* c[kAtOnce];
+    double found[kAtOnce];
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t i = smaller_of(first + j, count - 1);
+      slot[j] = slots ? slots[i] : static_cast<int32_t>(i);
+      c[j] = level.rows + slot[j] * p.stride;
     }
-    if (kept == kMaxCandidates) return -1;
-    close[kept] = static_cast<int32_t>(slot);
-    distances[kept++] = distance;
+    distances_of(r, c, p.stride, found);
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (found[j] > limit || first + j >= count) continue;
+      if (found[j] < least) {
+        least = found[j];
+        limit = least * (1 + 4 * error) + p.stride * kFlushedProduct;
+        const int before = kept;
+        kept = 0;
+        for (int k = 0; k < before; ++k) {
+          if (distances[k] > limit) continue;
+          close[kept] = close[k];
+          distances[kept++] = distances[k];
+        }
+      }
+      if (kept == kMaxCandidates) return -1;
+      close[kept] = slot[j];
+      distances[kept++] = found[j];
+    }
   }
   return kept;
 }
 
 // As nearest_exact, which decides only between those that other distances cannot tell apart.
-int64_t nearest_of(const Problem& p, const Level& level, const float* r, const int32_t* slots,
+int32_t nearest_of(const Problem& p, const Level& level, const float* r, const int32_t* slots,
                    int64_t count) {
   int32_t close[kMaxCandidates];
-  int kept = narrow(p, level, r, slots, count, squared_distance, kDistanceError, close);
+  int kept =
+      narrow<2>(p, level, r, slots, count, squared_distances<2>, distance_error(p.stride), close);
   if (kept < 0) return nearest_exact(p, level, r, slots, count);
   if (kept == 1) return close[0];
   const double error = (p.stride + 32) * 0x1p-52;
-  kept = narrow(p, level, r, close, kept, squared_distance64, error, close);
+  kept = narrow<1>(p, level, r, close, kept, squared_distance64, error, close);
   return kept == 1 ? close[0] : nearest_exact(p, level, r, close, kept);
 }
 
-// The nearest codeword of r, given the best and second best tagged scores of each lane.
-int64_t nearest(const Problem& p, const Level& level, const float* r, const Row& row,
-                const float* best, const float* second) {
-  const double norms = row.norm + level.norm;
-  if (!(norms * norms < kHuge)) return nearest_exact(p, level, r, nullptr, level.count);
-  Vec highest = load(best);
-  for (int v = kWidth; v < kLanes; v += kWidth) highest = larger(highest, load(best + v));
-  const double top = largest(highest);
+// Scores within this of the best may be those of the nearest codeword.
+inline double margin(const Problem& p, const Level& level, const Row& row, double top) {
   // Cauchy-Schwarz on the rounding of the operands, then D additions and the bias, each with two
   // roundings, then the tag, which moves a score of the size of the best.
   const double operands =
@@ -226,30 +251,96 @@ int64_t nearest(const Problem& p, const Level& level, const float* r, const Row&
       (p.stride + 8) * 0x1p-23 * (row.norm + level.norm) * level.norm + p.stride * kFlushedProduct;
   const double error = 1.001 * (operands + additions);
   const double tag = (level.tag_mask + 2.0) * 0x1p-23 * (__builtin_fabs(top) + 2 * error);
-  const float threshold = static_cast<float>(top - 2.001 * (error + tag));
-  uint64_t lanes = 0, crowded = 0;
+  return 2.001 * (error + tag);
+}
+
+// Bit i: the score of lane i is at least `threshold`.
+inline uint64_t lanes_above(const float* scores, float threshold) {
+  uint64_t lanes = 0;
   for (int v = 0; v < kLanes; v += kWidth) {
-    lanes |= uint64_t{at_least(load(best + v), threshold)} << v;
-    crowded |= uint64_t{at_least(load(second + v), threshold)} << v;
+    lanes |= uint64_t{at_least(load(scores + v), threshold)} << v;
   }
+  return lanes;
+}
+
+inline int32_t slot_of(const Level& level, const float* best, int lane) {
+  return static_cast<int32_t>(to_bits(best[lane]) & level.tag_mask) * kLanes + lane;
+}
+
+// The nearest codeword of r among those whose best or second best scores are above `threshold`.
+int32_t nearest_above(const Problem& p, const Level& level, const float* r, const float* best,
+                      const float* second, float threshold) {
+  const uint64_t crowded = lanes_above(second, threshold);
   int32_t candidates[kMaxCandidates];
   int count = 0;
-  for (; lanes != 0; lanes &= lanes - 1) {
+  for (uint64_t lanes = lanes_above(best, threshold); lanes != 0; lanes &= lanes - 1) {
     const int lane = __builtin_ctzll(lanes);
-    const int32_t slot = static_cast<int32_t>(to_bits(best[lane]) & level.tag_mask) * kLanes + lane;
     const bool whole_lane = crowded >> lane & 1;
-    for (int64_t other = whole_lane ? lane : slot; other < level.count; other += kLanes) {
+    int64_t slot = whole_lane ? lane : slot_of(level, best, lane);
+    for (; slot < level.count; slot += kLanes) {
       if (count == kMaxCandidates) return nearest_of(p, level, r, nullptr, level.count);
-      candidates[count++] = static_cast<int32_t>(other);
+      candidates[count++] = static_cast<int32_t>(slot);
       if (!whole_lane) break;
     }
   }
-  return count == 1 ? candidates[0] : nearest_of(p, level, r, candidates, count);
+  return nearest_of(p, level, r, candidates, count);
+}
+
+// Finds the nearest codewords of `count` rows, given the best and second best tagged scores of each
+// lane. Rows with one candidate go straight through; the others come after them.
+//   work  [2, count]
+void find_nearest(const Problem& p, const Level& level, const float* residual, int64_t count,
+                  const Row* rows, const float* best, const float* second, float* work,
+                  int32_t* slots) {
+  float* thresholds = work;
+  int32_t* unsure = reinterpret_cast<int32_t*>(work + count);
+  for (int64_t i = 0; i < count; ++i) {
+    Vec highest = load(best + i * kLanes);
+    for (int v = kWidth; v < kLanes; v += kWidth) {
+      highest = larger(highest, load(best + i * kLanes + v));
+    }
+    thresholds[i] = largest(highest);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const double top = thresholds[i];
+    thresholds[i] = static_cast<float>(top - margin(p, level, rows[i], top));
+  }
+  int64_t left = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t lanes = lanes_above(best + i * kLanes, thresholds[i]);
+    const uint64_t crowded = lanes_above(second + i * kLanes, thresholds[i]);
+    const double norms = rows[i].norm + level.norm;
+    const bool sure =
+        (lanes & (lanes - 1)) == 0 && lanes != 0 && crowded == 0 && norms * norms < kHuge;
+    slots[i] = slot_of(level, best + i * kLanes, lanes == 0 ? 0 : __builtin_ctzll(lanes));
+    unsure[left] = static_cast<int32_t>(i);
+    left += !sure;
+  }
+  for (int64_t j = 0; j < left; ++j) {
+    const int64_t i = unsure[j];
+    const float* r = residual + i * p.stride;
+    const double norms = rows[i].norm + level.norm;
+    slots[i] = norms * norms < kHuge ? nearest_above(p, level, r, best + i * kLanes,
+                                                     second + i * kLanes, thresholds[i])
+                                     : nearest_exact(p, level, r, nullptr, level.count);
+  }
+}
+
+// Fetches the part of row `row` that falls to level l, so that memory works all the time.
+void fetch(const Problem& p, int64_t row, int64_t l) {
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = p.width * (p.type == 0 ? sizeof(float) : sizeof(uint16_t));
+  const char* first = static_cast<const char*>(p.x) + row * bytes;
+  for (int64_t at = bytes * l / p.num_levels; at < bytes * (l + 1) / p.num_levels; at += kLine) {
+    __builtin_prefetch(first + at, 0, 2);
+  }
 }
 
 // Finds the codes of rows [begin, begin + count); returns the first that is not finite, or -1.
-//   workspace  workspace_floats(count, stride) floats, aligned to 64 bytes
-int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, float* workspace) {
+//   next       where the rows of the block after this one begin
+//   workspace  aligned to 64 bytes
+int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, int64_t next,
+                       float* workspace) {
   const int64_t padded = (count + kRowUnit - 1) / kRowUnit * kRowUnit;
   const int64_t elements = kPairs ? p.stride / 2 : p.stride;
   float* residual = workspace;
@@ -257,24 +348,31 @@ int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, float* wo
   float* best = operand + padded * elements;
   float* second = best + padded * kLanes;
   Row* norms = reinterpret_cast<Row*>(second + padded * kLanes);
+  float* work = reinterpret_cast<float*>(norms + padded);
+  int32_t* slots = reinterpret_cast<int32_t*>(work + 2 * padded);
   [[maybe_unused]] const ScreenState state;
   int64_t bad = -1;
-  for (int64_t i = count; i-- > 0;) {
+  // A row that is not finite is noted, and goes on as zeros.
+  const auto replace = [&](int64_t i, const Level& level) {
+    if (bad < 0 || begin + i < bad) bad = begin + i;
+    float* r = residual + i * p.stride;
+    __builtin_memset(r, 0, p.stride * sizeof(float));
+    prepare<false>(r, nullptr, level.mean, p.stride, operand + i * elements, norms[i]);
+  };
+  for (int64_t i = 0; i < count; ++i) {
     float* r = residual + i * p.stride;
     widen(p, begin + i, r);
-    if (finite(r, p.stride)) continue;
-    bad = begin + i;
-    __builtin_memset(r, 0, p.stride * sizeof(float));
+    prepare<false>(r, nullptr, p.levels->mean, p.stride, operand + i * elements, norms[i]);
+    if (!(norms[i].norm < __builtin_inf()) && !finite(r, p.stride)) replace(i, p.levels[0]);
   }
   __builtin_memset(operand + count * elements, 0, (padded - count) * elements * sizeof(float));
   for (int64_t l = 0; l < p.num_levels; ++l) {
     const Level& level = p.levels[l];
-    for (int64_t i = 0; i < count; ++i) {
-      norms[i] = prepare(residual + i * p.stride, level.mean, p.stride, operand + i * elements);
-    }
+    const bool last_level = l + 1 == p.num_levels;
+    const Level& next_level = p.levels[last_level ? l : l + 1];
     for (int64_t i = 0; i < 2 * padded * kLanes; i += kWidth) store(best + i, broadcast(kNone));
     const int64_t panels = (level.count + kLanes - 1) / kLanes;
-    const int64_t together = kPanelBytes / (elements * kLanes * sizeof(float)) + 1;
+    const int64_t together = residual::kPanelBytes / (elements * kLanes * sizeof(float)) + 1;
     for (int64_t first = 0; first < panels; first += together) {
       const int64_t last = smaller_of(first + together, panels);
       for (int64_t i = 0; i < count; i += kGroup) {
@@ -282,17 +380,20 @@ int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, float* wo
                second + i * kLanes);
       }
     }
+    find_nearest(p, level, residual, count, norms, best, second, work, slots);
     for (int64_t i = 0; i < count; ++i) {
       float* r = residual + i * p.stride;
-      const int64_t slot = nearest(p, level, r, norms[i], best + i * kLanes, second + i * kLanes);
-      const double norm = subtract(r, level.rows + slot * p.stride, p.stride);
+      fetch(p, next + i, l);
+      const int32_t slot = slots[i];
+      const float* c = level.rows + slot * p.stride;
+      const double norm = last_level ? subtract(r, c, p.stride)
+                                     : prepare<true>(r, c, next_level.mean, p.stride,
+                                                     operand + i * elements, norms[i]);
       const int64_t out = (begin + i) * p.num_levels + l;
       p.codes[out] = level.code[slot];
       p.norms[out] = static_cast<float>(norm);
       // A finite norm has finite terms.
-      if (norm < 0x1p127 || finite(r, p.stride)) continue;
-      if (bad < 0 || begin + i < bad) bad = begin + i;
-      __builtin_memset(r, 0, p.stride * sizeof(float));
+      if (!(norm < 0x1p127) && !finite(r, p.stride)) replace(i, next_level);
     }
   }
   if (p.residual) {

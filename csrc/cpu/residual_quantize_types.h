@@ -9,6 +9,8 @@ namespace plum::cpu::residual {
 constexpr int64_t kRowUnit = 96;
 constexpr int64_t kStrideUnit = 32;
 constexpr int64_t kMaxLanes = 64;
+// Bytes of panels that stay in the second-level cache beside a block of rows.
+constexpr int64_t kPanelBytes = int64_t{1} << 18;
 
 // A screen multiplies 4-byte elements: one fp32 dimension or two bf16 dimensions each.
 struct Level {

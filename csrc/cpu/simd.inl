@@ -59,6 +59,8 @@ inline Vec tagged(Vec a, Bits keep, Bits tag) {
 
 constexpr int kWidth = sizeof(Vec) / sizeof(float);
 
+inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
 #if !defined(__AVX512F__)
 inline float sum(Vec a) {
   float total = 0;
@@ -73,8 +75,7 @@ inline float largest(Vec a) {
 #endif
 
 // Keeps the best and the second best score of each lane.
-inline void fold(Vec score, float* best, float* second) {
-  const Vec top = load(best);
-  store(second, larger(load(second), smaller(top, score)));
-  store(best, larger(top, score));
+inline void fold(Vec score, Vec& best, Vec& second) {
+  second = larger(second, smaller(best, score));
+  best = larger(best, score);
 }

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plum._library import Op
+from plum import _native
+from plum._library import Backend, Op
 from plum.errors import InvalidArgument
-from plum.ops.code_usage import check_codes
+from plum.ops.code_usage import _out_of_range, check_codes
 from plum.ops.residual_quantize import pack_codebooks
 
 # Rows a chunk: bounds the memory of the fp64 copy of the rows.
@@ -44,13 +45,14 @@ def codebook_sums(
         codebooks: ``L`` tensors ``[K_l, D]``, or one packed ``[ΣK, D]`` with ``sizes``: those that
             the codes were found with.
         sizes: ``K_l`` of a packed ``codebooks``.
-        backend: ``"reference"`` forces it.
+        backend: ``"reference"`` or ``"cpu"`` forces one.
 
     Returns:
         fp64 ``[ΣK, D]``, level by level; zero rows for codes that no row is on.
 
     Raises:
         InvalidArgument: a shape, dtype or code is not as above.
+        BackendUnavailable: the backend asked for cannot run here.
     """
     packed, sizes = pack_codebooks(codebooks, sizes)
     if x.ndim != 2 or x.shape[1] != packed.shape[1]:
@@ -90,20 +92,26 @@ def _segments(r: Tensor, code: Tensor, size: int) -> Tensor:
 def _check_range(codes: Tensor, sizes: Sequence[int]) -> None:
     outside = (codes < 0) | (codes >= torch.tensor(sizes, device=codes.device))
     if bool(outside.any()):
-        row, level = torch.nonzero(outside)[0].tolist()
-        raise InvalidArgument(
-            f"codes[{row}, {level}]",
-            f"a code in [0, {sizes[level]})",
-            str(int(codes[row, level])),
-        )
+        raise _out_of_range(codes, sizes, int(torch.nonzero(outside.flatten())[0]))
 
 
 def _fake(x: Tensor, codes: Tensor, codebooks: Tensor, sizes: Sequence[int]) -> Tensor:
     return x.new_empty((sum(sizes), x.shape[1]), dtype=torch.float64)
 
 
+def _cpu(x: Tensor, codes: Tensor, codebooks: Tensor, sizes: Sequence[int]) -> Tensor:
+    sums = _fake(x, codes, codebooks, sizes)
+    bad = _native.codebook_sums_cpu(
+        x.contiguous(), codes.contiguous(), codebooks.contiguous(), sizes, sums
+    )
+    if bad >= 0:
+        raise _out_of_range(codes, sizes, bad)
+    return sums
+
+
 _op: Any = Op(
     "codebook_sums(Tensor x, Tensor codes, Tensor codebooks, SymInt[] sizes) -> Tensor",
     reference=_reference,
     fake=_fake,
+    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
 )

@@ -115,7 +115,7 @@ def pack_codebooks(
                     str(list(codebook.shape)),
                 )
         packed, sizes = torch.cat(list(codebooks)), [len(codebook) for codebook in codebooks]
-    if any(size < 1 for size in sizes):
+    if not sizes or any(size < 1 for size in sizes):
         raise InvalidArgument("codebooks", "at least one codeword a level", f"sizes {sizes}")
     if not packed.is_floating_point():
         raise InvalidArgument("codebooks", "floating point", str(packed.dtype))
@@ -187,16 +187,20 @@ def _cpu(
     if packed.first_bad >= 0:
         raise _bad_codeword(packed.first_bad)
     codes, norms, residual = _fake(x, codebooks, sizes, return_residual, usage)
+    counts = usage
+    if usage is not None and not usage.is_contiguous():
+        counts = torch.zeros_like(usage, memory_format=torch.contiguous_format)
     bad = _native.residual_quantize_cpu(
-        x, packed, codes, norms, residual if return_residual else None
+        x, packed, codes, norms, residual if return_residual else None, counts
     )
     if bad >= 0:
         # The reference says what is wrong, of which row, as it goes chunk by chunk.
         start = bad - bad % _CHUNK
         rows = slice(start, start + _CHUNK)
         _quantize_chunk(x[rows], start, codebooks.split(list(sizes)), codes[rows], norms[rows])
-    if usage is not None:
-        usage += code_usage(codes, sizes)
+        raise AssertionError(f"the kernel calls row {bad} bad and the reference does not")
+    if usage is not None and counts is not None and counts is not usage:
+        usage += counts
     return codes, norms, residual
 
 

@@ -64,14 +64,17 @@ Case make_case(int64_t rows, int64_t width, const std::vector<int64_t>& sizes, V
 struct Answer {
   std::vector<int32_t> codes;
   std::vector<float> norms, residual;
+  std::vector<int64_t> usage;
 };
 
 Answer naive(const Case& c) {
   Answer answer;
   answer.residual = c.x;
+  answer.usage.assign(c.codebooks.size() / c.width, 7);
   for (int64_t n = 0; n < c.rows; ++n) {
     float* r = &answer.residual[n * c.width];
     const float* codebook = c.codebooks.data();
+    int64_t* usage = answer.usage.data();
     for (int64_t size : c.sizes) {
       int64_t nearest = 0;
       double least = std::numeric_limits<double>::infinity();
@@ -95,6 +98,8 @@ Answer naive(const Case& c) {
       }
       answer.codes.push_back(static_cast<int32_t>(nearest));
       answer.norms.push_back(static_cast<float>(norm));
+      ++usage[nearest];
+      usage += size;
       codebook += size * c.width;
     }
   }
@@ -108,13 +113,16 @@ int64_t run(const Case& c, const void* x, RowType type, int threads, Answer& ans
   answer.codes.assign(c.rows * c.sizes.size(), -1);
   answer.norms.assign(c.rows * c.sizes.size(), -1);
   answer.residual.assign(c.rows * c.width, -1);
+  answer.usage.assign(packed.size(), 7);
   return plum::cpu::residual_quantize(x, type, c.rows, packed, answer.codes.data(),
-                                      answer.norms.data(), answer.residual.data(), threads);
+                                      answer.norms.data(), answer.residual.data(),
+                                      answer.usage.data(), threads);
 }
 
 void check_equal(const Case& c, const Answer& answer, const Answer& expected) {
   CHECK(answer.codes == expected.codes);
   CHECK(answer.residual == expected.residual);
+  CHECK(answer.usage == expected.usage);
   for (size_t i = 0; i < expected.norms.size(); ++i) {
     // At most 128 fp32 additions in a chain, and denormals may have been flushed.
     if (std::isinf(expected.norms[i])) {
@@ -178,6 +186,7 @@ void check_bad_values() {
     c.x[431 * 5 + 4] = nan;
     c.x[900 * 5] = std::numeric_limits<float>::infinity();
     CHECK(run(c, c.x.data(), RowType::kFloat32, 2, answer) == 431);
+    CHECK(answer.usage == std::vector<int64_t>(11, 7));
     // 3e38 - -3e38 overflows, in an earlier row than the NaN.
     c = Case{3, 1, {1}, {0, 3e38f, nan}, {-3e38f}};
     CHECK(run(c, c.x.data(), RowType::kFloat32, 1, answer) == 1);

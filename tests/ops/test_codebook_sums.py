@@ -1,13 +1,15 @@
-"""codebook_sums: the reference against a plain loop in rational arithmetic."""
+"""codebook_sums: the reference against rational arithmetic, the C++ kernels against it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
 import torch
 
-from plum.errors import InvalidArgument
+from plum import _native
+from plum.errors import BackendUnavailable, InvalidArgument
 from plum.ops import codebook_sums
 
 
@@ -21,8 +23,20 @@ def draw(rows: int, width: int, sizes: list[int], dtype: torch.dtype = torch.flo
     return x, codes, books
 
 
+def every_isa() -> Iterator[str]:
+    """Makes each instruction set of this CPU the active one in turn."""
+    active = _native.build_info()["isa"]
+    try:
+        for isa in _native.build_info()["isas"]:
+            _native.set_cpu_isa(isa)
+            yield isa
+    finally:
+        _native.set_cpu_isa(active)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sums_equal_a_plain_loop(dtype):
+def test_sums_equal_a_plain_loop(dtype, backend):
     x, codes, books = draw(120, 5, [9, 1, 4], dtype)
     offsets = [0, 9, 10]
     expected = [[Fraction(0)] * 5 for _ in range(14)]
@@ -34,11 +48,45 @@ def test_sums_equal_a_plain_loop(dtype):
                 total[d] += Fraction(float(r[d]))
             r = r - books[level][code]
     exact = torch.tensor([[float(value) for value in row] for row in expected], dtype=torch.float64)
-    got = codebook_sums(x, codes, books)
+    got = codebook_sums(x, codes, books, backend=backend)
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, exact, rtol=0, atol=1e-12)
-    assert torch.equal(got, codebook_sums(x, codes.int(), books))
-    assert torch.equal(got, codebook_sums(x, codes, torch.cat(books), sizes=[9, 1, 4]))
+    assert torch.equal(got, codebook_sums(x, codes.int(), books, backend=backend))
+    packed = codebook_sums(x, codes, torch.cat(books), sizes=[9, 1, 4], backend=backend)
+    assert torch.equal(got, packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "width", "sizes"),
+    [(9000, 384, [64, 32]), (5000, 33, [3000, 5, 7]), (300, 1, [2] * 16), (2000, 96, [1])],
+    ids=str,
+)
+def test_kernels_give_the_bits_of_the_reference(rows, width, sizes, dtype):
+    x, codes, books = draw(rows, width, sizes, dtype)
+    expected = codebook_sums(x, codes, books, backend="reference")
+    before = torch.get_num_threads()
+    try:
+        for isa in every_isa():
+            for threads in (1, 4):
+                torch.set_num_threads(threads)
+                assert torch.equal(codebook_sums(x, codes, books, backend="cpu"), expected), isa
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_strides_and_gradients_do_not_matter():
+    x, codes, books = draw(50, 6, [4, 3])
+    expected = codebook_sums(x, codes, books)
+    assert torch.equal(codebook_sums(x.T.contiguous().T, codes, books), expected)
+    assert torch.equal(codebook_sums(x, codes.T.contiguous().T, books), expected)
+    assert torch.equal(codebook_sums(x.requires_grad_(), codes, books), expected)
+    wide = torch.cat(books).repeat(1, 2)[:, :6]
+    assert torch.equal(codebook_sums(x, codes, wide, sizes=[4, 3]), expected)
+    row = x[:1].expand(50, 6)
+    assert torch.equal(
+        codebook_sums(row, codes, books), codebook_sums(row, codes, books, backend="reference")
+    )
 
 
 def test_the_order_of_the_rows_is_lost_in_rounding():
@@ -57,6 +105,12 @@ def test_no_rows():
     )
 
 
+def test_backend_that_is_not_there():
+    x, codes, books = draw(1, 1, [1])
+    with pytest.raises(BackendUnavailable, match="has no backend 'triton'"):
+        codebook_sums(x, codes, books, backend="triton")
+
+
 @pytest.mark.parametrize(
     ("x", "codes", "name"),
     [
@@ -72,9 +126,18 @@ def test_no_rows():
         (torch.ones(2, 2).long(), torch.tensor([[0], [1]]), "x: expected fp32"),
     ],
 )
-def test_bad_arguments(x, codes, name):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_bad_arguments(x, codes, name, backend):
     with pytest.raises(InvalidArgument, match=name):
-        codebook_sums(x, codes, [torch.ones(3, 2)])
+        codebook_sums(x, codes, [torch.ones(3, 2)], backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_first_code_out_of_range_is_named(backend):
+    x, codes, books = draw(90_000, 2, [4, 3])
+    codes[[50_001, 80_000], [1, 0]] = torch.tensor([2**32, -7])
+    with pytest.raises(InvalidArgument, match=r"codes\[50001, 1\]: .* \[0, 3\), got 4294967296"):
+        codebook_sums(x, codes, books, backend=backend)
 
 
 def test_opcheck():

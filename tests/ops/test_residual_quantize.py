@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from plum import _native
 from plum.errors import BackendUnavailable, InvalidArgument
-from plum.ops import code_usage, residual_quantize
+from plum.ops import code_usage, codebook_sums, residual_quantize
 
 
 def every_isa() -> Iterator[str]:
@@ -152,6 +152,65 @@ def test_the_shapes_of_use(rows, width, sizes, offset):
     assert_equals_reference(x, books)
 
 
+def test_sixteen_levels_of_their_own_sizes():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [1, 2, 31, 32, 33, 63, 64, 65, 100, 5, 7, 3, 128, 129, 1, 300]
+    x = torch.randn(500, 37, generator=generator)
+    books = [torch.randn(size, 37, generator=generator) for size in sizes]
+    assert_equals_reference(x, [book / (level + 1) for level, book in enumerate(books)])
+
+
+def test_scores_that_differ_by_less_than_the_panel_in_their_low_bits():
+    """65,536 codewords, the two nearest of a row in the first and in the last panel."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(rows, most):
+        return torch.randint(-most, most + 1, (rows, 32), generator=generator).float()
+
+    # Small integers are exact in bf16, and with every codeword comes its negative, so the mean is
+    # zero: the screen is exact but for the panel in the low bits of a score.
+    near = draw(16, 60) + 40
+    far = near + draw(16, 1)
+    rest = draw(32_736, 3)
+    book = torch.cat([near, rest, -near, -far, -rest, far])
+    x = near.repeat_interleave(2000, dim=0) + draw(32_000, 1)
+    first, last = (
+        (x.double() @ c.double().T - c.double().square().sum(1) / 2).max(dim=1).values
+        for c in (near, far)
+    )
+    # A panel fills up to 11 bits: 4 or 8 units of scores in [2^15, 2^16).
+    scale = torch.where(first < 65536, 4, 8)
+    hidden = (first > last) & (first // scale == last // scale) & (first % scale > 0.7 * scale)
+    assert int(hidden.sum()) > 50
+    assert_equals_reference(torch.cat([x[hidden][:200], near, far]), [book])
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    width = 256
+    rows = 2**31 // width + 5000
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(rows, width, dtype=torch.bfloat16)
+    ends = [slice(0, 1000), slice(rows - 6000, rows)]
+    for part in ends:
+        x[part] = torch.randn(len(x[part]), width, generator=generator).bfloat16()
+    book = torch.randn(40, width, generator=generator)
+    usage = torch.zeros(40, dtype=torch.int64)
+    codes, norms, _ = residual_quantize(x, [book], usage=usage, backend="cpu")
+    for part in ends:
+        expected = residual_quantize(x[part], [book], backend="reference")
+        assert torch.equal(codes[part], expected.codes)
+        torch.testing.assert_close(norms[part], expected.norms, rtol=1e-5, atol=0)
+    zeros = codes[1000:-6000]
+    assert bool((zeros == book.square().sum(1).argmin()).all())
+    assert torch.equal(usage, torch.bincount(codes[:, 0], minlength=40))
+    kept = [torch.cat([tensor[part] for part in ends]) for tensor in (x, codes)]
+    assert torch.equal(
+        codebook_sums(x, codes, [book], backend="cpu"),
+        codebook_sums(*kept, [book], backend="reference"),
+    )
+
+
 def test_thread_count_changes_nothing():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2000, 20, generator=generator)
@@ -219,6 +278,37 @@ def test_norms_residual_and_usage():
     assert residual_quantize(x, codebooks).residual is None
 
 
+def test_usage_is_counted_by_every_kernel_and_thread():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 6, generator=generator)
+    books = [torch.randn(k, 6, generator=generator) for k in (7, 300, 1)]
+    books[1][200:] = books[1][:100]
+    expected = 5 + code_usage(residual_quantize(x, books, backend="reference").codes, [7, 300, 1])
+    before = torch.get_num_threads()
+    try:
+        for isa in every_isa():
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                usage = torch.full((308,), 5)
+                residual_quantize(x, books, usage=usage, backend="cpu")
+                assert torch.equal(usage, expected), (isa, threads)
+    finally:
+        torch.set_num_threads(before)
+    strided = torch.full((308, 2), 5)[:, 0]
+    residual_quantize(x, books, usage=strided, backend="cpu")
+    assert torch.equal(strided, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_usage_stays_as_it_was_when_a_row_is_bad(backend, value):
+    x, usage = torch.zeros(5000, 2), torch.tensor([4, 2])
+    x[4900] = value
+    with pytest.raises(InvalidArgument, match=r"x\[4900\]"):
+        residual_quantize(x, [torch.full((2, 2), -3e38)], usage=usage, backend=backend)
+    assert usage.tolist() == [4, 2]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rows_are_widened_exactly(dtype):
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -269,6 +359,12 @@ def with_nan(rows: int, bad: int) -> torch.Tensor:
 def test_bad_arguments(x, codebooks, name, backend):
     with pytest.raises(InvalidArgument, match=name):
         residual_quantize(x, codebooks, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_packed_codebooks_without_a_level(backend):
+    with pytest.raises(InvalidArgument, match=r"codebooks: .*, got sizes \[\]"):
+        residual_quantize(torch.ones(2, 3), torch.ones(0, 3), sizes=[], backend=backend)
 
 
 def test_the_first_chunk_with_a_bad_row_is_named_as_by_the_reference():

@@ -6,10 +6,9 @@
 #include <vector>
 
 #include "plum/cpu_features.h"
+#include "plum/row_type.h"
 
 namespace plum::cpu {
-
-enum class RowType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 // L codebooks of finite fp32 codewords, copied into the layout of the instruction set that is
 // active when they are packed. Immutable, so calls may share one.
@@ -24,11 +23,13 @@ class PackedCodebooks {
   // The first codeword that is not finite, counted over all levels, or -1. Such codebooks cannot
   // be searched.
   int64_t first_bad() const { return first_bad_; }
+  // The number of codewords, over all levels.
+  int64_t size() const { return size_; }
   size_t bytes() const;
 
  private:
   friend int64_t residual_quantize(const void*, RowType, int64_t, const PackedCodebooks&, int32_t*,
-                                   float*, float*, int);
+                                   float*, float*, int64_t*, int);
 
   // Equal codewords would all tie in the screen, so only the first of them is kept.
   struct Level {
@@ -44,6 +45,7 @@ class PackedCodebooks {
 
   Isa isa_;
   int64_t width_, stride_;
+  int64_t size_ = 0;
   int64_t first_bad_ = -1;
   std::vector<Level> levels_;
 };
@@ -53,13 +55,14 @@ class PackedCodebooks {
 // r -= codebook_l[codes[n, l]] in fp32 and norms[n, l] = |r|^2. The result does not depend on the
 // instruction set or the number of threads, but for the last bits of norms.
 // Returns the lowest row that holds a value, or whose residual takes a value, that is not finite;
-// then the outputs are undefined. Returns -1 if there is none.
+// then the outputs are undefined and usage is as it was. Returns -1 if there is none.
 //   x         [rows, width], contiguous
 //   codes     [rows, levels]
 //   norms     [rows, levels]
 //   residual  [rows, width] after the last level, or null
+//   usage     [sum of sizes], to which the counts of the codes are added, or null
 int64_t residual_quantize(const void* x, RowType type, int64_t rows,
                           const PackedCodebooks& codebooks, int32_t* codes, float* norms,
-                          float* residual, int threads);
+                          float* residual, int64_t* usage, int threads);
 
 }  // namespace plum::cpu
