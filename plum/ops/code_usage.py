@@ -61,7 +61,7 @@ def check_codes(codes: Tensor, sizes: Sequence[int]) -> list[int]:
 def _reference(codes: Tensor, sizes: Sequence[int], validate: bool) -> Tensor:
     inside = (codes >= 0) & (codes < torch.tensor(sizes, device=codes.device))
     if validate and not bool(inside.all()):
-        raise _out_of_range(codes, sizes, int(torch.nonzero(~inside.flatten())[0]))
+        raise out_of_range(codes, sizes, int(torch.nonzero(~inside.flatten())[0]))
     usage = torch.zeros(sum(sizes), dtype=torch.int64, device=codes.device)
     for level, part in enumerate(usage.split(list(sizes))):
         column = codes[:, level].long().clamp(0, len(part) - 1)
@@ -77,7 +77,7 @@ def _cpu(codes: Tensor, sizes: Sequence[int], validate: bool) -> Tensor:
     usage = torch.zeros(sum(sizes), dtype=torch.int64)
     bad = _native.code_usage_cpu(codes.contiguous(), list(sizes), usage)
     if validate and bad >= 0:
-        raise _out_of_range(codes, sizes, bad)
+        raise out_of_range(codes, sizes, bad)
     return usage
 
 
@@ -101,7 +101,8 @@ def _checked(counts: Tensor, codes: Tensor, sizes: Sequence[int], validate: bool
     return counts[:-1].clone()
 
 
-def _out_of_range(codes: Tensor, sizes: Sequence[int], position: int) -> InvalidArgument:
+def out_of_range(codes: Tensor, sizes: Sequence[int], position: int) -> InvalidArgument:
+    """Returns the error of the code at ``position`` in the flattened ``codes`` ``[N, L]``."""
     row, level = divmod(position, codes.shape[1])
     return InvalidArgument(
         f"codes[{row}, {level}]",

@@ -11,11 +11,11 @@ from torch import Tensor
 from plum import _native
 from plum._library import Backend, Op
 from plum.errors import InvalidArgument
-from plum.ops.code_usage import _out_of_range, check_codes
+from plum.ops.code_usage import check_codes, out_of_range
 from plum.ops.residual_quantize import pack_codebooks
 
-# Rows a chunk: bounds the memory of the fp64 copy of the rows.
-_CHUNK = 4096
+# Rows a chunk: bounds the memory of the fp64 copy of the rows. A GPU sorts each chunk.
+_CHUNK, _GPU_CHUNK = 4096, 1 << 18
 
 
 def codebook_sums(
@@ -70,10 +70,11 @@ def _reference(x: Tensor, codes: Tensor, codebooks: Tensor, sizes: Sequence[int]
     sums = x.new_zeros((sum(sizes), x.shape[1]), dtype=torch.float64)
     books = codebooks.split(list(sizes))
     parts = sums.split(list(sizes))
-    for start in range(0, len(x), _CHUNK):
-        r = x[start : start + _CHUNK].float()
+    chunk = _GPU_CHUNK if x.is_cuda else _CHUNK
+    for start in range(0, len(x), chunk):
+        r = x[start : start + chunk].float()
         for level, (part, book) in enumerate(zip(parts, books, strict=True)):
-            code = codes[start : start + _CHUNK, level].long()
+            code = codes[start : start + chunk, level].long()
             if x.is_cuda:
                 part += _segments(r, code, len(part))
             else:
@@ -92,7 +93,7 @@ def _segments(r: Tensor, code: Tensor, size: int) -> Tensor:
 def _check_range(codes: Tensor, sizes: Sequence[int]) -> None:
     outside = (codes < 0) | (codes >= torch.tensor(sizes, device=codes.device))
     if bool(outside.any()):
-        raise _out_of_range(codes, sizes, int(torch.nonzero(outside.flatten())[0]))
+        raise out_of_range(codes, sizes, int(torch.nonzero(outside.flatten())[0]))
 
 
 def _fake(x: Tensor, codes: Tensor, codebooks: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -105,7 +106,7 @@ def _cpu(x: Tensor, codes: Tensor, codebooks: Tensor, sizes: Sequence[int]) -> T
         x.contiguous(), codes.contiguous(), codebooks.contiguous(), sizes, sums
     )
     if bad >= 0:
-        raise _out_of_range(codes, sizes, bad)
+        raise out_of_range(codes, sizes, bad)
     return sums
 
 

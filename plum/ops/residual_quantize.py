@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -194,11 +194,7 @@ def _cpu(
         x, packed, codes, norms, residual if return_residual else None, counts
     )
     if bad >= 0:
-        # The reference says what is wrong, of which row, as it goes chunk by chunk.
-        start = bad - bad % _CHUNK
-        rows = slice(start, start + _CHUNK)
-        _quantize_chunk(x[rows], start, codebooks.split(list(sizes)), codes[rows], norms[rows])
-        raise AssertionError(f"the kernel calls row {bad} bad and the reference does not")
+        _raise_bad_row(bad, x, codebooks, sizes)
     if usage is not None and counts is not None and counts is not usage:
         usage += counts
     return codes, norms, residual
@@ -223,15 +219,21 @@ def _triton(
     if not finite:
         raise _bad_codeword(int(torch.nonzero(~codebooks.isfinite().all(dim=1))[0, 0]))
     if bad < len(x):
-        start = bad - bad % _CHUNK
-        rows = slice(start, start + _CHUNK)
-        _quantize_chunk(
-            x[rows], start, codebooks.split(list(sizes)), found.codes[rows], found.norms[rows]
-        )
+        _raise_bad_row(bad, x, codebooks, sizes)
     if usage is not None and counts is not None:
         usage += counts
     residual = found.residual
     return found.codes, found.norms, x.new_empty((0, x.shape[1])) if residual is None else residual
+
+
+def _raise_bad_row(bad: int, x: Tensor, codebooks: Tensor, sizes: Sequence[int]) -> NoReturn:
+    """Raises what the reference says of a row that a kernel calls bad; it goes chunk by chunk."""
+    start = bad - bad % _CHUNK
+    rows = x[start : start + _CHUNK]
+    codes = rows.new_empty((len(rows), len(sizes)), dtype=torch.int32)
+    norms = rows.new_empty((len(rows), len(sizes)), dtype=torch.float32)
+    _quantize_chunk(rows, start, codebooks.split(list(sizes)), codes, norms)
+    raise AssertionError(f"the kernel calls row {bad} bad and the reference does not")
 
 
 def _bad_codeword(row: int) -> InvalidArgument:

@@ -15,6 +15,8 @@ from plum import _native
 from plum.errors import BackendUnavailable, InvalidArgument
 from plum.ops import code_usage, codebook_sums, residual_quantize
 
+from ..residual_cases import ADVERSARIAL, draw_case
+
 
 def every_isa() -> Iterator[str]:
     """Makes each instruction set of this CPU the active one in turn."""
@@ -94,42 +96,15 @@ def test_codes_are_the_exact_argmin(rows, width, sizes, scale, offset, grid, see
         assert residual_quantize(x, codebooks, backend="cpu").codes.tolist() == expected, isa
 
 
-def draw_case(seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Rows and codebooks of a random shape and of one of the kinds that are hard to decide."""
-    random = np.random.default_rng(seed)
-    width = int(random.integers(1, random.choice([3, 8, 70])))
-    sizes = random.integers(1, random.choice([3, 12, 140]), size=random.integers(1, 5))
-    # Square roots of the smallest normal, its fp64 reach, and of values whose squares overflow.
-    scale = 10.0 ** random.choice([-44, -38, -22, -19, -6, 0, 0, 0, 4, 15, 18, 30, 38])
-    offset = random.choice([0, 0, 1, 1000]) * scale
-    kind = random.choice(["normal", "grid", "near ties", "duplicates", "zeros", "mixed norms"])
-    center = random.normal(size=width)
-
-    def draw(n):
-        values = random.normal(size=(n, width))
-        if kind == "grid":
-            values = random.integers(-2, 3, size=(n, width))
-        elif kind == "near ties":
-            values = center + 10.0 ** -random.integers(1, 9) * values
-        elif kind == "duplicates":
-            values = values[random.integers(0, max(1, n // 3), size=n)]
-        elif kind == "zeros":
-            values = values * (random.random((n, 1)) < 0.3)
-        elif kind == "mixed norms":
-            values = values * 10.0 ** random.uniform(-6, 3, size=(n, 1))
-        with np.errstate(over="ignore"):
-            return torch.from_numpy((values * scale + offset).astype(np.float32))
-
-    x, codebooks = draw(int(random.integers(1, 9))), [draw(int(size)) for size in sizes]
-    if random.random() < 0.2:
-        x[0] = codebooks[0][-1]
-    return x, codebooks
-
-
 @settings(max_examples=1000, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_random_cases_on_every_instruction_set(seed):
     assert_equals_reference(*draw_case(seed))
+
+
+@pytest.mark.parametrize("case", ADVERSARIAL.values(), ids=ADVERSARIAL)
+def test_adversarial_sets(case):
+    assert_equals_reference(*case)
 
 
 @pytest.mark.slow
