@@ -195,8 +195,8 @@ def _decide(
     p_pairs = p_scratch + 4 * ROWS
     p_bits, p_ordered_bits = p_pairs + 2 * window, p_pairs + 4 * window
     b_large = tl.full([ROWS], 0x7FFFFFFFFFFFFFFF, tl.int64)
-    # In fp64: added to 1, fp32 would lose it.
-    slack = 1 + (width + 32).to(tl.float64) * 2.0**-50
+    # Compile-time constants, so that no fp32 sum loses what is added to 1.
+    slack: tl.constexpr = 1 + (CHUNKS * CHUNK + 32) * 2.0**-50
     for begin in range(0, tl.sum(b_rows), window):
         m_row = (b_start >= begin) & (b_start < begin + window) & (b_rows > 0)
         first = tl.min(tl.where(m_row, b_start, 2147483647))
@@ -311,9 +311,9 @@ def _residual_quantize_kernel(
     o_d = tl.arange(0, CHUNK)
     o_lane = tl.arange(0, TILE)
     stride: tl.constexpr = CHUNKS * CHUNK
-    # The largest relative error of a sum of `width` squares, and what flushed denormals hide.
-    inflated = 1 + (width + 32) * 2.0**-23
-    flushed = tl.sqrt(width.to(tl.float32)) * 2.0**-62
+    # The largest relative error of a sum of squares, and what flushed denormals hide.
+    inflated: tl.constexpr = 1 + (stride + 32) * 2.0**-23
+    flushed: tl.constexpr = stride**0.5 * 2.0**-62
     p_rows += program * ROWS * stride
     o_tile = o_row[:, None] * stride + o_d[None, :]
     p_r = p_rows + o_tile
@@ -373,7 +373,7 @@ def _residual_quantize_kernel(
             b_t = tl.sqrt(tl.sum(b_tt, axis=1)) * inflated + flushed
             b_e = tl.sqrt(tl.sum(b_ee, axis=1)) * inflated + flushed + b_t * 2.0**-23
             b_bound = b_e * (norm + error) + (b_t + b_e) * error
-            b_bound += (width + 64) * 2.0**-21 * (b_t + norm) * norm + (width + 8) * 2.0**-123
+            b_bound += (stride + 64) * 2.0**-21 * (b_t + norm) * norm + (stride + 8) * 2.0**-123
             b_bound *= 1.001
             b_tag = (tag_mask + 3) * 2.0**-23 * (tl.abs(b_top) + 2 * b_bound)
             b_threshold = b_top - 2.001 * (b_bound + b_tag)

@@ -49,6 +49,13 @@ def residual_quantize(architecture: int) -> list[Variant]:
         options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
         constants |= {"RESIDUAL": rows == "*fp32", "USAGE": rows == "*fp32"}
         found.append(("_residual_quantize_kernel", {"p_x": rows, **types}, constants, options))
+    # A launch makes constants of arguments that are 1.
+    ones = dict.fromkeys(("num_rows", "width", "num_levels"), 1)
+    constants = kernel.default_config(1, SHARED[architecture])
+    options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
+    constants |= {"RESIDUAL": True, "USAGE": True, **ones}
+    types = {name: kind for name, kind in types.items() if name not in ones}
+    found.append(("_residual_quantize_kernel", {"p_x": "*fp32", **types}, constants, options))
     return found
 
 
@@ -73,7 +80,7 @@ for name, types, constants, options in json.load(sys.stdin):
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, n in enumerate(kernel.arg_names)
-            if n.startswith("p_") or n == "width"
+            if n.startswith("p_") or (n == "width" and n in types)
         },
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
