@@ -173,7 +173,7 @@ def plan(results: Path, *, build: bool) -> list[list[Step]]:
             )
         ],
         [Step("doctor", [python, "-c", DOCTOR], 60)],
-        [Step("tests", [*tests, *workers, *tests_to_run()], 160)],
+        [Step("tests", [*tests, *workers, *tests_to_run()], 200)],
         [
             Step(
                 "GPU benchmarks",

@@ -276,7 +276,7 @@ def _not_finite(b_norm, p_r, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl
     return m_bad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_levels", "window"])
 def _residual_quantize_kernel(
     p_x,
     p_books,

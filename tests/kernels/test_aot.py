@@ -49,12 +49,11 @@ def residual_quantize(architecture: int) -> list[Variant]:
         options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
         constants |= {"RESIDUAL": rows == "*fp32", "USAGE": rows == "*fp32"}
         found.append(("_residual_quantize_kernel", {"p_x": rows, **types}, constants, options))
-    # A launch makes constants of arguments that are 1.
-    ones = dict.fromkeys(("num_rows", "width", "num_levels"), 1)
+    # A launch makes a constant of a width of 1.
     constants = kernel.default_config(1, SHARED[architecture])
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
-    constants |= {"RESIDUAL": True, "USAGE": True, **ones}
-    types = {name: kind for name, kind in types.items() if name not in ones}
+    constants |= {"RESIDUAL": True, "USAGE": True, "width": 1}
+    del types["width"]
     found.append(("_residual_quantize_kernel", {"p_x": "*fp32", **types}, constants, options))
     return found
 
