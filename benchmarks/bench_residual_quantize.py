@@ -90,7 +90,8 @@ TARGETS = {
     "MiniOneRec": (6, 5.6, 6.5, 8.5),
     "GRID": (650, 700, 49, 89),
 }
-TRAINING_TARGETS = {"vector-quantize-pytorch, expiry": (13, 22, 17)}
+# How many times as fast as the original the same step with expiry shall be.
+TRAINING_TARGETS = (13, 22, 17)
 # How many times as fast as torch's chunks the path without bf16 shall be.
 FP32_TARGETS = (2.5, 2.5, 2.5, 4)
 TARGET_SHARES = {"plum cpu": (0.71, 0.85, 0.41, 0.41)}
@@ -177,12 +178,10 @@ def bench_training_step_cpu(benchmark, prepare, budget, threads, provider, shape
     _measure_search(
         benchmark, job, budget, case, provider, f"training, {shape}, {threads} thread(s)"
     )
-    column = list(TRAINING_SHAPES).index(shape)
-    _record_search(
-        benchmark,
-        case,
-        target=TRAINING_TARGETS[provider][column] if provider in TRAINING_TARGETS else None,
-    )
+    _record_search(benchmark, case)
+    if provider == "plum ResidualVQ, expiry":
+        asked = TRAINING_TARGETS[list(TRAINING_SHAPES).index(shape)]
+        benchmark.extra_info["target_over"] = ["vector-quantize-pytorch, expiry", asked]
 
 
 def _measure_search(benchmark, job, budget, case, provider, group, **options) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -325,7 +326,7 @@ class ResidualVQ(nn.Module):
         r = x.float()
         for level, book in enumerate(books):
             yield normalized(r) if self.use_cosine_sim else r
-            r = r - book[codes[:, level].long()]
+            r = r - book.index_select(0, codes[:, level])
 
     def _search(
         self, x: Tensor, packed: Tensor, sizes: Sequence[int]
@@ -381,12 +382,15 @@ class ResidualVQ(nn.Module):
         slots = slots[torch.randperm(len(slots), device=x.device)[:pool]]
         drawn = torch.randperm(pool, device=x.device)[: len(slots)]
         row = drawn % max(len(x), 1)
-        levels = drawn // max(len(x), 1) if self.shared_codebook else level
-        inputs = torch.stack(list(self._inputs(x[row], words, codes[row])))
-        fresh = inputs[levels, torch.arange(len(row), device=x.device)]
-        book.embed[0, slots] = fresh
-        book.cluster_size[0, slots] = self.reset_cluster_size
-        book.embed_avg[0, slots] = fresh * self.reset_cluster_size
+        levels = drawn // max(len(x), 1)
+        inputs = self._inputs(x.index_select(0, row), words, codes.index_select(0, row))
+        if self.shared_codebook:
+            fresh = torch.stack(list(inputs))[levels, torch.arange(len(row), device=x.device)]
+        else:
+            fresh = next(islice(inputs, level, None))
+        book.embed[0].index_copy_(0, slots, fresh)
+        book.cluster_size[0].index_fill_(0, slots, self.reset_cluster_size)
+        book.embed_avg[0].index_copy_(0, slots, fresh * self.reset_cluster_size)
         book.synchronize()
 
     @torch.no_grad()
