@@ -139,7 +139,7 @@ def trie_mask_cpu(
     logits: Tensor, states: Tensor, starts: Tensor, codes: Tensor, offset: int
 ) -> None:
     """Masks ``logits`` ``[M, V]`` in place; its rows may be any distance apart."""
-    assert logits.device.type == "cpu" and logits.dim() == 2
+    assert logits.is_cpu and logits.dim() == 2
     assert logits.shape[1] < 2 or logits.stride(1) == 1
     _check_cpu(states, torch.int64)
     assert states.shape == (len(logits), 2)
@@ -224,7 +224,7 @@ def trie_beam_step_cpu(
 ) -> None:
     """Fills ``out``: tokens, parents and scores ``[B, k]``, states ``[B, k, 2]``."""
     batch, beams, width = logits.shape
-    assert logits.device.type == "cpu" and (width < 2 or logits.stride(2) == 1)
+    assert logits.is_cpu and (width < 2 or logits.stride(2) == 1)
     _check_cpu(scores, torch.float32)
     _check_cpu(states, torch.int64)
     assert scores.shape == (batch, beams) and states.shape == (batch, beams, 2)
@@ -233,8 +233,9 @@ def trie_beam_step_cpu(
     if deny is not None:
         _check_cpu(deny, torch.int64)
         assert len(deny) == batch
-    for tensor in out:
-        _check_cpu(tensor)
+    tokens, parents, best, after = out
+    assert tokens.is_contiguous() and tokens.shape == parents.shape == best.shape == (batch, k)
+    assert after.shape == (batch, k, 2)
     _C.trie_beam_step_cpu(
         logits.data_ptr(),
         (torch.float32, torch.bfloat16, torch.float16).index(logits.dtype),
@@ -249,7 +250,7 @@ def trie_beam_step_cpu(
         0 if rank is None else rank.data_ptr(),
         0 if deny is None else deny.data_ptr(),
         0 if deny is None else deny.shape[1],
-        tuple(tensor.data_ptr() for tensor in out),
+        (tokens.data_ptr(), parents.data_ptr(), best.data_ptr(), after.data_ptr()),
         torch.get_num_threads(),
     )
 
@@ -262,5 +263,5 @@ def _trie_level(starts: Tensor, codes: Tensor) -> tuple[int, int, int]:
 
 
 def _check_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> None:
-    assert tensor.device.type == "cpu" and tensor.is_contiguous()
+    assert tensor.is_cpu and tensor.is_contiguous()
     assert dtype is None or tensor.dtype == dtype

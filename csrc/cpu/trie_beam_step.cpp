@@ -38,6 +38,9 @@ constexpr int64_t kLogitsPerThread = 1 << 16;
 constexpr int64_t kSparse = 4;
 // Candidates beyond k that are taken in between two rounds of selection.
 constexpr int64_t kSpare = 256;
+// How far below a beam's best score the k-th is looked for, and in how many halvings.
+constexpr float kReach = 32;
+constexpr int kHalvings = 10;
 
 const beam::Kernels& kernels() {
 #ifdef PLUM_X86
@@ -176,8 +179,7 @@ class Step {
       if (first_[beam] == last_[beam]) continue;
       const int64_t at = request * in_.batch_stride + beam * in_.beam_stride + in_.offset +
                          level_.codes[first_[beam]];
-      const int64_t size = in_.type == LogitType::kFp32 ? 4 : 2;
-      __builtin_prefetch(static_cast<const char*>(in_.logits) + at * size);
+      __builtin_prefetch(element(at));
     }
   }
 
@@ -202,6 +204,10 @@ class Step {
     return left > 0;
   }
 
+  const void* element(int64_t at) const {
+    return static_cast<const char*>(in_.logits) + at * (in_.type == LogitType::kFp32 ? 4 : 2);
+  }
+
   // Returns `count` logits from position `at` as fp32, widened into row_ where they are not.
   const float* row(int64_t at, int64_t count) {
     if (in_.type == LogitType::kFp32) return static_cast<const float*>(in_.logits) + at;
@@ -214,8 +220,10 @@ class Step {
   void over_row(int64_t at, int64_t beam, float base) {
     const float* logits = row(at, in_.width);
     const float top = kernels_.largest(logits, in_.width);
+    // A prefetch of an address that is not there does nothing.
+    const void* next = element(at + in_.beam_stride);
     const auto log_sum =
-        static_cast<float>(std::log(kernels_.sum_of_exponentials(logits, in_.width, top)));
+        static_cast<float>(std::log(kernels_.sum_of_exponentials(logits, in_.width, top, next)));
     if (!(base - log_sum > best_.threshold())) return;
     const int32_t* codes = level_.codes + first_[beam];
     const int64_t count = last_[beam] - first_[beam];
@@ -224,11 +232,12 @@ class Step {
     const bool by_column = span == count || (best_.threshold() > kNever && span <= kSparse * count);
     if (!by_column) {
       const float* values = gather(columns, codes, count);
-      take(beam, base, values, count, top, log_sum, [](int64_t i) { return i; });
+      take(beam, base, values, count, top, log_sum, !limited(), [](int64_t i) { return i; });
       return;
     }
     // Few columns are above the threshold; which of them are children is looked up.
-    take(beam, base, columns + codes[0], span, top, log_sum,
+    const bool legal = span == count && !limited();
+    take(beam, base, columns + codes[0], span, top, log_sum, legal,
          [&](int64_t i) { return span == count ? i : find_code(codes, 0, count, codes[0] + i); });
   }
 
@@ -262,8 +271,8 @@ class Step {
     }
     const float top = kernels_.largest(values, count);
     const auto log_sum =
-        static_cast<float>(std::log(kernels_.sum_of_exponentials(values, count, top)));
-    take(beam, base, values, count, top, log_sum, [](int64_t i) { return i; }, true);
+        static_cast<float>(std::log(kernels_.sum_of_exponentials(values, count, top, values)));
+    take(beam, base, values, count, top, log_sum, true, [](int64_t i) { return i; });
   }
 
   void reserve_values(int64_t count) { values_.resize(std::max<int64_t>(count, values_.size())); }
@@ -274,15 +283,34 @@ class Step {
     return values_.data();
   }
 
+  // Finds the scores above the threshold, but where each position is a legal child not many more
+  // than the k best; returns how many.
+  int64_t find(float base, const float* x, int64_t count, float top, float log_sum, bool legal) {
+    hits_.resize(std::max<int64_t>(count + kHitPadding, hits_.size()));
+    const auto find_above = [&](float threshold) {
+      return kernels_.find_above(x, count, top, log_sum, base, threshold, hits_.data());
+    };
+    int64_t hits = find_above(best_.threshold());
+    if (!legal || hits <= 2 * k_) return hits;
+    float high = base - log_sum, low = std::max(best_.threshold(), high - kReach);
+    for (int round = 0; round < kHalvings; ++round) {
+      const float middle = low + (high - low) / 2;
+      hits = find_above(middle);
+      if (hits >= k_ && hits <= 2 * k_) return hits;
+      (hits < k_ ? high : low) = middle;
+    }
+    hits = find_above(low);
+    return hits >= k_ ? hits : find_above(best_.threshold());
+  }
+
   // Pushes the legal children among x[0..count); child_of gives the child of a position, or -1.
+  //   legal  whether each position is a legal child, or has a logit of -inf
   template <typename ChildOf>
   void take(int64_t beam, float base, const float* x, int64_t count, float top, float log_sum,
-            const ChildOf& child_of, bool checked = false) {
-    hits_.resize(std::max<int64_t>(count + kHitPadding, hits_.size()));
-    const int64_t hits =
-        kernels_.find_above(x, count, top, log_sum, base, best_.threshold(), hits_.data());
+            bool legal, const ChildOf& child_of) {
+    const int64_t hits = find(base, x, count, top, log_sum, legal);
     if (hits == 0) return;
-    const bool check = limited() && !checked;
+    const bool check = limited() && !legal;
     const int64_t *denied = nullptr, *denied_end = nullptr;
     if (check) narrow_denied(beam, &denied, &denied_end);
     for (int64_t h = 0; h < hits; ++h) {
@@ -293,6 +321,15 @@ class Step {
       if (child < 0 || (check && !is_left(first_[beam] + child, denied, denied_end))) continue;
       best_.push(score, before_[beam] + child);
     }
+  }
+
+  // The beam of a child, by the number of children before it.
+  int64_t owner(int64_t ordinal) const {
+    // Where beams have a child each, that is the beam.
+    if (ordinal < in_.beams && before_[ordinal] == ordinal && before_[ordinal + 1] > ordinal) {
+      return ordinal;
+    }
+    return std::upper_bound(before_.begin(), before_.end(), ordinal) - before_.begin() - 1;
   }
 
   void write(int64_t request) {
@@ -307,9 +344,8 @@ class Step {
         continue;
       }
       const auto ordinal = static_cast<int64_t>(ordinal_of(keys[j]));
-      const auto owner = std::upper_bound(before_.begin(), before_.end(), ordinal) - 1;
-      const int64_t beam = owner - before_.begin();
-      const int64_t edge = first_[beam] + (ordinal - *owner);
+      const int64_t beam = owner(ordinal);
+      const int64_t edge = first_[beam] + (ordinal - before_[beam]);
       out_.tokens[at] = level_.codes[edge];
       out_.parents[at] = beam;
       out_.scores[at] = score_of(keys[j]);

@@ -78,8 +78,9 @@ float largest_of(const float* x, int64_t count) {
 }
 
 // Sum of exp(x - top) over x[0..count), top the largest. Lane i mod 64 takes value i of a chain;
-// the last chain is padded to a multiple of 16 with values that add 2^-126 at most.
-double sum_of_exponentials(const float* x, int64_t count, float top) {
+// the last chain is padded to a multiple of 16 with values that add 2^-126 at most. Meanwhile as
+// many bytes from `next` on, what is read afterwards, come into the cache.
+double sum_of_exponentials(const float* x, int64_t count, float top, const void* next) {
   constexpr int kVecs = kUnit / kWidth;
   const Vec shift = broadcast(top);
   double total = 0;
@@ -89,6 +90,9 @@ double sum_of_exponentials(const float* x, int64_t count, float top) {
     for (Vec& sum : sums) sum = broadcast(0);
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) {
+      for (int j = 0; j < 4; ++j) {
+        __builtin_prefetch(static_cast<const char*>(next) + (i + j * kUnit) * sizeof(float));
+      }
       for (int j = 0; j < 4 * kVecs; ++j)
         sums[j] = sums[j] + exponential(load(x + i + j * kWidth) - shift);
     }

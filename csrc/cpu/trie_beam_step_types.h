@@ -8,7 +8,7 @@ namespace plum::cpu::beam {
 // The vector parts for one instruction set; trie_beam_step_kernel.inl says what each computes.
 struct Kernels {
   float (*largest)(const float* x, int64_t count);
-  double (*sum_of_exponentials)(const float* x, int64_t count, float top);
+  double (*sum_of_exponentials)(const float* x, int64_t count, float top, const void* next);
   int64_t (*find_above)(const float* x, int64_t count, float top, float log_sum, float base,
                         float threshold, int32_t* hits);
   void (*widen_bf16)(const uint16_t* row, int64_t count, float* out);
