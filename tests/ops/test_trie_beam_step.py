@@ -54,22 +54,36 @@ def check(step: BeamStep, request: int, k: int, expected: dict[tuple[int, int], 
     assert found == 0 or best_left <= scores[found - 1] + tolerance
 
 
+CASES = {
+    "seed": st.integers(0, 2**32 - 1),
+    "depth": st.integers(1, 8),
+    "size": st.sampled_from([1, 2, 3, 9, 70]),
+    "rows": st.sampled_from([1, 2, 7, 40, 200]),
+    "batch": st.integers(1, 3),
+    "beams": st.integers(1, 6),
+    "k": st.integers(1, 25),
+    "how": st.sampled_from(["full", "valid"]),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    "vocabulary": st.booleans(),
+    "limits": st.sampled_from(["", "filter", "deny", "filter and deny"]),
+    "runner": st.sampled_from(RUNNERS),
+}
+
+
 @settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    depth=st.integers(1, 8),
-    size=st.sampled_from([1, 2, 3, 9, 70]),
-    rows=st.sampled_from([1, 2, 7, 40, 200]),
-    batch=st.integers(1, 3),
-    beams=st.integers(1, 6),
-    k=st.integers(1, 25),
-    how=st.sampled_from(["full", "valid"]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    vocabulary=st.booleans(),
-    limits=st.sampled_from(["", "filter", "deny", "filter and deny"]),
-    runner=st.sampled_from(RUNNERS),
-)
-def test_agrees_with_brute_force(
+@given(**CASES)
+def test_agrees_with_brute_force(**case):
+    check_with_brute_force(**case)
+
+
+@pytest.mark.slow
+@settings(max_examples=5000, deadline=None)
+@given(**CASES)
+def test_thousands_of_catalogs_agree_with_brute_force(**case):
+    check_with_brute_force(**case)
+
+
+def check_with_brute_force(
     seed, depth, size, rows, batch, beams, k, how, dtype, vocabulary, limits, runner
 ):
     random = np.random.default_rng(seed)
