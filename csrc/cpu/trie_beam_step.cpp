@@ -37,7 +37,7 @@ constexpr int64_t kLogitsPerThread = 1 << 16;
 // Children at least one column in so many are searched by column, once a threshold stands.
 constexpr int64_t kSparse = 4;
 // Candidates beyond k that are taken in between two rounds of selection.
-constexpr int64_t kSpare = 256;
+constexpr int64_t kSpare = 64;
 // How far below a beam's best score the k-th is looked for, and in how many halvings.
 constexpr float kReach = 32;
 constexpr int kHalvings = 10;
@@ -87,6 +87,9 @@ class Best {
 
   // A score not above it cannot be among the k best any more.
   float threshold() const { return threshold_; }
+
+  // To be called before k scores above `score` are pushed.
+  void raise_threshold(float score) { threshold_ = std::max(threshold_, score); }
 
   // Takes a score above the threshold; ordinals rise from call to call.
   void push(float score, uint64_t ordinal) {
@@ -296,11 +299,13 @@ class Step {
     for (int round = 0; round < kHalvings; ++round) {
       const float middle = low + (high - low) / 2;
       hits = find_above(middle);
-      if (hits >= k_ && hits <= 2 * k_) return hits;
       (hits < k_ ? high : low) = middle;
+      if (hits >= k_ && hits <= 2 * k_) break;
     }
-    hits = find_above(low);
-    return hits >= k_ ? hits : find_above(best_.threshold());
+    if (hits < k_ || hits > 2 * k_) hits = find_above(low);
+    if (hits < k_) return find_above(best_.threshold());
+    best_.raise_threshold(low);
+    return hits;
   }
 
   // Pushes the legal children among x[0..count); child_of gives the child of a position, or -1.
