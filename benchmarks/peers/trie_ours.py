@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.ours import _require
+from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_beam_step import trie_beam_step
 from plum.ops.trie_mask import trie_mask_
 from plum.trie import SidTrie
@@ -26,7 +27,7 @@ def decode(trie: SidTrie, logits: list[Tensor], score: str, backend: str) -> Cal
                 rows, scores, states, trie, level, k=width, score=score, backend=backend
             )
             states, scores = step.states, step.scores
-        return trie.codes_at(states[..., 0].flatten()).view(batch, width, -1)
+        return forced_tail(states, trie, 0, backend=backend).codes
 
     return run
 
