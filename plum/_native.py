@@ -176,6 +176,133 @@ def packed_codebooks(codebooks: Tensor, sizes: Sequence[int]) -> Any:
     return packed
 
 
+def trie_mask_cpu(
+    logits: Tensor, states: Tensor, starts: Tensor, codes: Tensor, offset: int
+) -> None:
+    """Masks ``logits`` ``[M, V]`` in place; its rows may be any distance apart."""
+    assert logits.is_cpu and logits.dim() == 2
+    assert logits.shape[1] < 2 or logits.stride(1) == 1
+    _check_cpu(states, torch.int64)
+    assert states.shape == (len(logits), 2)
+    _C.trie_mask_cpu(
+        logits.data_ptr(),
+        logits.dtype == torch.float32,
+        {torch.float32: 0xFF800000, torch.bfloat16: 0xFF80, torch.float16: 0xFC00}[logits.dtype],
+        logits.shape[0],
+        logits.shape[1],
+        logits.stride(0),
+        states.data_ptr(),
+        _trie_level(starts, codes),
+        offset,
+        torch.get_num_threads(),
+    )
+
+
+def trie_advance_cpu(
+    states: Tensor, tokens: Tensor, starts: Tensor, codes: Tensor, after: Tensor
+) -> None:
+    """Fills ``after`` ``[..., 2]`` with the states that follow by ``tokens`` ``[...]``."""
+    for tensor in (states, tokens, after):
+        _check_cpu(tensor, torch.int64)
+    assert states.numel() == after.numel() == 2 * tokens.numel()
+    _C.trie_advance_cpu(
+        states.data_ptr(),
+        tokens.data_ptr(),
+        tokens.numel(),
+        _trie_level(starts, codes),
+        after.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def trie_walk_cpu(
+    prefixes: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor], states: Tensor
+) -> None:
+    """Fills ``states`` ``[M, 2]`` with those of ``prefixes`` ``[M, P]``."""
+    _check_cpu(prefixes, torch.int64)
+    _check_cpu(states, torch.int64)
+    assert states.shape == (len(prefixes), 2) and prefixes.shape[1] <= len(starts)
+    _C.trie_walk_cpu(
+        prefixes.data_ptr(),
+        prefixes.shape[0],
+        prefixes.shape[1],
+        [_trie_level(*level) for level in zip(starts, codes, strict=True)],
+        states.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def forced_tail_cpu(
+    states: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor], tail: Tensor, forced: Tensor
+) -> None:
+    """Fills ``tail`` ``[..., levels]`` and ``forced`` ``[...]`` for ``states`` ``[..., 2]``."""
+    _check_cpu(states, torch.int64)
+    _check_cpu(tail, torch.int64)
+    _check_cpu(forced, torch.bool)
+    assert states.shape == (*forced.shape, 2) and tail.shape == (*forced.shape, len(starts))
+    _C.forced_tail_cpu(
+        states.data_ptr(),
+        forced.numel(),
+        [_trie_level(*level) for level in zip(starts, codes, strict=True)],
+        tail.data_ptr(),
+        forced.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def trie_beam_step_cpu(
+    logits: Tensor,
+    scores: Tensor,
+    states: Tensor,
+    starts: Tensor,
+    codes: Tensor,
+    offset: int,
+    k: int,
+    valid: bool,
+    rank: Tensor | None,
+    deny: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """Fills ``out``: tokens, parents and scores ``[B, k]``, states ``[B, k, 2]``."""
+    batch, beams, width = logits.shape
+    assert logits.is_cpu and (width < 2 or logits.stride(2) == 1)
+    _check_cpu(scores, torch.float32)
+    _check_cpu(states, torch.int64)
+    assert scores.shape == (batch, beams) and states.shape == (batch, beams, 2)
+    if rank is not None:
+        _check_cpu(rank, torch.int64)
+    if deny is not None:
+        _check_cpu(deny, torch.int64)
+        assert len(deny) == batch
+    tokens, parents, best, after = out
+    assert tokens.is_contiguous() and tokens.shape == parents.shape == best.shape == (batch, k)
+    assert after.shape == (batch, k, 2)
+    _C.trie_beam_step_cpu(
+        logits.data_ptr(),
+        (torch.float32, torch.bfloat16, torch.float16).index(logits.dtype),
+        (batch, beams, width),
+        logits.stride()[:2],
+        scores.data_ptr(),
+        states.data_ptr(),
+        _trie_level(starts, codes),
+        offset,
+        k,
+        valid,
+        0 if rank is None else rank.data_ptr(),
+        0 if deny is None else deny.data_ptr(),
+        0 if deny is None else deny.shape[1],
+        (tokens.data_ptr(), parents.data_ptr(), best.data_ptr(), after.data_ptr()),
+        torch.get_num_threads(),
+    )
+
+
+def _trie_level(starts: Tensor, codes: Tensor) -> tuple[int, int, int]:
+    _check_cpu(starts, torch.int64)
+    _check_cpu(codes, torch.int32)
+    assert starts.numel() == codes.numel() + 1
+    return starts.data_ptr(), codes.data_ptr(), codes.numel()
+
+
 def _check_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> None:
-    assert tensor.device.type == "cpu" and tensor.is_contiguous()
+    assert tensor.is_cpu and tensor.is_contiguous()
     assert dtype is None or tensor.dtype == dtype

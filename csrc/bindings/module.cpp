@@ -2,15 +2,22 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "plum/code_usage.h"
 #include "plum/codebook_sums.h"
 #include "plum/cpu_features.h"
+#include "plum/forced_tail.h"
 #include "plum/residual_quantize.h"
+#include "plum/trie_advance.h"
+#include "plum/trie_beam_step.h"
+#include "plum/trie_mask.h"
+#include "plum/trie_walk.h"
 
 namespace py = pybind11;
 
@@ -82,6 +89,82 @@ int64_t residual_quantize_cpu(uintptr_t x, int type, int64_t rows, const PackedC
                                       pointer<int64_t>(usage), threads);
 }
 
+// The addresses of starts and codes, and the number of edges.
+using LevelArgs = std::tuple<uintptr_t, uintptr_t, int64_t>;
+
+plum::TrieLevel trie_level(const LevelArgs& args) {
+  const auto& [starts, codes, edges] = args;
+  return {pointer<const int64_t>(starts), pointer<const int32_t>(codes), edges};
+}
+
+std::vector<plum::TrieLevel> trie_levels(const std::vector<LevelArgs>& args) {
+  std::vector<plum::TrieLevel> levels;
+  for (const LevelArgs& level : args) levels.push_back(trie_level(level));
+  return levels;
+}
+
+void trie_mask_cpu(uintptr_t logits, bool wide, uint32_t fill, int64_t rows, int64_t width,
+                   int64_t stride, uintptr_t states, const LevelArgs& level, int64_t offset,
+                   int threads) {
+  py::gil_scoped_release release;
+  if (wide) {
+    plum::cpu::trie_mask(pointer<uint32_t>(logits), fill, rows, width, stride,
+                         pointer<const int64_t>(states), trie_level(level), offset, threads);
+  } else {
+    plum::cpu::trie_mask(pointer<uint16_t>(logits), static_cast<uint16_t>(fill), rows, width,
+                         stride, pointer<const int64_t>(states), trie_level(level), offset,
+                         threads);
+  }
+}
+
+void trie_advance_cpu(uintptr_t states, uintptr_t tokens, int64_t count, const LevelArgs& level,
+                      uintptr_t after, int threads) {
+  py::gil_scoped_release release;
+  plum::cpu::trie_advance(pointer<const int64_t>(states), pointer<const int64_t>(tokens), count,
+                          trie_level(level), pointer<int64_t>(after), threads);
+}
+
+void trie_walk_cpu(uintptr_t prefixes, int64_t count, int64_t length,
+                   const std::vector<LevelArgs>& levels, uintptr_t states, int threads) {
+  py::gil_scoped_release release;
+  plum::cpu::trie_walk(pointer<const int64_t>(prefixes), count, length, trie_levels(levels),
+                       pointer<int64_t>(states), threads);
+}
+
+void forced_tail_cpu(uintptr_t states, int64_t count, const std::vector<LevelArgs>& levels,
+                     uintptr_t tail, uintptr_t forced, int threads) {
+  py::gil_scoped_release release;
+  plum::cpu::forced_tail(pointer<const int64_t>(states), count, trie_levels(levels),
+                         pointer<int64_t>(tail), pointer<bool>(forced), threads);
+}
+
+void trie_beam_step_cpu(uintptr_t logits, int type, const std::array<int64_t, 3>& shape,
+                        const std::array<int64_t, 2>& strides, uintptr_t scores, uintptr_t states,
+                        const LevelArgs& level, int64_t offset, int64_t k, bool valid,
+                        uintptr_t rank, uintptr_t deny, int64_t denied,
+                        const std::array<uintptr_t, 4>& out, int threads) {
+  py::gil_scoped_release release;
+  plum::cpu::BeamStepInput input;
+  input.logits = pointer<const void>(logits);
+  input.type = static_cast<plum::cpu::LogitType>(type);
+  input.batch = shape[0];
+  input.beams = shape[1];
+  input.width = shape[2];
+  input.batch_stride = strides[0];
+  input.beam_stride = strides[1];
+  input.scores = pointer<const float>(scores);
+  input.states = pointer<const int64_t>(states);
+  input.offset = offset;
+  input.valid = valid;
+  input.rank = pointer<const int64_t>(rank);
+  input.deny = pointer<const int64_t>(deny);
+  input.denied = denied;
+  plum::cpu::trie_beam_step(input, trie_level(level), k,
+                            {pointer<int64_t>(out[0]), pointer<int64_t>(out[1]),
+                             pointer<float>(out[2]), pointer<int64_t>(out[3])},
+                            threads);
+}
+
 #ifdef PLUM_WITH_CUDA
 void code_usage_cuda(uintptr_t codes, bool wide, int64_t rows, const std::vector<int64_t>& sizes,
                      uintptr_t counts, uintptr_t stream) {
@@ -111,6 +194,11 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("size", &PackedCodebooks::size)
       .def_property_readonly("bytes", &PackedCodebooks::bytes);
   module.def("residual_quantize_cpu", &residual_quantize_cpu);
+  module.def("trie_mask_cpu", &trie_mask_cpu);
+  module.def("trie_advance_cpu", &trie_advance_cpu);
+  module.def("trie_walk_cpu", &trie_walk_cpu);
+  module.def("forced_tail_cpu", &forced_tail_cpu);
+  module.def("trie_beam_step_cpu", &trie_beam_step_cpu);
 #ifdef PLUM_WITH_CUDA
   module.def("code_usage_cuda", &code_usage_cuda);
 #endif

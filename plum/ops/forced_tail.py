@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from plum._library import Op
+from plum import _native
+from plum._library import Backend, Op
 from plum.errors import InvalidArgument
 from plum.ops._trie_levels import check_states
 
@@ -68,6 +69,14 @@ def _reference(
     return tail, forced
 
 
+def _cpu(
+    states: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    tail, forced = _fake(states, starts, codes)
+    _native.forced_tail_cpu(states.contiguous(), starts, codes, tail, forced)
+    return tail, forced
+
+
 def _fake(
     states: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -80,4 +89,5 @@ _op = Op(
     "forced_tail(Tensor states, Tensor[] starts, Tensor[] codes) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
 )

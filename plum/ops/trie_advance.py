@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from plum._library import Op
+from plum import _native
+from plum._library import Backend, Op
 from plum.errors import InvalidArgument
 from plum.ops._trie_levels import check_codes, check_level, check_states, edge_range
 
@@ -58,6 +59,13 @@ def advance_reference(states: Tensor, tokens: Tensor, starts: Tensor, codes: Ten
     return torch.where(found.unsqueeze(-1), after, 0)
 
 
+def _cpu(states: Tensor, tokens: Tensor, starts: Tensor, codes: Tensor) -> Tensor:
+    after = torch.empty(states.shape, dtype=torch.int64)
+    tokens = tokens.long().contiguous()
+    _native.trie_advance_cpu(states.contiguous(), tokens, starts, codes, after)
+    return after
+
+
 def _fake(states: Tensor, tokens: Tensor, starts: Tensor, codes: Tensor) -> Tensor:
     return torch.empty(states.shape, dtype=torch.int64, device=states.device)
 
@@ -66,4 +74,5 @@ _op = Op(
     "trie_advance(Tensor states, Tensor tokens, Tensor starts, Tensor codes) -> Tensor",
     reference=advance_reference,
     fake=_fake,
+    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
 )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from plum._library import Op
+from plum import _native
+from plum._library import Backend, Op
 from plum.errors import InvalidArgument
 from plum.ops._trie_levels import check_level, check_logits, check_states, children, first_column
 
@@ -48,6 +49,11 @@ def trie_mask_(
         raise InvalidArgument(
             "logits", "a tensor without gradient", "one with it", "call it under torch.no_grad()"
         )
+    if any(
+        stride == 0 < size - 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)
+    ):
+        got = f"strides {list(logits.stride())} of shape {list(logits.shape)}"
+        raise InvalidArgument("logits", "rows with memory of their own", got, "clone it")
     offset = first_column(trie, level, logits.shape[-1])
     _op(logits, states, trie.starts[level], trie.codes[level], offset, backend=backend)
     return logits
@@ -60,6 +66,24 @@ def _reference(logits: Tensor, states: Tensor, starts: Tensor, codes: Tensor, of
     logits.masked_fill_(illegal, float("-inf"))
 
 
+def _cpu(logits: Tensor, states: Tensor, starts: Tensor, codes: Tensor, offset: int) -> None:
+    width = logits.shape[-1]
+    if logits.numel() == 0:
+        return
+    if logits.stride(-1) != 1 and width > 1:
+        copy = logits.contiguous()
+        _cpu(copy, states, starts, codes, offset)
+        logits.copy_(copy)
+        return
+    try:
+        rows = logits.view(-1, width)
+    except RuntimeError:  # The rows are not evenly apart; those of each part may be.
+        for part, below in zip(logits, states, strict=True):
+            _cpu(part, below, starts, codes, offset)
+        return
+    _native.trie_mask_cpu(rows, states.reshape(-1, 2).contiguous(), starts, codes, offset)
+
+
 def _fake(logits: Tensor, states: Tensor, starts: Tensor, codes: Tensor, offset: int) -> None:
     return None
 
@@ -68,4 +92,5 @@ _op = Op(
     "trie_mask_(Tensor(a!) logits, Tensor states, Tensor starts, Tensor codes, int offset) -> ()",
     reference=_reference,
     fake=_fake,
+    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
 )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from plum._library import Op
+from plum import _native
+from plum._library import Backend, Op
 from plum.errors import InvalidArgument
 from plum.ops._trie_levels import check_codes
 from plum.ops.trie_advance import advance_reference
@@ -53,6 +54,12 @@ def _reference(prefixes: Tensor, starts: Sequence[Tensor], codes: Sequence[Tenso
     return states
 
 
+def _cpu(prefixes: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor]) -> Tensor:
+    states = torch.empty((prefixes.shape[0], 2), dtype=torch.int64)
+    _native.trie_walk_cpu(prefixes.long().contiguous(), starts, codes, states)
+    return states
+
+
 def _fake(prefixes: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor]) -> Tensor:
     return torch.empty((prefixes.shape[0], 2), dtype=torch.int64, device=prefixes.device)
 
@@ -61,4 +68,5 @@ _op = Op(
     "trie_walk(Tensor prefixes, Tensor[] starts, Tensor[] codes) -> Tensor",
     reference=_reference,
     fake=_fake,
+    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
 )

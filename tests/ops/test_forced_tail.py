@@ -13,16 +13,21 @@ from plum.trie import SidTrie
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), depth=st.integers(1, 8), rows=st.integers(1, 20))
-def test_tails_are_those_of_the_only_sid_left(seed, depth, rows):
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    depth=st.integers(1, 8),
+    rows=st.integers(1, 40),
+    backend=st.sampled_from(["reference", "cpu"]),
+)
+def test_tails_are_those_of_the_only_sid_left(seed, depth, rows, backend):
     random = np.random.default_rng(seed)
     codes = random.integers(0, 3, (rows, depth))
     trie = SidTrie.from_codes(codes)
     table = set(map(tuple, codes.tolist()))
     for level in range(depth + 1):
-        prefixes = codes[:5, :level]
+        prefixes = codes[:21, :level]
         states = trie_walk(torch.from_numpy(prefixes), trie).unsqueeze(0)
-        tail, forced = forced_tail(states, trie, level)
+        tail, forced = forced_tail(states, trie, level, backend=backend)
         assert tail.shape == (1, len(prefixes), depth - level)
         for row, prefix in enumerate(prefixes.tolist()):
             left = [sid[level:] for sid in table if list(sid[:level]) == prefix]

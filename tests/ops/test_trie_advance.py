@@ -11,6 +11,8 @@ from plum.ops.trie_advance import trie_advance
 from plum.ops.trie_walk import trie_walk
 from plum.trie import SidTrie
 
+from ..trie_backends import RUNNERS, running
+
 
 @st.composite
 def catalogs(draw: st.DrawFn) -> np.ndarray:
@@ -29,25 +31,51 @@ def expected_state(codes: np.ndarray, prefix: list[int]) -> list[int]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(catalogs(), st.randoms(use_true_random=False))
-def test_walk_and_advance_agree_with_a_scan_of_the_catalog(codes, random):
+@given(catalogs(), st.randoms(use_true_random=False), st.sampled_from(["reference", "cpu"]))
+def test_walk_and_advance_agree_with_a_scan_of_the_catalog(codes, random, backend):
     depth = codes.shape[1]
     trie = SidTrie.from_codes(codes, codebook_sizes=[6] * depth)
     prefixes = []
-    for _ in range(12):
+    for _ in range(21):
         prefix = random.choice(codes.tolist())[: random.randint(0, depth)]
         if prefix and random.random() < 0.4:
             prefix[-1] = random.randint(0, 6)
         prefixes.append(prefix)
     padded = torch.tensor([p + [-1] * (depth - len(p)) for p in prefixes])
-    states = trie_walk(padded, trie)
+    states = trie_walk(padded, trie, backend=backend)
     assert states.tolist() == [expected_state(codes, p) for p in prefixes]
 
     for level in range(depth):
         rows = [i for i, p in enumerate(prefixes) if len(p) == level]
         for token in range(7):
-            after = trie_advance(states[rows], torch.full((len(rows),), token), trie, level)
+            tokens = torch.full((len(rows),), token)
+            after = trie_advance(states[rows], tokens, trie, level, backend=backend)
             assert after.tolist() == [expected_state(codes, [*prefixes[i], token]) for i in rows]
+
+
+def test_large_tries_and_many_states_on_several_threads():
+    random = np.random.default_rng(1)
+    # Skewed, so that searches end near the ends of their windows as well as inside.
+    codes = (300 * random.random((50_000, 3)) ** 4).astype(np.int64)
+    trie = SidTrie.from_codes(codes, codebook_sizes=[300] * 3)
+    prefixes = torch.from_numpy(random.permutation(codes)[:9000])
+    prefixes[::7, 2] = torch.from_numpy(random.integers(0, 300, len(prefixes[::7])))
+    for length in range(4):
+        expected = trie_walk(prefixes[:, :length], trie, backend="reference")
+        with running(RUNNERS[-1], threads=3) as backend:
+            assert torch.equal(trie_walk(prefixes[:, :length], trie, backend=backend), expected)
+            if length < 3:
+                args = (expected, prefixes[:, length], trie, length)
+                after = trie_advance(*args, backend=backend)
+                assert torch.equal(after, trie_advance(*args, backend="reference"))
+    assert bool((expected[:, 1] == 0).any()) and bool((expected[:, 1] > 0).any())
+
+
+def test_states_that_are_not_of_the_trie_read_no_foreign_memory():
+    trie = SidTrie.from_codes(np.arange(1000)[:, None] % 10 + np.zeros((1, 2), dtype=np.int64))
+    far = torch.tensor([[-(1 << 62), 1 << 62], [1 << 62, -5], [9, 3], [1 << 40, 1 << 41]])
+    after = trie_advance(far, torch.tensor([3, 3, 3, 1 << 40]), trie, 0)
+    assert after.tolist() == [[3, 4], [0, 0], [0, 0], [0, 0]]
 
 
 def test_advance_keeps_leading_dimensions_and_kills_what_is_not_there():

@@ -13,6 +13,8 @@ from plum.ops.trie_beam_step import BeamStep, rank_directory, trie_beam_step
 from plum.ops.trie_walk import trie_walk
 from plum.trie import SidTrie
 
+from ..trie_backends import RUNNERS, running
+
 INF = float("inf")
 
 
@@ -52,22 +54,37 @@ def check(step: BeamStep, request: int, k: int, expected: dict[tuple[int, int], 
     assert found == 0 or best_left <= scores[found - 1] + tolerance
 
 
+CASES = {
+    "seed": st.integers(0, 2**32 - 1),
+    "depth": st.integers(1, 8),
+    "size": st.sampled_from([1, 2, 3, 9, 70]),
+    "rows": st.sampled_from([1, 2, 7, 40, 200]),
+    "batch": st.integers(1, 3),
+    "beams": st.integers(1, 6),
+    "k": st.integers(1, 25),
+    "how": st.sampled_from(["full", "valid"]),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    "vocabulary": st.booleans(),
+    "limits": st.sampled_from(["", "filter", "deny", "filter and deny"]),
+    "runner": st.sampled_from(RUNNERS),
+}
+
+
 @settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    depth=st.integers(1, 8),
-    size=st.sampled_from([1, 2, 3, 9]),
-    rows=st.integers(1, 40),
-    batch=st.integers(1, 3),
-    beams=st.integers(1, 6),
-    k=st.integers(1, 25),
-    how=st.sampled_from(["full", "valid"]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    vocabulary=st.booleans(),
-    limits=st.sampled_from(["", "filter", "deny", "filter and deny"]),
-)
-def test_agrees_with_brute_force(
-    seed, depth, size, rows, batch, beams, k, how, dtype, vocabulary, limits
+@given(**CASES)
+def test_agrees_with_brute_force(**case):
+    check_with_brute_force(**case)
+
+
+@pytest.mark.slow
+@settings(max_examples=5000, deadline=None)
+@given(**CASES)
+def test_thousands_of_catalogs_agree_with_brute_force(**case):
+    check_with_brute_force(**case)
+
+
+def check_with_brute_force(
+    seed, depth, size, rows, batch, beams, k, how, dtype, vocabulary, limits, runner
 ):
     random = np.random.default_rng(seed)
     codes = random.integers(0, size, (rows, depth))
@@ -96,9 +113,9 @@ def test_agrees_with_brute_force(
         deny = torch.from_numpy(random.integers(-1, len(table), (batch, 2 * len(table) // 3)))
         allowed = [a - {table[r] for r in d if r >= 0} for a, d in zip(allowed, deny, strict=True)]
 
-    step = trie_beam_step(
-        logits, scores, states, trie, level, k=k, score=how, filter=keep, deny=deny
-    )
+    options = {"k": k, "score": how, "filter": keep, "deny": deny}
+    with running(runner) as backend:
+        step = trie_beam_step(logits, scores, states, trie, level, **options, backend=backend)
     assert step.tokens.dtype == step.parents.dtype == step.states.dtype == torch.int64
     assert step.scores.dtype == torch.float32
     for b, pick in enumerate(picks):
@@ -112,6 +129,121 @@ def test_agrees_with_brute_force(
             prefix = [*prefixes[pick[step.parents[b, j]]], int(step.tokens[b, j])]
             state = trie_walk(torch.tensor([prefix]), trie)[0]
             assert torch.equal(step.states[b, j], state)
+
+
+def search_step(random, depth, size, rows, batch, beams, skew=1.0):
+    """Arguments of a step in the middle of a search: a trie, logits, scores, states, a level."""
+    codes = (size * random.random((rows, depth)) ** skew).astype(np.int64)
+    trie = SidTrie.from_codes(codes, codebook_sizes=[size] * depth)
+    level = int(random.integers(0, depth))
+    picks = torch.from_numpy(codes[random.integers(0, rows, batch * beams), :level])
+    states = trie_walk(picks.view(batch * beams, level), trie).view(batch, beams, 2)
+    logits = torch.from_numpy(random.normal(0, 2, (batch, beams, size))).float()
+    scores = torch.from_numpy(random.normal(0, 1, (batch, beams))).float()
+    return logits, scores, states, trie, level
+
+
+def assert_same_but_near_ties(step: BeamStep, expected: BeamStep, tolerance: float):
+    """Scores agree within the tolerance; children do where no other score is that near."""
+    torch.testing.assert_close(step.scores, expected.scores, rtol=0, atol=tolerance)
+    gap = torch.full_like(expected.scores, INF)
+    # Below the last place may be another child, just as near.
+    gap[:, -1] = 0
+    apart = (expected.scores[:, :-1] - expected.scores[:, 1:]).nan_to_num(INF)
+    gap[:, :-1] = torch.minimum(gap[:, :-1], apart)
+    gap[:, 1:] = torch.minimum(gap[:, 1:], apart)
+    clear = gap > 2 * tolerance
+    for name in ("tokens", "parents", "states"):
+        assert torch.equal(getattr(step, name)[clear], getattr(expected, name)[clear]), name
+    return float(clear.float().mean())
+
+
+@pytest.mark.parametrize("how", ["full", "valid"])
+@pytest.mark.parametrize("limits", ["", "filter and deny"])
+@pytest.mark.parametrize(
+    "shape", [(3, 2048, 60_000), (2, 70, 3000), (4, 300, 500), (1, 5000, 9000)]
+)
+def test_bits_do_not_depend_on_isa_threads_or_batch(shape, limits, how):
+    depth, size, rows = shape
+    random = np.random.default_rng(rows)
+    for skew in (1.0, 3.0):
+        args = search_step(random, depth, size, rows, batch=5, beams=13, skew=skew)
+        logits, scores, states, trie, level = args
+        keep, deny = None, None
+        if limits:
+            keep = torch.from_numpy(random.random(trie.num_sids) < 0.3)
+            deny = torch.from_numpy(random.integers(0, trie.num_sids, (5, 200)))
+        options = {"k": 60, "score": how, "filter": keep, "deny": deny}
+        expected = trie_beam_step(*args, **options, backend="reference")
+        first = None
+        for runner in RUNNERS[1:]:
+            for threads in (1, 3):
+                with running(runner, threads) as backend:
+                    step = trie_beam_step(*args, **options, backend=backend)
+                first = first or step
+                for a, b in zip(first, step, strict=True):
+                    assert torch.equal(a, b), (runner, threads)
+        assert first is not None
+        # Most places are clear, or the comparison would say little.
+        assert assert_same_but_near_ties(first, expected, 4e-6) > 0.5
+        options["deny"] = None if deny is None else deny[2:3]
+        alone = trie_beam_step(logits[2:3], scores[2:3], states[2:3], trie, level, **options)
+        for a, b in zip(first, alone, strict=True):
+            assert torch.equal(a[2], b[0])
+
+
+@pytest.mark.parametrize("runner", RUNNERS[1:])
+@pytest.mark.parametrize("k", [1, 40, 300, 5000])
+def test_many_ties_fall_in_order(runner, k):
+    random = np.random.default_rng(k)
+    logits, scores, states, trie, level = search_step(random, 2, 900, 20_000, batch=3, beams=20)
+    for values, base in ((logits.round(), scores.round()), (logits * 0, scores * -0.0)):
+        for how in ("full", "valid"):
+            args = (values, base, states, trie, level)
+            expected = trie_beam_step(*args, k=k, score=how, backend="reference")
+            with running(runner) as backend:
+                step = trie_beam_step(*args, k=k, score=how, backend=backend)
+            # The reference adds up to 900 terms one by one, each sum rounded to 2^-24.
+            torch.testing.assert_close(step.scores, expected.scores, rtol=0, atol=6e-5)
+            columns = (-step.scores, step.parents, step.tokens)
+            for request in zip(*(column.tolist() for column in columns), strict=True):
+                ranking = [child for child in zip(*request, strict=True) if child[2] >= 0]
+                assert ranking == sorted(set(ranking))
+            assert torch.equal(step.tokens >= 0, expected.tokens >= 0)
+
+
+@pytest.mark.parametrize("runner", RUNNERS[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_log_sum_is_as_exact_as_it_says(runner, dtype):
+    random = np.random.default_rng(0)
+    for width in (1, 2, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 2047, 4096, 40_000):
+        for spread in (0.01, 1, 10, 200):
+            logits = torch.from_numpy(random.normal(0, spread, (1, 1, width))).to(dtype)
+            best = int(logits.argmax())
+            trie = SidTrie.from_codes([[best]], codebook_sizes=[width])
+            args = (logits, torch.zeros(1, 1), trie.root_states(1), trie, 0)
+            with running(runner) as backend:
+                step = trie_beam_step(*args, k=1, backend=backend)
+            exact = torch.log_softmax(logits.double(), dim=-1)[0, 0, best]
+            # The sum is within 3e-6 of its value, its logarithm is rounded once.
+            assert abs(float(step.scores) - float(exact)) <= 3e-6 + 1.2e-7 * abs(float(exact))
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_logits_rows_at_any_distance(runner):
+    random = np.random.default_rng(2)
+    logits, scores, states, trie, level = search_step(random, 2, 50, 400, batch=3, beams=4)
+    whole = torch.randn(3, 2, 4, 2, 50)
+    apart = whole[:, 1, :, 0]
+    apart.copy_(logits)
+    turned = logits.transpose(0, 2).contiguous().transpose(0, 2)
+    shared = logits[:1, :1].expand(3, 4, 50)
+    with running(runner) as backend:
+        for view in (apart, turned, shared):
+            step = trie_beam_step(view, scores, states, trie, level, k=9, backend=backend)
+            args = (view.contiguous(), scores, states, trie, level)
+            for a, b in zip(step, trie_beam_step(*args, k=9, backend=backend), strict=True):
+                assert torch.equal(a, b)
 
 
 @settings(max_examples=40, deadline=None)
@@ -157,57 +289,69 @@ def test_valid_scores_of_a_whole_search_are_a_distribution():
     assert float(scores.exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_ties_go_to_the_lower_beam_then_the_lower_code():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_ties_go_to_the_lower_beam_then_the_lower_code(backend):
     codes = [[a, b] for a in range(3) for b in range(5)]
     trie = SidTrie.from_codes(codes)
     states = torch.tensor([[[10, 15], [0, 5], [5, 10]]])
-    step = trie_beam_step(torch.zeros(1, 3, 5), torch.zeros(1, 3), states, trie, 1, k=7)
+    step = trie_beam_step(
+        torch.zeros(1, 3, 5), torch.zeros(1, 3), states, trie, 1, k=7, backend=backend
+    )
     assert step.parents.tolist() == [[0, 0, 0, 0, 0, 1, 1]]
     assert step.tokens.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
     assert step.states[0, :, 0].tolist() == [10, 11, 12, 13, 14, 0, 1]
     logits = torch.zeros(1, 3, 5)
     logits[0, 2, 4] = 1e-3
     scores = torch.tensor([[0.0, 1.0, 0.0]])
-    step = trie_beam_step(logits, scores, states, trie, 1, k=7, score="valid")
+    step = trie_beam_step(logits, scores, states, trie, 1, k=7, score="valid", backend=backend)
     assert step.parents.tolist() == [[1, 1, 1, 1, 1, 2, 0]]
     assert step.tokens.tolist() == [[0, 1, 2, 3, 4, 4, 0]]
 
 
-def test_nan_and_infinite_logits_end_only_their_beam():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_nan_and_infinite_logits_end_only_their_beam(backend):
     trie = SidTrie.from_codes([[0, 0], [0, 1], [1, 0], [1, 1]], codebook_sizes=[2, 4])
     states = torch.tensor([[[0, 2], [2, 4]]])
     for bad in (float("nan"), INF):
         logits = torch.zeros(1, 2, 4)
         logits[0, 0, 3] = bad
-        step = trie_beam_step(logits, torch.zeros(1, 2), states, trie, 1, k=4)
+        step = trie_beam_step(logits, torch.zeros(1, 2), states, trie, 1, k=4, backend=backend)
         assert step.parents.tolist() == [[1, 1, 0, 0]]
         assert step.tokens.tolist() == [[0, 1, -1, -1]]
         assert step.scores[0, :2].tolist() == pytest.approx([-math.log(4)] * 2)
-        step = trie_beam_step(logits, torch.zeros(1, 2), states, trie, 1, k=4, score="valid")
+        step = trie_beam_step(
+            logits, torch.zeros(1, 2), states, trie, 1, k=4, score="valid", backend=backend
+        )
         assert step.tokens.tolist() == [[0, 1, 0, 1]]
         logits[0, 0, 1] = bad
-        step = trie_beam_step(logits, torch.zeros(1, 2), states, trie, 1, k=4, score="valid")
+        step = trie_beam_step(
+            logits, torch.zeros(1, 2), states, trie, 1, k=4, score="valid", backend=backend
+        )
         assert step.tokens.tolist() == [[0, 1, -1, -1]]
 
 
-def test_large_logits_do_not_overflow():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_large_logits_do_not_overflow(backend):
     trie = SidTrie.from_codes([[0], [1]], codebook_sizes=[3])
     logits = torch.tensor([[[60_000.0, 60_000.0, -60_000.0]]])
     for dtype in (torch.float32, torch.float16):
         for how in ("full", "valid"):
             args = (logits.to(dtype), torch.zeros(1, 1), trie.root_states(1), trie, 0)
-            step = trie_beam_step(*args, k=2, score=how)
+            step = trie_beam_step(*args, k=2, score=how, backend=backend)
             assert step.scores[0].tolist() == pytest.approx([-math.log(2)] * 2)
 
 
-def test_everything_denied_gives_nothing():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_everything_denied_gives_nothing(backend):
     trie = SidTrie.from_codes([[0, 0], [0, 1]], codebook_sizes=[1, 2])
     args = (torch.zeros(1, 1, 1), torch.zeros(1, 1), trie.root_states(1), trie, 0)
-    step = trie_beam_step(*args, k=2, deny=torch.tensor([[1, 0, 1, -1]]))
+    step = trie_beam_step(*args, k=2, deny=torch.tensor([[1, 0, 1, -1]]), backend=backend)
     assert step.tokens.tolist() == [[-1, -1]]
-    step = trie_beam_step(*args, k=2, filter=torch.zeros(2, dtype=torch.bool), score="valid")
+    step = trie_beam_step(
+        *args, k=2, filter=torch.zeros(2, dtype=torch.bool), score="valid", backend=backend
+    )
     assert step.tokens.tolist() == [[-1, -1]]
-    step = trie_beam_step(*args, k=2, deny=torch.tensor([[1, 1, 1, -1]]))
+    step = trie_beam_step(*args, k=2, deny=torch.tensor([[1, 1, 1, -1]]), backend=backend)
     assert step.tokens.tolist() == [[0, -1]]
 
 

@@ -11,6 +11,8 @@ from plum.ops.trie_mask import trie_mask_
 from plum.ops.trie_walk import trie_walk
 from plum.trie import SidTrie
 
+from ..trie_backends import RUNNERS, running
+
 INF = float("inf")
 
 
@@ -24,16 +26,17 @@ def masked_by_hand(logits, prefixes, codes, level, offset):
     return out
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     depth=st.integers(1, 8),
-    size=st.integers(1, 7),
-    rows=st.integers(1, 40),
+    size=st.sampled_from([1, 2, 7, 90]),
+    rows=st.sampled_from([1, 5, 40, 600]),
     vocabulary=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    runner=st.sampled_from(RUNNERS),
 )
-def test_only_legal_columns_stay(seed, depth, size, rows, vocabulary, dtype):
+def test_only_legal_columns_stay(seed, depth, size, rows, vocabulary, dtype, runner):
     random = np.random.default_rng(seed)
     codes = random.integers(0, size, (rows, depth))
     offsets = (5 + size * np.arange(depth)).tolist()
@@ -44,10 +47,12 @@ def test_only_legal_columns_stay(seed, depth, size, rows, vocabulary, dtype):
     states = trie_walk(torch.tensor(prefixes).view(len(prefixes), level).long(), trie)
     logits = torch.randn(len(prefixes), width).to(dtype)
     offset = offsets[level] if vocabulary else 0
+    logits[torch.from_numpy(random.random(logits.shape) < 0.1)] = float("nan")
     expected = masked_by_hand(logits, prefixes, codes, level, offset)
-    result = trie_mask_(logits, states, trie, level)
+    with running(runner, threads=int(random.integers(1, 4))) as backend:
+        result = trie_mask_(logits, states, trie, level, backend=backend)
     assert result is logits
-    assert torch.equal(logits, expected)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_leading_dimensions_strides_nan_and_the_dead_state():
@@ -61,6 +66,51 @@ def test_leading_dimensions_strides_nan_and_the_dead_state():
     expected[1, 1] = -INF
     assert not base.is_contiguous()
     torch.testing.assert_close(trie_mask_(base, states, trie, 0), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_rows_at_any_distance(runner):
+    random = np.random.default_rng(3)
+    trie = SidTrie.from_codes(random.integers(0, 40, (70, 2)), codebook_sizes=[40, 40])
+    states = trie_walk((torch.arange(90) % 40).view(90, 1), trie)
+    whole = torch.randn(5, 4, 3, 9, 40)
+    for view in (whole[:, :, 0, 0], whole[:, 1:3, 2], whole[1, ..., 3, :].transpose(0, 1)):
+        before, below = whole.clone(), states[: view[..., 0].numel()].view(*view.shape[:-1], 2)
+        expected = trie_mask_(view.contiguous(), below, trie, 1, backend="reference")
+        with running(runner) as backend:
+            trie_mask_(view, below, trie, 1, backend=backend)
+        assert torch.equal(view, expected)
+        changed = int((whole != before).sum())
+        assert changed == int((expected == -INF).sum()) > 0
+        whole.copy_(before)
+
+
+def test_rows_behind_2_to_the_31():
+    trie = SidTrie.from_codes([[0], [2]], codebook_sizes=[3])
+    step = (1 << 31) + 5
+    # Only the pages that are written become memory.
+    rows = torch.empty(step + 3, dtype=torch.bfloat16).as_strided((2, 3), (step, 1))
+    rows.fill_(1)
+    trie_mask_(rows, trie.root_states(2)[:, 0], trie, 0, backend="cpu")
+    assert rows.tolist() == [[1, -INF, 1]] * 2
+
+
+def test_many_rows_on_several_threads():
+    random = np.random.default_rng(4)
+    codes = random.integers(0, 300, (3000, 2))
+    trie = SidTrie.from_codes(codes, codebook_sizes=[300, 300])
+    states = trie_walk(torch.from_numpy(codes[:2000, :1]), trie)
+    logits = torch.randn(2000, 300)
+    expected = trie_mask_(logits.clone(), states, trie, 1, backend="reference")
+    with running(RUNNERS[-1], threads=3) as backend:
+        assert torch.equal(trie_mask_(logits, states, trie, 1, backend=backend), expected)
+
+
+def test_one_memory_for_several_rows_is_refused():
+    trie = SidTrie.from_codes([[0], [2]], codebook_sizes=[3])
+    shared = torch.zeros(1, 3).expand(2, 3)
+    with pytest.raises(InvalidArgument, match="logits: expected rows with memory of their own"):
+        trie_mask_(shared, trie.root_states(2)[:, 0], trie, 0)
 
 
 def test_refuses_what_does_not_fit():

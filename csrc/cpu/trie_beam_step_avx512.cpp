@@ -1,0 +1,8 @@
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "trie_beam_step_types.h"
+
+#define PLUM_ISA avx512
+#include "trie_beam_step_kernel.inl"

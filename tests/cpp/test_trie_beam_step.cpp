@@ -1,0 +1,187 @@
+// Each step against a list of all children, sorted, and the bits of every instruction set.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "plum/cpu_features.h"
+#include "plum/trie_beam_step.h"
+#include "trie_table.h"
+
+namespace {
+
+constexpr double kNever = -std::numeric_limits<double>::infinity();
+
+struct Result {
+  std::vector<int64_t> tokens, parents, states;
+  std::vector<float> scores;
+  bool operator==(const Result& other) const {
+    return tokens == other.tokens && parents == other.parents && states == other.states &&
+           scores == other.scores;
+  }
+};
+
+struct Case {
+  std::vector<float> logits, scores;
+  std::vector<uint16_t> halves;
+  std::vector<int64_t> states, rank, deny;
+  plum::cpu::BeamStepInput input{};
+  int64_t level, k;
+};
+
+// Small logits whose values are the same in fp32 and bf16.
+Case make_case(const TrieTable& trie, std::mt19937_64& random) {
+  Case c;
+  auto& in = c.input;
+  const auto rows = static_cast<int64_t>(trie.table.size());
+  in.batch = 1 + random() % 3;
+  in.beams = 1 + random() % 20;
+  in.offset = random() % 2 * 5;
+  in.width = in.offset + trie.size + random() % 3;
+  in.beam_stride = in.width + random() % 2;
+  in.batch_stride = in.beams * in.beam_stride + random() % 2;
+  in.valid = random() % 2;
+  c.level = random() % trie.depth;
+  c.k = 1 + random() % (random() % 2 ? 5 : 400);
+  c.logits.resize(in.batch * in.batch_stride);
+  for (float& x : c.logits) x = static_cast<float>(int64_t(random() % 65) - 32) / 8;
+  for (float x : c.logits) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    c.halves.push_back(static_cast<uint16_t>(bits >> 16));
+  }
+  for (int64_t i = 0; i < in.batch * in.beams; ++i) {
+    c.scores.push_back(-static_cast<float>(random() % 100) / 10);
+    // The range of a random row's prefix of `level` codes.
+    const auto& sid = trie.table[random() % rows];
+    int64_t low = rows, high = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (!std::equal(sid.begin(), sid.begin() + c.level, trie.table[r].begin())) continue;
+      low = std::min(low, r);
+      high = r + 1;
+    }
+    const bool dead = random() % 10 == 0;
+    c.states.insert(c.states.end(), {dead ? 0 : low, dead ? 0 : high});
+  }
+  if (random() % 2) {
+    c.rank.push_back(0);
+    for (int64_t r = 0; r < rows; ++r) c.rank.push_back(c.rank.back() + random() % 2);
+  }
+  if (random() % 2) {
+    in.denied = random() % (rows + 3);
+    for (int64_t b = 0; b < in.batch; ++b) {
+      std::vector<int64_t> list;
+      for (int64_t d = 0; d < in.denied; ++d) {
+        const int64_t row = random() % (rows + 1);
+        const bool outside = row < rows && !c.rank.empty() && c.rank[row + 1] == c.rank[row];
+        const bool repeated = std::find(list.begin(), list.end(), row) != list.end();
+        list.push_back(outside || repeated ? rows : row);
+      }
+      std::sort(list.begin(), list.end());
+      c.deny.insert(c.deny.end(), list.begin(), list.end());
+    }
+  }
+  in.scores = c.scores.data();
+  in.states = c.states.data();
+  in.rank = c.rank.empty() ? nullptr : c.rank.data();
+  in.deny = in.denied == 0 ? nullptr : c.deny.data();
+  return c;
+}
+
+Result run(const TrieTable& trie, Case& c, bool bf16, int threads) {
+  c.input.logits = bf16 ? static_cast<const void*>(c.halves.data()) : c.logits.data();
+  c.input.type = bf16 ? plum::cpu::LogitType::kBf16 : plum::cpu::LogitType::kFp32;
+  const int64_t places = c.input.batch * c.k;
+  Result r{std::vector<int64_t>(places, -7), std::vector<int64_t>(places, -7),
+           std::vector<int64_t>(2 * places, -7), std::vector<float>(places, -7)};
+  plum::cpu::trie_beam_step(c.input, trie.levels[c.level], c.k,
+                            {r.tokens.data(), r.parents.data(), r.scores.data(), r.states.data()},
+                            threads);
+  return r;
+}
+
+struct Child {
+  double score;
+  int64_t beam, edge;
+};
+
+void check(const TrieTable& trie, const Case& c, const Result& r) {
+  const auto& in = c.input;
+  const plum::TrieLevel& level = trie.levels[c.level];
+  for (int64_t b = 0; b < in.batch; ++b) {
+    std::vector<Child> children;
+    for (int64_t w = 0; w < in.beams; ++w) {
+      const float* row = c.logits.data() + b * in.batch_stride + w * in.beam_stride;
+      const int64_t* state = c.states.data() + 2 * (b * in.beams + w);
+      std::vector<int64_t> legal;
+      for (int64_t e = 0; e < level.edges; ++e) {
+        if (level.starts[e] < state[0] || level.starts[e] >= state[1]) continue;
+        bool left = false;
+        for (int64_t r2 = level.starts[e]; r2 < level.starts[e + 1]; ++r2) {
+          const bool kept = in.rank == nullptr || in.rank[r2 + 1] > in.rank[r2];
+          const int64_t* list = c.deny.data() + b * in.denied;
+          left |= kept && (in.deny == nullptr || !std::count(list, list + in.denied, r2));
+        }
+        if (left) legal.push_back(e);
+      }
+      double sum = 0;
+      for (int64_t v = 0; !in.valid && v < in.width; ++v) sum += std::exp(double(row[v]));
+      for (int64_t e : legal) {
+        if (in.valid) sum += std::exp(double(row[in.offset + level.codes[e]]));
+      }
+      for (int64_t e : legal) {
+        const double log_probability = row[in.offset + level.codes[e]] - std::log(sum);
+        children.push_back({in.scores[b * in.beams + w] + log_probability, w, e});
+      }
+    }
+    const auto found = std::min<int64_t>(c.k, children.size());
+    std::vector<double> scores;
+    for (const Child& child : children) scores.push_back(child.score);
+    std::sort(scores.begin(), scores.end(), std::greater<>());
+    for (int64_t j = 0; j < c.k; ++j) {
+      const int64_t at = b * c.k + j;
+      if (j >= found) {
+        CHECK(r.tokens[at] == -1 && r.parents[at] == 0 && r.scores[at] == kNever);
+        CHECK(r.states[2 * at] == 0 && r.states[2 * at + 1] == 0);
+        continue;
+      }
+      // Scores lie within 2e-5: a few fp32 roundings of numbers below 32.
+      CHECK(std::fabs(r.scores[at] - scores[j]) < 2e-5);
+      const auto child = std::find_if(children.begin(), children.end(), [&](const Child& each) {
+        return each.beam == r.parents[at] && level.starts[each.edge] == r.states[2 * at];
+      });
+      CHECK(child != children.end() && std::fabs(child->score - r.scores[at]) < 2e-5);
+      CHECK(r.tokens[at] == level.codes[child->edge]);
+      CHECK(r.states[2 * at + 1] == level.starts[child->edge + 1]);
+      if (j == 0 || r.scores[at] < r.scores[at - 1]) continue;
+      CHECK(r.scores[at] == r.scores[at - 1]);
+      CHECK(r.parents[at - 1] < r.parents[at] ||
+            (r.parents[at - 1] == r.parents[at] && r.tokens[at - 1] < r.tokens[at]));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937_64 random(1);
+  for (int round = 0; round < 400; ++round) {
+    const int64_t size = std::vector<int64_t>{1, 2, 17, 90, 1100}[random() % 5];
+    const TrieTable trie(1 + random() % 300, 1 + random() % 4, size, random);
+    Case c = make_case(trie, random);
+    Result first;
+    for (const std::string& isa : plum::cpu::available_isas()) {
+      plum::cpu::set_isa(isa);
+      for (bool bf16 : {false, true}) {
+        const Result result = run(trie, c, bf16, 1 + round % 3);
+        if (first.tokens.empty()) first = result;
+        CHECK(result == first);
+      }
+    }
+    check(trie, c, first);
+  }
+  std::puts("test_trie_beam_step: ok");
+}
