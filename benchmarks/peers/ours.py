@@ -40,12 +40,12 @@ def triton(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
 
 
 def _forced(backend: str, x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
-    _require("residual_quantize", backend)
+    require("residual_quantize", backend)
     packed, sizes = torch.cat(codebooks), [len(book) for book in codebooks]
     return lambda: residual_quantize(x, packed, sizes=sizes, backend=backend).codes
 
 
-def _require(op: str, backend: str) -> None:
+def require(op: str, backend: str) -> None:
     """A backend that cannot run here is absent; nothing is run to find out."""
     if backend == "reference":
         return
@@ -104,13 +104,13 @@ def plus_plus(x: Tensor, num_clusters: int) -> Callable[[], Tensor]:
 
 
 def sums(x: Tensor, codes: Tensor, codebooks: list[Tensor], backend: str) -> Callable[[], Tensor]:
-    _require("codebook_sums", backend)
+    require("codebook_sums", backend)
     packed, sizes = torch.cat(codebooks), [len(book) for book in codebooks]
     return lambda: codebook_sums(x, codes, packed, sizes=sizes, backend=backend)
 
 
 def usage(codes: Tensor, sizes: list[int], backend: str) -> Callable[[], Tensor]:
-    _require("code_usage", backend)
+    require("code_usage", backend)
     # On a GPU validation waits for the kernel; on a CPU it is free.
     validate = not codes.is_cuda
     return lambda: code_usage(codes, sizes, validate=validate, backend=backend)

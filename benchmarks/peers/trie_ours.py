@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.peers.ours import _require
+from benchmarks.peers.ours import require
 from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_beam_step import trie_beam_step
 from plum.ops.trie_mask import trie_mask_
@@ -16,7 +16,7 @@ from plum.trie import SidTrie
 
 def decode(trie: SidTrie, logits: list[Tensor], score: str, backend: str) -> Callable[[], Tensor]:
     """Searches with prepared logits ``[B, W, V]`` a level; gives the SIDs ``[B, W, L]``."""
-    _require("trie_beam_step", backend)
+    require("trie_beam_step", backend)
     batch, width = logits[-1].shape[:2]
     root, zero = trie.root_states(batch), torch.zeros(batch, 1)
 
@@ -44,7 +44,7 @@ def step(
     backend: str = "cpu",
 ) -> Callable[[], Tensor]:
     """One step, as wide as there are beams; gives the scores ``[B, W]``."""
-    _require("trie_beam_step", backend)
+    require("trie_beam_step", backend)
     width = scores.shape[1]
     options = {"k": width, "score": score, "filter": filter, "deny": deny, "backend": backend}
     return lambda: trie_beam_step(logits, scores, states, trie, level, **options).scores
@@ -54,6 +54,6 @@ def mask(
     trie: SidTrie, level: int, states: Tensor, logits: Tensor, backend: str
 ) -> Callable[[], Tensor]:
     """Masks a copy of ``logits`` ``[M, V]`` in place; to mask it again is the same work."""
-    _require("trie_mask_", backend)
+    require("trie_mask_", backend)
     logits = logits.clone()
     return lambda: trie_mask_(logits, states, trie, level, backend=backend)
