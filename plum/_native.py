@@ -279,7 +279,7 @@ def trie_beam_step_cpu(
     assert after.shape == (batch, k, 2)
     _C.trie_beam_step_cpu(
         logits.data_ptr(),
-        (torch.float32, torch.bfloat16, torch.float16).index(logits.dtype),
+        _ROW_TYPES.index(logits.dtype),
         (batch, beams, width),
         logits.stride()[:2],
         scores.data_ptr(),

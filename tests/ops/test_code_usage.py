@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plum import _native
 from plum.errors import BackendUnavailable, InvalidArgument
 from plum.ops import code_usage
+
+from ..isas import every_isa
 
 BACKENDS = ["reference", "cpu", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = [[1], [256, 256, 256], [5, 1, 300, 2], [5000, 3]]
@@ -61,13 +62,8 @@ def test_counts_equal_a_plain_loop(backend, dtype, sizes, rows):
 )
 def test_random_cases_on_every_instruction_set(rows, sizes, seed):
     codes = random_codes(rows, sizes, seed=seed)
-    active = _native.build_info()["isa"]
-    try:
-        for isa in _native.build_info()["isas"]:
-            _native.set_cpu_isa(isa)
-            assert code_usage(codes, sizes, backend="cpu").tolist() == naive(codes, sizes)
-    finally:
-        _native.set_cpu_isa(active)
+    for isa in every_isa():
+        assert code_usage(codes, sizes, backend="cpu").tolist() == naive(codes, sizes), isa
 
 
 @pytest.mark.parametrize("threads", [1, 2])

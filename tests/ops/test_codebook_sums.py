@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
 import torch
 
-from plum import _native
 from plum.errors import BackendUnavailable, InvalidArgument
 from plum.ops import codebook_sums
+
+from ..isas import every_isa
 
 
 def draw(rows: int, width: int, sizes: list[int], dtype: torch.dtype = torch.float32):
@@ -21,17 +21,6 @@ def draw(rows: int, width: int, sizes: list[int], dtype: torch.dtype = torch.flo
         [torch.randint(size, (rows,), generator=generator) for size in sizes], dim=1
     )
     return x, codes, books
-
-
-def every_isa() -> Iterator[str]:
-    """Makes each instruction set of this CPU the active one in turn."""
-    active = _native.build_info()["isa"]
-    try:
-        for isa in _native.build_info()["isas"]:
-            _native.set_cpu_isa(isa)
-            yield isa
-    finally:
-        _native.set_cpu_isa(active)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -16,18 +15,8 @@ from plum import _native
 from plum.errors import BackendUnavailable, InvalidArgument
 from plum.ops import code_usage, codebook_sums, residual_quantize
 
+from ..isas import every_isa
 from ..residual_cases import ADVERSARIAL, draw_case
-
-
-def every_isa() -> Iterator[str]:
-    """Makes each instruction set of this CPU the active one in turn."""
-    active = _native.build_info()["isa"]
-    try:
-        for isa in _native.build_info()["isas"]:
-            _native.set_cpu_isa(isa)
-            yield isa
-    finally:
-        _native.set_cpu_isa(active)
 
 
 def outcome(x, codebooks, backend):
