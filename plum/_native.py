@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,7 +178,12 @@ def packed_codebooks(codebooks: Tensor, sizes: Sequence[int]) -> Any:
 
 
 def trie_mask_cpu(
-    logits: Tensor, states: Tensor, starts: Tensor, codes: Tensor, offset: int
+    logits: Tensor,
+    states: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
 ) -> None:
     """Masks ``logits`` ``[M, V]`` in place; its rows may be any distance apart."""
     assert logits.is_cpu and logits.dim() == 2
@@ -188,18 +194,22 @@ def trie_mask_cpu(
         logits.data_ptr(),
         logits.dtype == torch.float32,
         {torch.float32: 0xFF800000, torch.bfloat16: 0xFF80, torch.float16: 0xFC00}[logits.dtype],
-        logits.shape[0],
-        logits.shape[1],
-        logits.stride(0),
+        (*logits.shape, logits.stride(0)),
         states.data_ptr(),
-        _trie_level(starts, codes),
-        offset,
+        _trie(index),
+        _levels(level, levels),
+        columns,
         torch.get_num_threads(),
     )
 
 
 def trie_advance_cpu(
-    states: Tensor, tokens: Tensor, starts: Tensor, codes: Tensor, after: Tensor
+    states: Tensor,
+    tokens: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    after: Tensor,
 ) -> None:
     """Fills ``after`` ``[..., 2]`` with the states that follow by ``tokens`` ``[...]``."""
     for tensor in (states, tokens, after):
@@ -209,41 +219,42 @@ def trie_advance_cpu(
         states.data_ptr(),
         tokens.data_ptr(),
         tokens.numel(),
-        _trie_level(starts, codes),
+        _trie(index),
+        _levels(level, levels),
         after.data_ptr(),
         torch.get_num_threads(),
     )
 
 
-def trie_walk_cpu(
-    prefixes: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor], states: Tensor
-) -> None:
-    """Fills ``states`` ``[M, 2]`` with those of ``prefixes`` ``[M, P]``."""
-    _check_cpu(prefixes, torch.int64)
-    _check_cpu(states, torch.int64)
-    assert states.shape == (len(prefixes), 2) and prefixes.shape[1] <= len(starts)
+def trie_walk_cpu(roots: Tensor, prefixes: Tensor, index: Sequence[Tensor], states: Tensor) -> None:
+    """Fills ``states`` ``[M, 2]`` with those of ``prefixes`` ``[M, P]`` below ``roots``."""
+    for tensor in (roots, prefixes, states):
+        _check_cpu(tensor, torch.int64)
+    assert states.shape == roots.shape == (len(prefixes), 2)
     _C.trie_walk_cpu(
+        roots.data_ptr(),
         prefixes.data_ptr(),
         prefixes.shape[0],
         prefixes.shape[1],
-        [_trie_level(*level) for level in zip(starts, codes, strict=True)],
+        _trie(index),
         states.data_ptr(),
         torch.get_num_threads(),
     )
 
 
 def forced_tail_cpu(
-    states: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor], tail: Tensor, forced: Tensor
+    states: Tensor, index: Sequence[Tensor], level: int, tail: Tensor, forced: Tensor
 ) -> None:
-    """Fills ``tail`` ``[..., levels]`` and ``forced`` ``[...]`` for ``states`` ``[..., 2]``."""
+    """Fills ``tail`` ``[..., L - level]`` and ``forced`` ``[...]`` for ``states`` ``[..., 2]``."""
     _check_cpu(states, torch.int64)
     _check_cpu(tail, torch.int64)
     _check_cpu(forced, torch.bool)
-    assert states.shape == (*forced.shape, 2) and tail.shape == (*forced.shape, len(starts))
+    assert states.shape == (*forced.shape, 2) and tail.shape[:-1] == forced.shape
     _C.forced_tail_cpu(
         states.data_ptr(),
         forced.numel(),
-        [_trie_level(*level) for level in zip(starts, codes, strict=True)],
+        _trie(index),
+        level,
         tail.data_ptr(),
         forced.data_ptr(),
         torch.get_num_threads(),
@@ -254,12 +265,13 @@ def trie_beam_step_cpu(
     logits: Tensor,
     scores: Tensor,
     states: Tensor,
-    starts: Tensor,
-    codes: Tensor,
-    offset: int,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
     k: int,
     valid: bool,
-    rank: Tensor | None,
+    filter: Sequence[Tensor],
     deny: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
@@ -269,8 +281,6 @@ def trie_beam_step_cpu(
     _check_cpu(scores, torch.float32)
     _check_cpu(states, torch.int64)
     assert scores.shape == (batch, beams) and states.shape == (batch, beams, 2)
-    if rank is not None:
-        _check_cpu(rank, torch.int64)
     if deny is not None:
         _check_cpu(deny, torch.int64)
         assert len(deny) == batch
@@ -280,15 +290,15 @@ def trie_beam_step_cpu(
     _C.trie_beam_step_cpu(
         logits.data_ptr(),
         _ROW_TYPES.index(logits.dtype),
-        (batch, beams, width),
-        logits.stride()[:2],
+        (batch, beams, width, *logits.stride()[:2]),
         scores.data_ptr(),
         states.data_ptr(),
-        _trie_level(starts, codes),
-        offset,
+        _trie(index),
+        _levels(level, levels),
+        columns,
         k,
         valid,
-        0 if rank is None else rank.data_ptr(),
+        _filter(filter),
         0 if deny is None else deny.data_ptr(),
         0 if deny is None else deny.shape[1],
         (tokens.data_ptr(), parents.data_ptr(), best.data_ptr(), after.data_ptr()),
@@ -296,11 +306,82 @@ def trie_beam_step_cpu(
     )
 
 
-def _trie_level(starts: Tensor, codes: Tensor) -> tuple[int, int, int]:
-    _check_cpu(starts, torch.int64)
-    _check_cpu(codes, torch.int32)
-    assert starts.numel() == codes.numel() + 1
-    return starts.data_ptr(), codes.data_ptr(), codes.numel()
+_CODE_TYPES = ("int64", "int32", "int16", "uint16", "uint8")
+
+
+def sort_sids(
+    codes: np.ndarray, sizes: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | int:
+    """Sorts the SIDs of a catalog, ``[N, L]``.
+
+    Returns:
+        The distinct SIDs by level, uint16 ``[L, rows]`` (columns of a wider array), the items by
+        SID, uint32 ``[N]``, and where each SID's items begin, int64 ``[rows + 1]``; or the flat
+        position of a code that is out of range.
+    """
+    items, depth = codes.shape
+    assert codes.flags.c_contiguous and len(sizes) == depth and items < 1 << 32
+    columns = np.empty((depth, items), dtype=np.uint16)
+    order = np.empty(items, dtype=np.uint32)
+    item_starts = np.empty(items + 1, dtype=np.int64)
+    rows = _C.sort_sids(
+        codes.ctypes.data,
+        _CODE_TYPES.index(codes.dtype.name),
+        items,
+        sizes,
+        columns.ctypes.data,
+        order.ctypes.data,
+        item_starts.ctypes.data,
+    )
+    return -1 - rows if rows < 0 else (columns[:, :rows], order, item_starts[: rows + 1])
+
+
+def count_runs(columns: np.ndarray, roots: Sequence[int]) -> tuple[list[int], np.ndarray]:
+    """Counts the runs of each level of a sorted table.
+
+    Args:
+        columns: uint16 ``[L, rows]``, each column without gaps.
+        roots: First row of each trie in the table, closed by the rows.
+
+    Returns:
+        The counts, and for each row the first level that differs from the row before, uint8.
+    """
+    changes = np.empty(columns.shape[1], dtype=np.uint8)
+    return _C.count_runs(_columns(columns, roots), changes.ctypes.data), changes
+
+
+def fill_trie(
+    columns: np.ndarray, roots: Sequence[int], changes: np.ndarray, index: Sequence[Tensor]
+) -> None:
+    """Fills the arrays of a trie, zero before, from its sorted table."""
+    _C.fill_trie(_columns(columns, roots), changes.ctypes.data, _trie(index))
+
+
+def fill_filter(index: Sequence[Tensor], filter: Sequence[Tensor]) -> None:
+    """Fills ranks and masks (zero before) of a filter from its bits."""
+    _C.fill_filter(_trie(index), _filter(filter))
+
+
+def _columns(columns: np.ndarray, roots: Sequence[int]) -> tuple[int, int, int, int, Sequence[int]]:
+    assert columns.dtype == np.uint16 and columns.strides[1] == 2
+    depth, rows = columns.shape
+    assert rows < 1 << 32 and roots[-1] == rows
+    return columns.ctypes.data, rows, depth, columns.strides[0] // 2, roots
+
+
+def _trie(index: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
+    table, _, *arrays = index
+    _check_cpu(table, torch.int64)
+    assert table.shape[1] == 9 and len(arrays) == 5
+    return (table.data_ptr(), *(array.data_ptr() for array in arrays)), len(table)
+
+
+def _levels(level: int, levels: Tensor | None) -> tuple[int, int]:
+    return level, 0 if levels is None else levels.data_ptr()
+
+
+def _filter(filter: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in filter) if filter else (0, 0, 0)
 
 
 def _check_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> None:

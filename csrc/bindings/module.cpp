@@ -16,6 +16,7 @@
 #include "plum/residual_quantize.h"
 #include "plum/trie_advance.h"
 #include "plum/trie_beam_step.h"
+#include "plum/trie_build.h"
 #include "plum/trie_mask.h"
 #include "plum/trie_walk.h"
 
@@ -89,80 +90,139 @@ int64_t residual_quantize_cpu(uintptr_t x, int type, int64_t rows, const PackedC
                                       pointer<int64_t>(usage), threads);
 }
 
-// The addresses of starts and codes, and the number of edges.
-using LevelArgs = std::tuple<uintptr_t, uintptr_t, int64_t>;
+// Addresses of table, codes, starts, begins, ranks and masks; levels.
+using TrieArgs = std::tuple<std::array<uintptr_t, 6>, int64_t>;
 
-plum::TrieLevel trie_level(const LevelArgs& args) {
-  const auto& [starts, codes, edges] = args;
-  return {pointer<const int64_t>(starts), pointer<const int32_t>(codes), edges};
+plum::TrieArrays trie_arrays(const TrieArgs& args) {
+  const auto& [at, depth] = args;
+  const auto* table = pointer<const int64_t>(at[0]);
+  return {table,
+          depth,
+          table[plum::kTrieFields - 1],
+          pointer<uint16_t>(at[1]),
+          pointer<uint32_t>(at[2]),
+          pointer<uint64_t>(at[3]),
+          pointer<uint32_t>(at[4]),
+          pointer<uint64_t>(at[5])};
 }
 
-std::vector<plum::TrieLevel> trie_levels(const std::vector<LevelArgs>& args) {
-  std::vector<plum::TrieLevel> levels;
-  for (const LevelArgs& level : args) levels.push_back(trie_level(level));
-  return levels;
+// Addresses of bits, ranks and masks; 0 for no filter.
+using FilterArgs = std::array<uintptr_t, 3>;
+
+plum::TrieFilter trie_filter(const TrieArgs& trie, const FilterArgs& at) {
+  return plum::make_filter(trie_arrays(trie), pointer<const uint64_t>(at[0]),
+                           pointer<const uint32_t>(at[1]), pointer<const uint64_t>(at[2]));
 }
 
-void trie_mask_cpu(uintptr_t logits, bool wide, uint32_t fill, int64_t rows, int64_t width,
-                   int64_t stride, uintptr_t states, const LevelArgs& level, int64_t offset,
-                   int threads) {
+// A level for all rows, or the address of one for each.
+using LevelArgs = std::tuple<int64_t, uintptr_t>;
+
+plum::RowLevels row_levels(const LevelArgs& args) {
+  return {std::get<0>(args), pointer<const int64_t>(std::get<1>(args))};
+}
+
+void trie_mask_cpu(uintptr_t logits, bool wide, uint32_t fill, const std::array<int64_t, 3>& shape,
+                   uintptr_t states, const TrieArgs& trie, const LevelArgs& levels,
+                   const std::vector<int64_t>& columns, int threads) {
   py::gil_scoped_release release;
+  const auto [rows, width, stride] = shape;
+  const plum::Trie index = plum::make_trie(trie_arrays(trie));
+  const auto* from = pointer<const int64_t>(states);
   if (wide) {
-    plum::cpu::trie_mask(pointer<uint32_t>(logits), fill, rows, width, stride,
-                         pointer<const int64_t>(states), trie_level(level), offset, threads);
+    plum::cpu::trie_mask(pointer<uint32_t>(logits), fill, rows, width, stride, from, index,
+                         row_levels(levels), columns.data(), threads);
   } else {
     plum::cpu::trie_mask(pointer<uint16_t>(logits), static_cast<uint16_t>(fill), rows, width,
-                         stride, pointer<const int64_t>(states), trie_level(level), offset,
-                         threads);
+                         stride, from, index, row_levels(levels), columns.data(), threads);
   }
 }
 
-void trie_advance_cpu(uintptr_t states, uintptr_t tokens, int64_t count, const LevelArgs& level,
-                      uintptr_t after, int threads) {
+void trie_advance_cpu(uintptr_t states, uintptr_t tokens, int64_t count, const TrieArgs& trie,
+                      const LevelArgs& levels, uintptr_t after, int threads) {
   py::gil_scoped_release release;
   plum::cpu::trie_advance(pointer<const int64_t>(states), pointer<const int64_t>(tokens), count,
-                          trie_level(level), pointer<int64_t>(after), threads);
+                          plum::make_trie(trie_arrays(trie)), row_levels(levels),
+                          pointer<int64_t>(after), threads);
 }
 
-void trie_walk_cpu(uintptr_t prefixes, int64_t count, int64_t length,
-                   const std::vector<LevelArgs>& levels, uintptr_t states, int threads) {
+void trie_walk_cpu(uintptr_t roots, uintptr_t prefixes, int64_t count, int64_t length,
+                   const TrieArgs& trie, uintptr_t states, int threads) {
   py::gil_scoped_release release;
-  plum::cpu::trie_walk(pointer<const int64_t>(prefixes), count, length, trie_levels(levels),
-                       pointer<int64_t>(states), threads);
+  plum::cpu::trie_walk(pointer<const int64_t>(roots), pointer<const int64_t>(prefixes), count,
+                       length, plum::make_trie(trie_arrays(trie)), pointer<int64_t>(states),
+                       threads);
 }
 
-void forced_tail_cpu(uintptr_t states, int64_t count, const std::vector<LevelArgs>& levels,
+void forced_tail_cpu(uintptr_t states, int64_t count, const TrieArgs& trie, int64_t level,
                      uintptr_t tail, uintptr_t forced, int threads) {
   py::gil_scoped_release release;
-  plum::cpu::forced_tail(pointer<const int64_t>(states), count, trie_levels(levels),
-                         pointer<int64_t>(tail), pointer<bool>(forced), threads);
+  plum::cpu::forced_tail(pointer<const int64_t>(states), count, plum::make_trie(trie_arrays(trie)),
+                         level, pointer<int64_t>(tail), pointer<bool>(forced), threads);
 }
 
-void trie_beam_step_cpu(uintptr_t logits, int type, const std::array<int64_t, 3>& shape,
-                        const std::array<int64_t, 2>& strides, uintptr_t scores, uintptr_t states,
-                        const LevelArgs& level, int64_t offset, int64_t k, bool valid,
-                        uintptr_t rank, uintptr_t deny, int64_t denied,
+void trie_beam_step_cpu(uintptr_t logits, int type, const std::array<int64_t, 5>& shape,
+                        uintptr_t scores, uintptr_t states, const TrieArgs& trie,
+                        const LevelArgs& levels, const std::vector<int64_t>& columns, int64_t k,
+                        bool valid, const FilterArgs& filter, uintptr_t deny, int64_t denied,
                         const std::array<uintptr_t, 4>& out, int threads) {
   py::gil_scoped_release release;
-  plum::cpu::BeamStepInput input;
+  plum::cpu::BeamStepInput input{};
   input.logits = pointer<const void>(logits);
   input.type = static_cast<plum::cpu::LogitType>(type);
   input.batch = shape[0];
   input.beams = shape[1];
   input.width = shape[2];
-  input.batch_stride = strides[0];
-  input.beam_stride = strides[1];
+  input.batch_stride = shape[3];
+  input.beam_stride = shape[4];
   input.scores = pointer<const float>(scores);
   input.states = pointer<const int64_t>(states);
-  input.offset = offset;
+  input.levels = row_levels(levels);
+  input.columns = columns.data();
   input.valid = valid;
-  input.rank = pointer<const int64_t>(rank);
   input.deny = pointer<const int64_t>(deny);
   input.denied = denied;
-  plum::cpu::trie_beam_step(input, trie_level(level), k,
+  plum::cpu::trie_beam_step(input, plum::make_trie(trie_arrays(trie)), trie_filter(trie, filter), k,
                             {pointer<int64_t>(out[0]), pointer<int64_t>(out[1]),
                              pointer<float>(out[2]), pointer<int64_t>(out[3])},
                             threads);
+}
+
+int64_t sort_sids(uintptr_t codes, int type, int64_t items, const std::vector<int64_t>& sizes,
+                  uintptr_t columns, uintptr_t order, uintptr_t item_starts) {
+  py::gil_scoped_release release;
+  const plum::cpu::Catalog catalog{pointer<const void>(codes),
+                                   static_cast<plum::cpu::CodeType>(type), items,
+                                   static_cast<int64_t>(sizes.size()), sizes.data()};
+  return plum::cpu::sort_sids(catalog, pointer<uint16_t>(columns), pointer<uint32_t>(order),
+                              pointer<int64_t>(item_starts));
+}
+
+// Address of the columns; rows, levels, codes from column to column; first rows of the tries.
+using ColumnArgs = std::tuple<uintptr_t, int64_t, int64_t, int64_t, std::vector<int64_t>>;
+
+plum::cpu::SidColumns sid_columns(const ColumnArgs& args) {
+  const auto& [codes, rows, depth, stride, roots] = args;
+  return {pointer<const uint16_t>(codes),        rows, depth, stride, roots.data(),
+          static_cast<int64_t>(roots.size()) - 1};
+}
+
+std::vector<int64_t> count_runs(const ColumnArgs& table, uintptr_t changes) {
+  py::gil_scoped_release release;
+  return plum::cpu::count_runs(sid_columns(table), pointer<uint8_t>(changes));
+}
+
+void fill_trie(const ColumnArgs& table, uintptr_t changes, const TrieArgs& trie) {
+  py::gil_scoped_release release;
+  plum::cpu::fill_trie(sid_columns(table), pointer<const uint8_t>(changes), trie_arrays(trie));
+}
+
+void fill_filter(const TrieArgs& trie, const FilterArgs& filter) {
+  py::gil_scoped_release release;
+  const auto arrays = trie_arrays(trie);
+  plum::cpu::count_ranks(pointer<const uint64_t>(filter[0]), arrays.rows,
+                         pointer<uint32_t>(filter[1]));
+  plum::cpu::fill_filter(plum::make_trie(arrays), trie_filter(trie, filter), arrays,
+                         pointer<uint64_t>(filter[2]));
 }
 
 #ifdef PLUM_WITH_CUDA
@@ -199,6 +259,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("trie_walk_cpu", &trie_walk_cpu);
   module.def("forced_tail_cpu", &forced_tail_cpu);
   module.def("trie_beam_step_cpu", &trie_beam_step_cpu);
+  module.def("sort_sids", &sort_sids);
+  module.def("count_runs", &count_runs);
+  module.def("fill_trie", &fill_trie);
+  module.def("fill_filter", &fill_filter);
 #ifdef PLUM_WITH_CUDA
   module.def("code_usage_cuda", &code_usage_cuda);
 #endif

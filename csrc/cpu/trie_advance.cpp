@@ -12,14 +12,19 @@ constexpr int64_t kStatesPerThread = 1 << 12;
 
 }  // namespace
 
-void trie_advance(const int64_t* states, const int64_t* tokens, int64_t count,
-                  const TrieLevel& level, int64_t* after, int threads) {
+void trie_advance(const int64_t* states, const int64_t* tokens, int64_t count, const Trie& trie,
+                  RowLevels levels, int64_t* after, int threads) {
+  const auto depth = static_cast<int64_t>(trie.levels.size());
   const int workers = static_cast<int>(std::clamp<int64_t>(count / kStatesPerThread, 1, threads));
   parallel(workers, [&](int worker) {
     const int64_t end = count * (worker + 1) / workers;
-    for (int64_t begin = count * worker / workers; begin < end; begin += kSearches) {
-      const int64_t lanes = std::min(kSearches, end - begin);
-      advance(level, states + 2 * begin, tokens + begin, lanes, after + 2 * begin);
+    for (int64_t i = count * worker / workers; i < end; ++i) {
+      const int64_t level = levels[i];
+      if (level < 0 || level >= depth) {
+        after[2 * i] = after[2 * i + 1] = 0;
+      } else {
+        advance(trie, trie.levels[level], states + 2 * i, tokens[i], after + 2 * i);
+      }
     }
   });
 }

@@ -5,13 +5,12 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <stdexcept>
 #include <vector>
 
 #include "parallel.h"
 #include "plum/cpu_features.h"
 #include "trie_beam_step_types.h"
-#include "trie_search.h"
+#include "trie_limits.h"
 
 namespace plum::cpu {
 
@@ -34,8 +33,8 @@ using beam::kHitPadding;
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 // Below this many logits a thread, starting threads costs more than it saves.
 constexpr int64_t kLogitsPerThread = 1 << 16;
-// Children at least one column in so many are searched by column, once a threshold stands.
-constexpr int64_t kSparse = 4;
+// A node with a mask is looked at by it if it holds at least one row in so many columns.
+constexpr int64_t kSparse = 16;
 // Candidates beyond k that are taken in between two rounds of selection.
 constexpr int64_t kSpare = 64;
 // How far below a beam's best score the k-th is looked for, and in how many halvings.
@@ -58,7 +57,7 @@ const beam::Kernels& kernels() {
   return generic::beam_kernels();
 }
 
-// Larger for a larger score, then for a lower ordinal: children count by beam, then by code.
+// Larger for a larger score, then for a lower ordinal, beam << 16 | code.
 uint64_t make_key(float score, uint64_t ordinal) {
   uint32_t bits;
   std::memcpy(&bits, &score, sizeof bits);
@@ -127,84 +126,55 @@ class Best {
 
 class Step {
  public:
-  Step(const BeamStepInput& input, const TrieLevel& level, int64_t k, const BeamStepOutput& output)
+  Step(const BeamStepInput& input, const Trie& trie, const TrieFilter& filter, int64_t k,
+       const BeamStepOutput& output)
       : in_(input),
-        level_(level),
+        trie_(trie),
         out_(output),
         k_(k),
         kernels_(kernels()),
-        first_(input.beams),
-        last_(input.beams),
-        before_(input.beams + 1) {}
+        limits_(trie, filter),
+        ranges_(input.beams),
+        nodes_(input.beams) {}
 
   void run(int64_t request) {
-    find_children(request);
+    l_ = in_.levels[request];
     best_.reset(k_);
-    for (int64_t beam = 0; beam < in_.beams; ++beam) {
-      const float base = in_.scores[request * in_.beams + beam];
-      // Log-probabilities are not above 0.
-      if (first_[beam] == last_[beam] || !(base > best_.threshold())) continue;
-      const int64_t at = request * in_.batch_stride + beam * in_.beam_stride;
-      if (in_.valid) {
-        over_children(at, beam, base);
-      } else {
-        over_row(at, beam, base);
+    if (l_ >= 0 && l_ < static_cast<int64_t>(trie_.levels.size())) {
+      level_ = &trie_.levels[l_];
+      find_nodes(request);
+      for (int64_t beam = 0; beam < in_.beams; ++beam) {
+        const float base = in_.scores[request * in_.beams + beam];
+        // Log-probabilities are not above 0.
+        if (nodes_[beam].empty() || !(base > best_.threshold())) continue;
+        limits_.enter(ranges_[beam]);
+        const int64_t at = request * in_.batch_stride + beam * in_.beam_stride;
+        if (in_.valid) {
+          over_children(at, beam, base);
+        } else {
+          over_row(at, beam, base);
+        }
       }
     }
     write(request);
   }
 
  private:
-  void find_children(int64_t request) {
+  void find_nodes(int64_t request) {
+    if (in_.deny != nullptr) limits_.deny(in_.deny + request * in_.denied, in_.denied);
     const int64_t* states = in_.states + 2 * request * in_.beams;
-    int64_t before = 0;
-    for (int64_t begin = 0; begin < in_.beams; begin += kSearches) {
-      const int64_t count = std::min(kSearches, in_.beams - begin);
-      child_ranges(level_, states + 2 * begin, count, &first_[begin], &last_[begin]);
-      for (int64_t i = begin; i < begin + count; ++i) {
-        before_[i] = before;
-        before += last_[i] - first_[i];
-        __builtin_prefetch(level_.codes + first_[i]);
-      }
-    }
-    before_[in_.beams] = before;
-    if (before >> 32) {
-      throw std::length_error("trie_beam_step: expected less than 2^32 children a request, got " +
-                              std::to_string(before));
-    }
-    if (in_.deny != nullptr) {
-      denied_ = in_.deny + request * in_.denied;
-      denied_end_ = denied_ + in_.denied;
+    for (int64_t beam = 0; beam < in_.beams; ++beam) {
+      ranges_[beam] = clamped(trie_, states + 2 * beam);
+      nodes_[beam] = node_of(*level_, ranges_[beam]);
+      __builtin_prefetch(level_->codes + nodes_[beam].first);
     }
     if (!in_.valid) return;
     // Where beams have few children each, their logits are far apart.
     for (int64_t beam = 0; beam < in_.beams; ++beam) {
-      if (first_[beam] == last_[beam]) continue;
-      const int64_t at = request * in_.batch_stride + beam * in_.beam_stride + in_.offset +
-                         level_.codes[first_[beam]];
-      __builtin_prefetch(element(at));
+      if (nodes_[beam].empty()) continue;
+      const int64_t at = request * in_.batch_stride + beam * in_.beam_stride + in_.columns[l_];
+      __builtin_prefetch(element(at + level_->codes[nodes_[beam].first]));
     }
-  }
-
-  // The denied rows of the request in the beam's range, where there are any.
-  void narrow_denied(int64_t beam, const int64_t** begin, const int64_t** end) const {
-    *begin = *end = nullptr;
-    if (in_.deny == nullptr) return;
-    *begin = std::lower_bound(denied_, denied_end_, level_.starts[first_[beam]]);
-    *end = std::lower_bound(*begin, denied_end_, level_.starts[last_[beam]]);
-  }
-
-  bool limited() const { return in_.rank != nullptr || in_.deny != nullptr; }
-
-  // Whether a row is left below the edge, after the filter and the beam's denied rows.
-  bool is_left(int64_t edge, const int64_t* denied, const int64_t* denied_end) const {
-    const int64_t low = level_.starts[edge], high = level_.starts[edge + 1];
-    int64_t left = in_.rank == nullptr ? high - low : in_.rank[high] - in_.rank[low];
-    if (left > 0 && denied != denied_end) {
-      const int64_t* from = std::lower_bound(denied, denied_end, low);
-      left -= std::lower_bound(from, denied_end, high) - from;
-    }
-    return left > 0;
   }
 
   const void* element(int64_t at) const {
@@ -214,10 +184,25 @@ class Step {
   // Returns `count` logits from position `at` as fp32, widened into row_ where they are not.
   const float* row(int64_t at, int64_t count) {
     if (in_.type == LogitType::kFp32) return static_cast<const float*>(in_.logits) + at;
-    row_.resize(std::max<int64_t>(count, row_.size()));
-    const auto widen = in_.type == LogitType::kBf16 ? kernels_.widen_bf16 : kernels_.widen_fp16;
-    widen(static_cast<const uint16_t*>(in_.logits) + at, count, row_.data());
+    widen(static_cast<const uint16_t*>(in_.logits) + at, count, room(row_, count));
     return row_.data();
+  }
+
+  void widen(const uint16_t* from, int64_t count, float* to) const {
+    (in_.type == LogitType::kBf16 ? kernels_.widen_bf16 : kernels_.widen_fp16)(from, count, to);
+  }
+
+  template <typename T>
+  static T* room(std::vector<T>& scratch, int64_t count) {
+    scratch.resize(std::max<size_t>(count, scratch.size()));
+    return scratch.data();
+  }
+
+  // The mask of a beam that has children enough for it, or null.
+  const uint64_t* wide_mask(int64_t beam) {
+    const int64_t count = nodes_[beam].last - nodes_[beam].first;
+    if (count * kSparse < level_->size) return nullptr;
+    return limits_.mask(l_, ranges_[beam], nodes_[beam]);
   }
 
   void over_row(int64_t at, int64_t beam, float base) {
@@ -228,113 +213,155 @@ class Step {
     const auto log_sum =
         static_cast<float>(std::log(kernels_.sum_of_exponentials(logits, in_.width, top, next)));
     if (!(base - log_sum > best_.threshold())) return;
-    const int32_t* codes = level_.codes + first_[beam];
-    const int64_t count = last_[beam] - first_[beam];
-    const float* columns = logits + in_.offset;
-    const int64_t span = int64_t{codes[count - 1]} - codes[0] + 1;
-    const bool by_column = span == count || (best_.threshold() > kNever && span <= kSparse * count);
-    if (!by_column) {
-      const float* values = gather(columns, codes, count);
-      take(beam, base, values, count, top, log_sum, !limited(), [](int64_t i) { return i; });
+    const float* columns = logits + in_.columns[l_];
+    if (const uint64_t* mask = wide_mask(beam)) {
+      if (best_.threshold() > kNever) {
+        // Few columns are above the threshold; which of them are children is looked up.
+        const int64_t hits = find_above(columns, level_->size, top, log_sum, base);
+        if (hits <= 2 * k_) {
+          for (int64_t h = 0; h < hits; ++h) {
+            if (bit(mask, hits_[h]))
+              push(beam, hits_[h], base + ((columns[hits_[h]] - top) - log_sum));
+          }
+          return;
+        }
+      }
+      kernels_.masked(columns, level_->size, mask, room(values_, level_->size));
+      take(beam, base, level_->size, top, log_sum, [](int64_t i) { return i; });
       return;
     }
-    // Few columns are above the threshold; which of them are children is looked up.
-    const bool legal = span == count && !limited();
-    take(beam, base, columns + codes[0], span, top, log_sum, legal,
-         [&](int64_t i) { return span == count ? i : find_code(codes, 0, count, codes[0] + i); });
+    const bool limited = limits_.filtered() || limits_.denied();
+    if (limited && best_.threshold() > kNever) {
+      const int64_t count = list_children(beam, false);
+      gather(columns, count);
+      // Few children are above the threshold; which of them may be reached is looked up.
+      const int64_t hits = find_above(values_.data(), count, top, log_sum, base);
+      if (hits <= 2 * k_) {
+        for (int64_t h = 0; h < hits; ++h) {
+          const int64_t code = codes_[hits_[h]];
+          if (!limits_.leaves(child_rows(*level_, nodes_[beam], code))) continue;
+          push(beam, code, base + ((values_[hits_[h]] - top) - log_sum));
+        }
+        return;
+      }
+    }
+    const int64_t count = list_children(beam, limited);
+    gather(columns, count);
+    take_children(beam, base, count, top, log_sum);
+  }
+
+  void gather(const float* columns, int64_t count) {
+    float* values = room(values_, count);
+    for (int64_t i = 0; i < count; ++i) values[i] = columns[codes_[i]];
   }
 
   void over_children(int64_t at, int64_t beam, float base) {
-    const int32_t* codes = level_.codes + first_[beam];
-    const int64_t count = last_[beam] - first_[beam];
-    const float* values;
-    if (in_.type == LogitType::kFp32) {
-      values = gather(static_cast<const float*>(in_.logits) + at + in_.offset, codes, count);
-    } else {
-      halves_.resize(std::max<int64_t>(count, halves_.size()));
-      const uint16_t* columns = static_cast<const uint16_t*>(in_.logits) + at + in_.offset;
-      for (int64_t i = 0; i < count; ++i) halves_[i] = columns[codes[i]];
-      reserve_values(count);
-      const auto widen = in_.type == LogitType::kBf16 ? kernels_.widen_bf16 : kernels_.widen_fp16;
-      widen(halves_.data(), count, values_.data());
-      values = values_.data();
-    }
-    if (limited()) {
-      const int64_t *denied, *denied_end;
-      narrow_denied(beam, &denied, &denied_end);
-      for (int64_t i = 0; i < count; ++i) {
-        if (!is_left(first_[beam] + i, denied, denied_end)) values_[i] = kNever;
-      }
-    }
-    if (count == 1) {
-      // A lone child has all the probability, unless its logit is not finite.
-      const float score = base + (values[0] - values[0]);
-      if (score > best_.threshold()) best_.push(score, before_[beam]);
+    at += in_.columns[l_];
+    if (const uint64_t* mask = wide_mask(beam)) {
+      const int64_t size = level_->size;
+      kernels_.masked(row(at, size), size, mask, room(values_, size));
+      const float top = kernels_.largest(values_.data(), size);
+      take(beam, base, size, top, log_of_sum(size, top), [](int64_t i) { return i; });
       return;
     }
-    const float top = kernels_.largest(values, count);
-    const auto log_sum =
-        static_cast<float>(std::log(kernels_.sum_of_exponentials(values, count, top, values)));
-    take(beam, base, values, count, top, log_sum, true, [](int64_t i) { return i; });
+    const int64_t count = list_children(beam, limits_.filtered() || limits_.denied());
+    if (in_.type == LogitType::kFp32) {
+      gather(static_cast<const float*>(in_.logits) + at, count);
+    } else {
+      const uint16_t* columns = static_cast<const uint16_t*>(in_.logits) + at;
+      uint16_t* halves = room(halves_, count);
+      for (int64_t i = 0; i < count; ++i) halves[i] = columns[codes_[i]];
+      widen(halves, count, room(values_, count));
+    }
+    if (count == 0) return;
+    if (count == 1) {
+      // A lone child has all the probability, unless its logit is not finite.
+      push(beam, codes_[0], base + (values_[0] - values_[0]));
+      return;
+    }
+    const float top = kernels_.largest(values_.data(), count);
+    take_children(beam, base, count, top, log_of_sum(count, top));
   }
 
-  void reserve_values(int64_t count) { values_.resize(std::max<int64_t>(count, values_.size())); }
-
-  const float* gather(const float* columns, const int32_t* codes, int64_t count) {
-    reserve_values(count);
-    for (int64_t i = 0; i < count; ++i) values_[i] = columns[codes[i]];
-    return values_.data();
+  float log_of_sum(int64_t count, float top) const {
+    const float* values = values_.data();
+    return static_cast<float>(std::log(kernels_.sum_of_exponentials(values, count, top, values)));
   }
 
-  // Finds the scores above the threshold, but where each position is a legal child not many more
-  // than the k best; returns how many.
-  int64_t find(float base, const float* x, int64_t count, float top, float log_sum, bool legal) {
-    hits_.resize(std::max<int64_t>(count + kHitPadding, hits_.size()));
-    const auto find_above = [&](float threshold) {
-      return kernels_.find_above(x, count, top, log_sum, base, threshold, hits_.data());
-    };
-    int64_t hits = find_above(best_.threshold());
-    if (!legal || hits <= 2 * k_) return hits;
+  // Points codes_ to the codes of a beam's children, which rise, all or those that may be reached;
+  // returns how many.
+  int64_t list_children(int64_t beam, bool limited) {
+    const Node node = nodes_[beam];
+    const uint16_t* codes = level_->codes + node.first;
+    const int64_t count = node.last - node.first;
+    codes_ = codes;
+    if (!limited && (level_->starts != nullptr || count == 1)) return count;
+    uint16_t* list = room(list_, count);
+    int64_t found = 0;
+    for (int64_t i = 0, next; i < count; i = next) {
+      next = i + 1;
+      if (level_->starts == nullptr) {
+        while (next < count && codes[next] == codes[i]) ++next;
+      }
+      list[found] = codes[i];
+      found += !limited || limits_.leaves(rows_of(node, i, next));
+    }
+    codes_ = list;
+    return found;
+  }
+
+  // The rows of the child at [i, next) of a node's codes.
+  Rows rows_of(Node node, int64_t i, int64_t next) const {
+    if (level_->starts == nullptr) return {node.first + i, node.first + next};
+    return {level_->starts[node.first + i], level_->starts[node.first + next]};
+  }
+
+  void push(int64_t beam, int64_t code, float score) {
+    // The threshold may have risen since.
+    if (score > best_.threshold()) best_.push(score, static_cast<uint64_t>(beam << 16 | code));
+  }
+
+  int64_t find_above(const float* x, int64_t count, float top, float log_sum, float base,
+                     float threshold) {
+    return kernels_.find_above(x, count, top, log_sum, base, threshold,
+                               room(hits_, count + kHitPadding));
+  }
+
+  int64_t find_above(const float* x, int64_t count, float top, float log_sum, float base) {
+    return find_above(x, count, top, log_sum, base, best_.threshold());
+  }
+
+  // Finds the scores of values_[0..count) above the threshold, but not many more than the k best;
+  // returns how many.
+  int64_t find(float base, int64_t count, float top, float log_sum) {
+    const float* x = values_.data();
+    int64_t hits = find_above(x, count, top, log_sum, base);
+    if (hits <= 2 * k_) return hits;
     float high = base - log_sum, low = std::max(best_.threshold(), high - kReach);
     for (int round = 0; round < kHalvings; ++round) {
       const float middle = low + (high - low) / 2;
-      hits = find_above(middle);
+      hits = find_above(x, count, top, log_sum, base, middle);
       (hits < k_ ? high : low) = middle;
       if (hits >= k_ && hits <= 2 * k_) break;
     }
-    if (hits < k_ || hits > 2 * k_) hits = find_above(low);
-    if (hits < k_) return find_above(best_.threshold());
+    if (hits < k_ || hits > 2 * k_) hits = find_above(x, count, top, log_sum, base, low);
+    if (hits < k_) return find_above(x, count, top, log_sum, base);
     best_.raise_threshold(low);
     return hits;
   }
 
-  // Pushes the legal children among x[0..count); child_of gives the child of a position, or -1.
-  //   legal  whether each position is a legal child, or has a logit of -inf
-  template <typename ChildOf>
-  void take(int64_t beam, float base, const float* x, int64_t count, float top, float log_sum,
-            bool legal, const ChildOf& child_of) {
-    const int64_t hits = find(base, x, count, top, log_sum, legal);
-    if (hits == 0) return;
-    const bool check = limited() && !legal;
-    const int64_t *denied = nullptr, *denied_end = nullptr;
-    if (check) narrow_denied(beam, &denied, &denied_end);
+  // Pushes the best of values_[0..count): each is a legal child or -inf; code_of gives its code.
+  template <typename CodeOf>
+  void take(int64_t beam, float base, int64_t count, float top, float log_sum,
+            const CodeOf& code_of) {
+    const int64_t hits = find(base, count, top, log_sum);
     for (int64_t h = 0; h < hits; ++h) {
-      const float score = base + ((x[hits_[h]] - top) - log_sum);
-      // The threshold may have risen since.
-      if (!(score > best_.threshold())) continue;
-      const int64_t child = child_of(hits_[h]);
-      if (child < 0 || (check && !is_left(first_[beam] + child, denied, denied_end))) continue;
-      best_.push(score, before_[beam] + child);
+      push(beam, code_of(hits_[h]), base + ((values_[hits_[h]] - top) - log_sum));
     }
   }
 
-  // The beam of a child, by the number of children before it.
-  int64_t owner(int64_t ordinal) const {
-    // Where beams have a child each, that is the beam.
-    if (ordinal < in_.beams && before_[ordinal] == ordinal && before_[ordinal + 1] > ordinal) {
-      return ordinal;
-    }
-    return std::upper_bound(before_.begin(), before_.end(), ordinal) - before_.begin() - 1;
+  void take_children(int64_t beam, float base, int64_t count, float top, float log_sum) {
+    take(beam, base, count, top, log_sum, [this](int64_t i) { return codes_[i]; });
   }
 
   void write(int64_t request) {
@@ -349,38 +376,42 @@ class Step {
         continue;
       }
       const auto ordinal = static_cast<int64_t>(ordinal_of(keys[j]));
-      const int64_t beam = owner(ordinal);
-      const int64_t edge = first_[beam] + (ordinal - before_[beam]);
-      out_.tokens[at] = level_.codes[edge];
+      const int64_t beam = ordinal >> 16, code = ordinal & 0xffff;
+      const Rows child = child_rows(*level_, nodes_[beam], code);
+      out_.tokens[at] = code;
       out_.parents[at] = beam;
       out_.scores[at] = score_of(keys[j]);
-      out_.states[2 * at] = level_.starts[edge];
-      out_.states[2 * at + 1] = level_.starts[edge + 1];
+      out_.states[2 * at] = child.low;
+      out_.states[2 * at + 1] = child.high;
     }
   }
 
   const BeamStepInput& in_;
-  const TrieLevel& level_;
+  const Trie& trie_;
   const BeamStepOutput& out_;
   const int64_t k_;
   const beam::Kernels& kernels_;
-  std::vector<int64_t> first_, last_, before_;  // a beam's edges, and the children of those before
-  const int64_t *denied_ = nullptr, *denied_end_ = nullptr;
+  int64_t l_ = 0;
+  const TrieLevel* level_ = nullptr;
+  Limits limits_;
+  std::vector<Rows> ranges_;
+  std::vector<Node> nodes_;
+  const uint16_t* codes_ = nullptr;
+  std::vector<uint16_t> list_, halves_;
   std::vector<float> row_, values_;
-  std::vector<uint16_t> halves_;
   std::vector<int32_t> hits_;
   Best best_;
 };
 
 }  // namespace
 
-void trie_beam_step(const BeamStepInput& input, const TrieLevel& level, int64_t k,
-                    const BeamStepOutput& output, int threads) {
+void trie_beam_step(const BeamStepInput& input, const Trie& trie, const TrieFilter& filter,
+                    int64_t k, const BeamStepOutput& output, int threads) {
   const int64_t logits = input.batch * input.beams * input.width;
   const int64_t wanted = std::min(input.batch, logits / kLogitsPerThread);
   const int workers = static_cast<int>(std::clamp<int64_t>(wanted, 1, threads));
   parallel(workers, [&](int worker) {
-    Step step(input, level, k, output);
+    Step step(input, trie, filter, k, output);
     const int64_t end = input.batch * (worker + 1) / workers;
     for (int64_t b = input.batch * worker / workers; b < end; ++b) step.run(b);
   });

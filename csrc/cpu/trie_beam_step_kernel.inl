@@ -155,6 +155,26 @@ int64_t find_above(const float* x, int64_t count, float top, float log_sum, floa
   return found;
 }
 
+// Copies x[0..count), -inf where the bit is not set.
+void masked(const float* x, int64_t count, const uint64_t* bits, float* out) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + kWidth <= count; i += kWidth) {
+    const auto set = static_cast<__mmask16>(bits[i / 64] >> (i % 64));
+    store(out + i, _mm512_mask_mov_ps(broadcast(-__builtin_inff()), set, load(x + i)));
+  }
+#elif defined(__AVX2__)
+  const Bits lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  for (; i + kWidth <= count; i += kWidth) {
+    const Bits word = same_bits(static_cast<int32_t>(bits[i / 64] >> (i % 64) & 0xff));
+    const Bits set = _mm256_cmpeq_epi32(_mm256_and_si256(word, lane), lane);
+    store(out + i,
+          _mm256_blendv_ps(broadcast(-__builtin_inff()), load(x + i), _mm256_castsi256_ps(set)));
+  }
+#endif
+  for (; i < count; ++i) out[i] = bits[i / 64] >> (i % 64) & 1 ? x[i] : -__builtin_inff();
+}
+
 inline float widened(uint32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
@@ -200,7 +220,7 @@ void sort_few(const uint64_t* keys, int64_t count, uint64_t* sorted) {
   }
 }
 
-const beam::Kernels kBeamKernels{largest_of, sum_of_exponentials, find_above,
+const beam::Kernels kBeamKernels{largest_of, sum_of_exponentials, find_above, masked,
                                  widen_bf16, widen_fp16,          sort_few};
 
 const beam::Kernels& beam_kernels() { return kBeamKernels; }

@@ -11,6 +11,7 @@ struct Kernels {
   double (*sum_of_exponentials)(const float* x, int64_t count, float top, const void* next);
   int64_t (*find_above)(const float* x, int64_t count, float top, float log_sum, float base,
                         float threshold, int32_t* hits);
+  void (*masked)(const float* x, int64_t count, const uint64_t* bits, float* out);
   void (*widen_bf16)(const uint16_t* row, int64_t count, float* out);
   void (*widen_fp16)(const uint16_t* row, int64_t count, float* out);
   void (*sort_few)(const uint64_t* keys, int64_t count, uint64_t* sorted);

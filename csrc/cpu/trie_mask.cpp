@@ -5,15 +5,15 @@
 
 #include "parallel.h"
 #include "plum/cpu_features.h"
+#include "trie_mask_types.h"
 #include "trie_search.h"
 
 namespace plum::cpu {
 
-#define PLUM_DECLARE(isa)                                                                  \
-  namespace isa {                                                                          \
-  template <typename Word>                                                                 \
-  void mask_row(Word* row, int64_t width, int64_t offset, Word fill, const int32_t* codes, \
-                int64_t count, Word* kept, uint8_t* legal);                                \
+#define PLUM_DECLARE(isa)       \
+  namespace isa {               \
+  template <typename Word>      \
+  const Masker<Word>& masker(); \
   }
 PLUM_DECLARE(generic)
 #ifdef PLUM_X86
@@ -26,53 +26,69 @@ namespace {
 
 // Below this many logits a thread, starting threads costs more than it saves.
 constexpr int64_t kLogitsPerThread = 1 << 17;
+// A node with a mask is masked by it if it holds at least one row in so many columns.
+constexpr int64_t kSparse = 16;
 
 template <typename Word>
-auto kernel() {
+const Masker<Word>& active_masker() {
 #ifdef PLUM_X86
   switch (active_isa()) {
     case Isa::kAmxBf16:
     case Isa::kAvx512Bf16:
     case Isa::kAvx512:
-      return &avx512::mask_row<Word>;
+      return avx512::masker<Word>();
     case Isa::kAvx2:
-      return &avx2::mask_row<Word>;
+      return avx2::masker<Word>();
     case Isa::kGeneric:
       break;
   }
 #endif
-  return &generic::mask_row<Word>;
+  return generic::masker<Word>();
 }
 
 }  // namespace
 
 template <typename Word>
 void trie_mask(Word* logits, Word fill, int64_t rows, int64_t width, int64_t stride,
-               const int64_t* states, const TrieLevel& level, int64_t offset, int threads) {
-  const auto mask_row = kernel<Word>();
+               const int64_t* states, const Trie& trie, RowLevels levels, const int64_t* columns,
+               int threads) {
+  const Masker<Word>& masker = active_masker<Word>();
+  const auto depth = static_cast<int64_t>(trie.levels.size());
   const int64_t wanted = std::min(rows, rows * width / kLogitsPerThread);
   const int workers = static_cast<int>(std::clamp<int64_t>(wanted, 1, threads));
   parallel(workers, [&](int worker) {
-    std::vector<Word> kept(width);
-    std::vector<uint8_t> legal(width, 0);
+    std::vector<Word> kept;
     const int64_t end = rows * (worker + 1) / workers;
-    for (int64_t begin = rows * worker / workers; begin < end; begin += kSearches) {
-      const int64_t count = std::min(kSearches, end - begin);
-      int64_t first[kSearches], last[kSearches];
-      child_ranges(level, states + 2 * begin, count, first, last);
-      for (int64_t i = 0; i < count; ++i) {
-        Word* row = logits + (begin + i) * stride;
-        const int64_t children = last[i] - first[i];
-        mask_row(row, width, offset, fill, level.codes + first[i], children, kept.data(),
-                 legal.data());
+    for (int64_t i = rows * worker / workers; i < end; ++i) {
+      Word* row = logits + i * stride;
+      const int64_t l = levels[i];
+      if (l < 0 || l >= depth) {
+        masker.fill(row, width, fill);
+        continue;
+      }
+      const TrieLevel& level = trie.levels[l];
+      const int64_t first = columns[l], last = first + level.size;
+      masker.fill(row, first, fill);
+      masker.fill(row + last, width - last, fill);
+      const Rows range = clamped(trie, states + 2 * i);
+      const Node node = node_of(level, range);
+      const int64_t count = node.last - node.first;
+      const uint64_t* mask =
+          count * kSparse < level.size ? nullptr : mask_of(trie, l, range, level.masks);
+      if (mask != nullptr) {
+        masker.by_bits(row + first, level.size, mask, fill);
+      } else {
+        kept.resize(std::max<size_t>(count, kept.size()));
+        masker.by_codes(row + first, level.size, level.codes + node.first, count, fill,
+                        kept.data());
       }
     }
   });
 }
 
 template void trie_mask<uint32_t>(uint32_t*, uint32_t, int64_t, int64_t, int64_t, const int64_t*,
-                                  const TrieLevel&, int64_t, int);
+                                  const Trie&, RowLevels, const int64_t*, int);
 template void trie_mask<uint16_t>(uint16_t*, uint16_t, int64_t, int64_t, int64_t, const int64_t*,
-                                  const TrieLevel&, int64_t, int);
+                                  const Trie&, RowLevels, const int64_t*, int);
 
 }  // namespace plum::cpu

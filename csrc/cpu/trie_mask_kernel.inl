@@ -1,43 +1,75 @@
 // The body of trie_mask_, compiled once per instruction set inside the namespace PLUM_ISA.
-// Includes nothing: an inline library function compiled here could be the copy the linker keeps.
+// Includes no library: an inline function compiled here could be the copy the linker keeps.
 
 namespace plum::cpu::PLUM_ISA {
-
-// Children at least one column in so many are marked in a table of bytes; fewer are set aside.
-constexpr int64_t kSparse = 16;
 
 template <typename Word>
 void fill_words(Word* row, int64_t count, Word value) {
   for (int64_t v = 0; v < count; ++v) row[v] = value;
 }
 
-// Masks one row: its columns offset + codes[0..count) are left, and the codes rise.
-//   kept, legal  scratch of `width` each; `legal` is zero before and after
-template <typename Word>
-void mask_row(Word* row, int64_t width, int64_t offset, Word fill, const int32_t* codes,
-              int64_t count, Word* kept, uint8_t* legal) {
-  fill_words(row, offset, fill);
-  row += offset;
-  width -= offset;
-  if (count * kSparse < width) {
-    for (int64_t i = 0; i < count; ++i) kept[i] = row[codes[i]];
-    fill_words(row, width, fill);
-    for (int64_t i = 0; i < count; ++i) row[codes[i]] = kept[i];
-    return;
-  }
-  const int64_t first = codes[0], last = codes[count - 1] + 1;
-  fill_words(row, first, fill);
-  if (last - first > count) {
-    for (int64_t i = 0; i < count; ++i) legal[codes[i]] = 1;
-    for (int64_t v = first; v < last; ++v) row[v] = legal[v] ? row[v] : fill;
-    fill_words(legal + first, last - first, uint8_t{0});
-  }
-  fill_words(row + last, width - last, fill);
+// Sets the words from row[v] on, one for each of the low bits of `bits`, to `fill` where it is 0.
+inline void fill_eight(uint32_t* row, uint32_t bits, uint32_t fill) {
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi32(row, static_cast<__mmask8>(~bits),
+                           _mm256_set1_epi32(static_cast<int>(fill)));
+#elif defined(__AVX2__)
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set =
+      _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+  auto* at = reinterpret_cast<__m256i*>(row);
+  _mm256_storeu_si256(at, _mm256_blendv_epi8(_mm256_set1_epi32(static_cast<int>(fill)),
+                                             _mm256_loadu_si256(at), set));
+#else
+  for (int i = 0; i < 8; ++i) row[i] = bits >> i & 1 ? row[i] : fill;
+#endif
 }
 
-template void mask_row<uint32_t>(uint32_t*, int64_t, int64_t, uint32_t, const int32_t*, int64_t,
-                                 uint32_t*, uint8_t*);
-template void mask_row<uint16_t>(uint16_t*, int64_t, int64_t, uint16_t, const int32_t*, int64_t,
-                                 uint16_t*, uint8_t*);
+inline void fill_eight(uint16_t* row, uint32_t bits, uint16_t fill) {
+#if defined(__AVX512F__)
+  _mm_mask_storeu_epi16(row, static_cast<__mmask8>(~bits),
+                        _mm_set1_epi16(static_cast<short>(fill)));
+#elif defined(__AVX2__)
+  const __m128i lane = _mm_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m128i set =
+      _mm_cmpeq_epi16(_mm_and_si128(_mm_set1_epi16(static_cast<short>(bits)), lane), lane);
+  auto* at = reinterpret_cast<__m128i*>(row);
+  _mm_storeu_si128(
+      at, _mm_blendv_epi8(_mm_set1_epi16(static_cast<short>(fill)), _mm_loadu_si128(at), set));
+#else
+  for (int i = 0; i < 8; ++i) row[i] = bits >> i & 1 ? row[i] : fill;
+#endif
+}
+
+// Fills the columns whose bit is not set.
+template <typename Word>
+void mask_by_bits(Word* row, int64_t size, const uint64_t* bits, Word fill) {
+  int64_t v = 0;
+  for (; v + 64 <= size; v += 64) {
+    const uint64_t word = bits[v / 64];
+    for (int i = 0; i < 64; i += 8) fill_eight(row + v + i, word >> i & 0xff, fill);
+  }
+  for (; v < size; ++v) row[v] = bits[v / 64] >> (v % 64) & 1 ? row[v] : fill;
+}
+
+// Fills all columns but those of `codes`, which rise; a code may be there several times.
+//   kept  scratch of `count`
+template <typename Word>
+void mask_by_codes(Word* row, int64_t size, const uint16_t* codes, int64_t count, Word fill,
+                   Word* kept) {
+  for (int64_t i = 0; i < count; ++i) kept[i] = row[codes[i]];
+  fill_words(row, size, fill);
+  for (int64_t i = 0; i < count; ++i) row[codes[i]] = kept[i];
+}
+
+// The two ways to mask the columns of a level, and how to fill those around it.
+template <typename Word>
+const Masker<Word>& masker() {
+  static constexpr Masker<Word> kMasker{mask_by_bits<Word>, mask_by_codes<Word>, fill_words<Word>};
+  return kMasker;
+}
+
+template const Masker<uint32_t>& masker();
+template const Masker<uint16_t>& masker();
 
 }  // namespace plum::cpu::PLUM_ISA

@@ -1,81 +1,93 @@
-// What the trie ops share: the edges below states, searched for many states side by side.
+// What the trie ops share: nodes below states, and the rows of their children.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "plum/trie_level.h"
+#include "plum/trie_index.h"
 
 namespace plum::cpu {
 
-// States a call: the cache misses of their searches overlap.
-constexpr int64_t kSearches = 16;
+// Set bits before each block of so many are counted.
+constexpr int64_t kRankBits = 512;
 
-// Moves each low[i] to the first start not below key[i] among the `length[i]` that follow it, or
-// behind them. Lengths are used up.
-inline void lower_bounds(const int64_t* starts, const int64_t* key, int64_t count, int64_t* low,
-                         int64_t* length) {
-  int64_t longest = 0;
-  for (int64_t i = 0; i < count; ++i) longest = std::max(longest, length[i]);
-  for (; longest > 0; longest >>= 1) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t half = length[i] >> 1, middle = low[i] + half;
-      const bool below = (length[i] > 0) & (starts[middle] < key[i]);
-      low[i] = below ? middle + 1 : low[i];
-      length[i] = below ? length[i] - half - 1 : half;
-    }
+// How many of the first `count` bits are set.
+inline int64_t rank(const uint64_t* bits, const uint32_t* ranks, int64_t count) {
+  const int64_t block = count / kRankBits, end = count / 64;
+  int64_t set = ranks[block];
+  for (int64_t word = block * (kRankBits / 64); word < end; ++word) {
+    set += __builtin_popcountll(bits[word]);
   }
+  const uint64_t rest = (uint64_t{1} << (count % 64)) - 1;
+  return rest == 0 ? set : set + __builtin_popcountll(bits[end] & rest);
 }
 
-// The first edge of the level that starts at a row not below rows[2 * i], and that row, clamped to
-// the level. Up to kSearches of them.
-inline void first_edges(const TrieLevel& level, const int64_t* rows, int64_t count, int64_t* row,
-                        int64_t* edge) {
-  const int64_t total = level.starts[level.edges];
-  int64_t length[kSearches];
-  for (int64_t i = 0; i < count; ++i) {
-    row[i] = std::clamp<int64_t>(rows[2 * i], 0, total);
-    // Starts rise by at least 1 from edge to edge: near the leaves little is left to search.
-    edge[i] = std::max<int64_t>(0, level.edges - (total - row[i]));
-    length[i] = std::min(row[i], level.edges) - edge[i];
-  }
-  lower_bounds(level.starts, row, count, edge, length);
+inline bool bit(const uint64_t* bits, int64_t at) { return bits[at / 64] >> (at % 64) & 1; }
+
+struct Rows {
+  int64_t low, high;
+};
+
+// Where the children of a state are in a level's codes: edges of a csr level, rows of a matrix one.
+struct Node {
+  int64_t first, last;
+  bool empty() const { return first >= last; }
+};
+
+// The range of a state, two rows of any value: those outside the trie are clamped to it.
+inline Rows clamped(const Trie& trie, const int64_t* state) {
+  const int64_t low = std::clamp<int64_t>(state[0], 0, trie.rows);
+  return {low, std::clamp<int64_t>(state[1], low, trie.rows)};
 }
 
-// Edge ranges [first[i], last[i]) of the children of up to kSearches states.
-//   states  [count, 2] rows, any values: those outside the level are clamped to it
-inline void child_ranges(const TrieLevel& level, const int64_t* states, int64_t count,
-                         int64_t* first, int64_t* last) {
-  int64_t row[kSearches], length[kSearches];
-  first_edges(level, states, count, row, first);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t end = std::clamp<int64_t>(states[2 * i + 1], 0, level.starts[level.edges]);
-    length[i] = std::clamp<int64_t>(end - row[i], 0, level.edges - first[i]);
-    last[i] = first[i];
-    row[i] = end;
-  }
-  lower_bounds(level.starts, row, count, last, length);
+// The node of a range.
+inline Node node_of(const TrieLevel& level, Rows range) {
+  if (level.starts == nullptr || range.low == range.high) return {range.low, range.high};
+  const int64_t first = rank(level.begins, level.ranks, range.low);
+  // A range that is no node may end before its first run begins.
+  return {first, std::max(first, rank(level.begins, level.ranks, range.high))};
 }
 
-// The edge of `code` among the edges [first, last), or -1.
-inline int64_t find_code(const int32_t* codes, int64_t first, int64_t last, int64_t code) {
-  if (first == last || code < codes[first]) return -1;
-  // Codes rise by at least 1 from sibling to sibling.
-  last = std::min(last - first, code - codes[first] + 1) + first;
-  const int32_t* found = std::lower_bound(codes + first, codes + last, code);
-  return found != codes + last && *found == code ? found - codes : -1;
+// The edge of a csr level whose run holds `row`.
+inline int64_t edge_of(const TrieLevel& level, int64_t row) {
+  return rank(level.begins, level.ranks, row + 1) - 1;
 }
 
-// Writes the states that follow up to kSearches states by a code each, [0, 0) where none does.
-inline void advance(const TrieLevel& level, const int64_t* states, const int64_t* tokens,
-                    int64_t count, int64_t* after) {
-  int64_t first[kSearches], last[kSearches];
-  child_ranges(level, states, count, first, last);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t edge = find_code(level.codes, first[i], last[i], tokens[i]);
-    after[2 * i] = edge < 0 ? 0 : level.starts[edge];
-    after[2 * i + 1] = edge < 0 ? 0 : level.starts[edge + 1];
+// The mask of the node of a range that is not empty, among those given for each level: [words], or
+// null.
+inline const uint64_t* mask_of(const Trie& trie, int64_t level, Rows range, const uint64_t* masks) {
+  if (masks == nullptr) return nullptr;
+  const int64_t node = level == 0 ? 0 : edge_of(trie.levels[level - 1], range.low);
+  return masks + node * trie.levels[level].words;
+}
+
+// The rows of a node's child, or none.
+inline Rows child_rows(const TrieLevel& level, Node node, int64_t code) {
+  const uint16_t *begin = level.codes + node.first, *end = level.codes + node.last;
+  if (begin == end || code < *begin) return {0, 0};
+  if (level.starts == nullptr) {
+    const uint16_t* found = std::lower_bound(begin, end, code);
+    if (found == end || *found != code) return {0, 0};
+    // Most runs are short: their end is looked for in steps that double.
+    int64_t step = 1;
+    while (found + step < end && found[step] == code) step *= 2;
+    const uint16_t* stop = std::upper_bound(found + step / 2, std::min(found + step, end), code);
+    return {found - level.codes, stop - level.codes};
   }
+  // Codes rise by at least 1 from child to child.
+  end = begin + std::min<int64_t>(end - begin, code - *begin + 1);
+  const uint16_t* found = std::lower_bound(begin, end, code);
+  if (found == end || *found != code) return {0, 0};
+  const int64_t edge = found - level.codes;
+  return {level.starts[edge], level.starts[edge + 1]};
+}
+
+// Writes the state that follows `state` by a code, [0, 0) where none does.
+inline void advance(const Trie& trie, const TrieLevel& level, const int64_t* state, int64_t code,
+                    int64_t* after) {
+  const Rows rows = child_rows(level, node_of(level, clamped(trie, state)), code);
+  after[0] = rows.low;
+  after[1] = rows.high;
 }
 
 }  // namespace plum::cpu

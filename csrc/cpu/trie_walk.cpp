@@ -10,32 +10,30 @@ namespace {
 
 constexpr int64_t kPrefixesPerThread = 1 << 10;
 
+// Prefixes walked side by side, level by level: their cache misses overlap.
+constexpr int64_t kWalks = 16;
+
 }  // namespace
 
-void trie_walk(const int64_t* prefixes, int64_t count, int64_t length,
-               const std::vector<TrieLevel>& levels, int64_t* states, int threads) {
-  const int64_t rows = levels[0].starts[levels[0].edges];
+void trie_walk(const int64_t* roots, const int64_t* prefixes, int64_t count, int64_t length,
+               const Trie& trie, int64_t* states, int threads) {
   const int workers = static_cast<int>(std::clamp<int64_t>(count / kPrefixesPerThread, 1, threads));
   parallel(workers, [&](int worker) {
     const int64_t end = count * (worker + 1) / workers;
-    for (int64_t begin = count * worker / workers; begin < end; begin += kSearches) {
-      const int64_t lanes = std::min(kSearches, end - begin);
-      int64_t* state = states + 2 * begin;
-      bool ended[kSearches] = {};
-      for (int64_t i = 0; i < lanes; ++i) {
-        state[2 * i] = 0;
-        state[2 * i + 1] = rows;
-      }
+    for (int64_t begin = count * worker / workers; begin < end; begin += kWalks) {
+      const int64_t stop = std::min(begin + kWalks, end);
+      std::copy(roots + 2 * begin, roots + 2 * stop, states + 2 * begin);
+      bool ended[kWalks] = {};
       for (int64_t l = 0; l < length; ++l) {
-        int64_t tokens[kSearches], after[2 * kSearches];
-        for (int64_t i = 0; i < lanes; ++i) tokens[i] = prefixes[(begin + i) * length + l];
-        advance(levels[l], state, tokens, lanes, after);
-        for (int64_t i = 0; i < lanes; ++i) {
-          if (tokens[i] == -1) {
-            ended[i] = true;
+        for (int64_t i = begin; i < stop; ++i) {
+          const int64_t code = prefixes[i * length + l];
+          int64_t* state = states + 2 * i;
+          if (code == -1) {
+            ended[i - begin] = true;
+          } else if (ended[i - begin]) {
+            state[0] = state[1] = 0;
           } else {
-            state[2 * i] = ended[i] ? 0 : after[2 * i];
-            state[2 * i + 1] = ended[i] ? 0 : after[2 * i + 1];
+            advance(trie, trie.levels[l], state, code, state);
           }
         }
       }

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from plum.decode.model_step import ReplayStep, TreeStep, check_tree_attention, check_window
 from plum.errors import InvalidArgument, InvalidData
-from plum.ops.trie_beam_step import SCORES, rank_directory, trie_beam_step
+from plum.ops.trie_beam_step import SCORES, trie_beam_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from plum.trie import SidTrie
+    from plum.trie import SidFilter, SidTrie
 
 ATTENTION: dict[str, type[TreeStep | ReplayStep]] = {"tree": TreeStep, "replay": ReplayStep}
 
@@ -202,7 +202,7 @@ class _ItemLimits:
         self._trie = trie
         self._allowed: np.ndarray | None = None
         self._denied: list[np.ndarray] | None = None
-        self.rank: Tensor | None = None
+        self.rank: SidFilter | None = None
         self.denied_rows: Tensor | None = None
         starts = trie.item_starts
         left = np.diff(starts)
@@ -211,7 +211,7 @@ class _ItemLimits:
             self._allowed = np.zeros(trie.num_items, dtype=bool)
             self._allowed[position[position >= 0]] = True
             left = np.add.reduceat(self._allowed, starts[:-1], dtype=np.int64)
-            self.rank = rank_directory(torch.from_numpy(left > 0).to(trie.device), trie)
+            self.rank = trie.filter(torch.from_numpy(left > 0).to(trie.device))
         if deny is not None:
             if len(deny) != batch:
                 raise InvalidArgument("deny", f"{batch} lists, one a request", len(deny))

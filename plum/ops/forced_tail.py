@@ -11,7 +11,7 @@ from torch import Tensor
 from plum import _native
 from plum._library import Backend, Op
 from plum.errors import InvalidArgument
-from plum.ops._trie_levels import check_states
+from plum.ops._trie_index import TrieIndex, check_states
 
 if TYPE_CHECKING:
     from plum.trie import SidTrie
@@ -52,41 +52,37 @@ def forced_tail(
     if not 0 <= level <= trie.depth:
         raise InvalidArgument("level", f"0 to {trie.depth}", level)
     check_states(states, trie)
-    starts, codes = list(trie.starts[level:]), list(trie.codes[level:])
-    return ForcedTail(*_op(states, starts, codes, backend=backend))
+    return ForcedTail(*_op(states, list(trie.index), level, backend=backend))
 
 
-def _reference(
-    states: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    first, end = states.unbind(-1)
-    forced = end - first == 1
-    row = first.contiguous()
-    tail = torch.full((*row.shape, len(codes)), -1, dtype=torch.int64, device=states.device)
-    for level, (start, code) in enumerate(zip(starts, codes, strict=True)):
-        edge = (torch.searchsorted(start, row, right=True) - 1).clamp(max=code.numel() - 1)
-        tail[..., level] = torch.where(forced, code[edge].long(), -1)
+def _reference(states: Tensor, index: Sequence[Tensor], level: int) -> tuple[Tensor, Tensor]:
+    trie = TrieIndex(*index)
+    row = states[..., 0].contiguous()
+    forced = (states[..., 1] - row == 1) & (row >= 0) & (row < trie.rows)
+    row = row.where(forced, 0)
+    tail = torch.full((*row.shape, trie.depth - level), -1, device=states.device)
+    for each in range(level, trie.depth):
+        at = trie.level(each)
+        place = row if at.starts is None else torch.searchsorted(at.starts, row, right=True) - 1
+        tail[..., each - level] = at.codes[place].where(forced, -1)
     return tail, forced
 
 
-def _cpu(
-    states: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    tail, forced = _fake(states, starts, codes)
-    _native.forced_tail_cpu(states.contiguous(), starts, codes, tail, forced)
+def _cpu(states: Tensor, index: Sequence[Tensor], level: int) -> tuple[Tensor, Tensor]:
+    tail, forced = _fake(states, index, level)
+    _native.forced_tail_cpu(states.contiguous(), index, level, tail, forced)
     return tail, forced
 
 
-def _fake(
-    states: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def _fake(states: Tensor, index: Sequence[Tensor], level: int) -> tuple[Tensor, Tensor]:
     shape, device = states.shape[:-1], states.device
-    tail = torch.empty((*shape, len(codes)), dtype=torch.int64, device=device)
+    left = index[0].shape[0] - level
+    tail = torch.empty((*shape, left), dtype=torch.int64, device=device)
     return tail, torch.empty(shape, dtype=torch.bool, device=device)
 
 
 _op = Op(
-    "forced_tail(Tensor states, Tensor[] starts, Tensor[] codes) -> (Tensor, Tensor)",
+    "forced_tail(Tensor states, Tensor[] index, int level) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +11,19 @@ from torch import Tensor
 from plum import _native
 from plum._library import Backend, Op
 from plum.errors import InvalidArgument
-from plum.ops._trie_levels import check_codes, check_level, check_states, edge_range
+from plum.ops._trie_index import TrieIndex, check_codes, check_level, check_states, child_states
 
 if TYPE_CHECKING:
     from plum.trie import SidTrie
 
 
 def trie_advance(
-    states: Tensor, tokens: Tensor, trie: SidTrie, level: int, *, backend: str | None = None
+    states: Tensor,
+    tokens: Tensor,
+    trie: SidTrie,
+    level: int | Tensor,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Follows one code from each state.
 
@@ -25,7 +31,8 @@ def trie_advance(
         states: int64 ``[..., 2]``, states of ``level`` (``level`` codes already taken).
         tokens: Integer codes of the level, ``[...]``.
         trie: The catalog's trie.
-        level: The level of ``tokens``, 0 to ``trie.depth - 1``.
+        level: The level of ``tokens``, 0 to ``trie.depth - 1``; or int64 ``[...]``, one a state. At
+            a level that the trie has not, nothing follows.
         backend: Forces one implementation by name.
 
     Returns:
@@ -35,44 +42,48 @@ def trie_advance(
     Raises:
         InvalidArgument: a shape, dtype, device or the level does not fit.
     """
-    check_level(trie, level)
     check_states(states, trie)
+    every, each = check_level(level, trie, states.shape[:-1])
     check_codes("tokens", tokens, trie)
     if tokens.shape != states.shape[:-1]:
         expected = f"shape {list(states.shape[:-1])}, one code a state"
         raise InvalidArgument("tokens", expected, list(tokens.shape))
-    return _op(states, tokens, trie.starts[level], trie.codes[level], backend=backend)
+    return _op(states, tokens, list(trie.index), every, each, backend=backend)
 
 
-def advance_reference(states: Tensor, tokens: Tensor, starts: Tensor, codes: Tensor) -> Tensor:
-    """Finds each code among the children by a binary search of all states at once."""
-    low, end = edge_range(states, starts).unbind(-1)
-    high, last = end, codes.numel() - 1
-    # A state has at most 65,536 children, so its lower bound is found in 17 halvings.
-    for _ in range(min(codes.numel(), 1 << 16).bit_length()):
-        middle = (low + high) // 2
-        below = (low < high) & (codes[middle.clamp(max=last)] < tokens)
-        low, high = torch.where(below, middle + 1, low), torch.where(below, high, middle)
-    found = (low < end) & (codes[low.clamp(max=last)] == tokens)
-    low = low.clamp(max=last)
-    after = torch.stack((starts[low], starts[low + 1]), dim=-1)
-    return torch.where(found.unsqueeze(-1), after, 0)
-
-
-def _cpu(states: Tensor, tokens: Tensor, starts: Tensor, codes: Tensor) -> Tensor:
-    after = torch.empty(states.shape, dtype=torch.int64)
-    tokens = tokens.long().contiguous()
-    _native.trie_advance_cpu(states.contiguous(), tokens, starts, codes, after)
+def _reference(
+    states: Tensor, tokens: Tensor, index: Sequence[Tensor], level: int, levels: Tensor | None
+) -> Tensor:
+    trie = TrieIndex(*index)
+    if levels is None:
+        return child_states(states, tokens, trie.level(level))
+    after = torch.zeros_like(states)
+    for each in range(trie.depth):
+        here = (levels == each).nonzero(as_tuple=True)
+        after[here] = child_states(states[here], tokens[here], trie.level(each))
     return after
 
 
-def _fake(states: Tensor, tokens: Tensor, starts: Tensor, codes: Tensor) -> Tensor:
+def _cpu(
+    states: Tensor, tokens: Tensor, index: Sequence[Tensor], level: int, levels: Tensor | None
+) -> Tensor:
+    after = torch.empty(states.shape, dtype=torch.int64)
+    tokens = tokens.long().contiguous()
+    each = None if levels is None else levels.contiguous()
+    _native.trie_advance_cpu(states.contiguous(), tokens, index, level, each, after)
+    return after
+
+
+def _fake(
+    states: Tensor, tokens: Tensor, index: Sequence[Tensor], level: int, levels: Tensor | None
+) -> Tensor:
     return torch.empty(states.shape, dtype=torch.int64, device=states.device)
 
 
 _op = Op(
-    "trie_advance(Tensor states, Tensor tokens, Tensor starts, Tensor codes) -> Tensor",
-    reference=advance_reference,
+    "trie_advance(Tensor states, Tensor tokens, Tensor[] index, int level, Tensor? levels)"
+    " -> Tensor",
+    reference=_reference,
     fake=_fake,
     backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,19 +11,22 @@ from torch import Tensor
 from plum import _native
 from plum._library import Backend, Op
 from plum.errors import InvalidArgument
-from plum.ops._trie_levels import (
+from plum.ops._trie_index import (
+    TrieIndex,
     check_device,
     check_level,
     check_logits,
     check_states,
     children,
-    first_column,
+    first_columns,
+    unpacked,
 )
 
 if TYPE_CHECKING:
-    from plum.trie import SidTrie
+    from plum.trie import SidFilter, SidTrie
 
 SCORES = ("full", "valid")
+MAX_BEAMS = 1 << 16
 
 
 class BeamStep(NamedTuple):
@@ -46,11 +50,11 @@ def trie_beam_step(
     scores: Tensor,
     states: Tensor,
     trie: SidTrie,
-    level: int,
+    level: int | Tensor,
     *,
     k: int,
     score: str = "full",
-    filter: Tensor | None = None,
+    filter: SidFilter | Tensor | None = None,
     deny: Tensor | None = None,
     backend: str | None = None,
 ) -> BeamStep:
@@ -72,13 +76,14 @@ def trie_beam_step(
             a search.
         states: int64 ``[B, W, 2]``, the beams' states of ``level``.
         trie: The catalog's trie.
-        level: The level of the codes to choose, 0 to ``trie.depth - 1``.
+        level: The level of the codes to choose, 0 to ``trie.depth - 1``; or int64 ``[B]``, one a
+            request. At a level that the trie has not, there are no children.
         k: How many children to keep in each request.
         score: ``"full"`` takes the softmax over the whole row, then looks at the legal children,
             as beam search in Hugging Face transformers does with a prefix constraint;
             ``"valid"`` takes it over the legal children alone (after filter and deny).
-        filter: bool ``[num_sids]``, the rows of the SID table that may be reached, or its rank
-            directory: int64 ``[num_sids + 1]``, how many allowed rows lie before each row.
+        filter: The rows of the SID table that may be reached, prepared once by ``trie.filter``; or
+            bool ``[num_sids]``, which is prepared anew in each call.
         deny: int64 ``[B, D]``, rows of the SID table that a request must not get, in any order,
             padded with -1. With a filter or a deny list a child is legal only if a row that is
             left lies below it, so no beam enters a dead end.
@@ -90,7 +95,6 @@ def trie_beam_step(
     Raises:
         InvalidArgument: a shape, dtype, device, the level, k or ``score`` does not fit.
     """
-    check_level(trie, level)
     check_states(states, trie)
     check_logits(logits, trie)
     if states.dim() != 3 or logits.dim() != 3 or logits.shape[:2] != states.shape[:2]:
@@ -100,59 +104,87 @@ def trie_beam_step(
         got = f"{scores.dtype} {list(scores.shape)}"
         raise InvalidArgument("scores", f"a float tensor {list(states.shape[:2])}", got)
     check_device("scores", scores, trie)
+    batch, beams = states.shape[:2]
+    if beams > MAX_BEAMS:
+        raise InvalidArgument("states", f"at most {MAX_BEAMS} beams a request", beams)
+    every, each = check_level(level, trie, states.shape[:1])
     if k < 1:
         raise InvalidArgument("k", "at least 1", k)
     if score not in SCORES:
         raise InvalidArgument("score", "'full' or 'valid'", repr(score))
-    rank = None if filter is None else rank_directory(filter, trie)
-    denied = None if deny is None else _sorted_deny(deny, rank, trie, batch=states.shape[0])
+    if deny is not None:
+        check_deny(deny, trie, batch)
     return BeamStep(
         *_op(
             logits,
             scores.float(),
             states,
-            trie.starts[level],
-            trie.codes[level],
-            first_column(trie, level, logits.shape[-1]),
+            list(trie.index),
+            every,
+            each,
+            first_columns(trie, level, logits.shape[-1]),
             k,
             score == "valid",
-            rank,
-            denied,
+            filter_tensors(filter, trie),
+            deny,
             backend=backend,
         )
     )
 
 
-def rank_directory(filter: Tensor, trie: SidTrie) -> Tensor:
-    """Counts the allowed rows before each row, so that a range holds ``rank[hi] - rank[lo]``.
-
-    Args:
-        filter: bool ``[num_sids]``, or a rank directory, which is returned as it is.
-        trie: The catalog's trie.
-
-    Returns:
-        int64 ``[num_sids + 1]``.
+def filter_tensors(filter: SidFilter | Tensor | None, trie: SidTrie) -> list[Tensor]:
+    """Returns bits, ranks and masks of a filter; nothing for none.
 
     Raises:
-        InvalidArgument: the dtype, shape or device does not fit.
+        InvalidArgument: it is of another trie or device, or of the wrong dtype or shape.
     """
-    check_device("filter", filter, trie)
-    rows = trie.num_sids
-    if filter.dtype == torch.int64 and filter.shape == (rows + 1,):
-        return filter
-    if filter.dtype != torch.bool or filter.shape != (rows,):
-        expected = f"bool [{rows}], one flag a SID, or its rank directory int64 [{rows + 1}]"
-        raise InvalidArgument("filter", expected, f"{filter.dtype} {list(filter.shape)}")
-    return torch.nn.functional.pad(filter.cumsum(0), (1, 0))
+    if filter is None:
+        return []
+    prepared = trie.filter(filter) if isinstance(filter, Tensor) else filter
+    if prepared.rows != trie.num_sids or prepared.masks.shape != trie.index.masks.shape:
+        expected = f"a filter made by this trie of {trie.num_sids} SIDs"
+        raise InvalidArgument("filter", expected, f"one of {prepared.rows}")
+    check_device("filter", prepared.bits, trie)
+    return [prepared.bits, prepared.ranks, prepared.masks]
 
 
-def _sorted_deny(deny: Tensor, rank: Tensor | None, trie: SidTrie, batch: int) -> Tensor:
-    """Returns the denied rows sorted and each once, the rest filled with ``num_sids``."""
+def check_deny(deny: Tensor, trie: SidTrie, batch: int) -> None:
+    """Raises InvalidArgument unless ``deny`` is int64 ``[B, D]`` on the trie's device."""
     check_device("deny", deny, trie)
     if deny.dtype != torch.int64 or deny.dim() != 2 or deny.shape[0] != batch:
         got = f"{deny.dtype} {list(deny.shape)}"
         raise InvalidArgument("deny", f"an int64 tensor [{batch}, D] of rows", got)
-    rows = trie.num_sids
+
+
+def rows_left(
+    low: Tensor,
+    high: Tensor,
+    request: Tensor,
+    trie: TrieIndex,
+    filter: Sequence[Tensor],
+    deny: Tensor | None,
+) -> Tensor:
+    """Counts the rows that filter and deny list leave below each child.
+
+    Args:
+        low: int64 ``[T]``, first rows.
+        high: int64 ``[T]``, the rows behind the last.
+        request: int64 ``[T]``, the request of each child.
+        trie: The trie's arrays.
+        filter: Bits, ranks and masks of a filter, or nothing.
+        deny: int64 ``[B, D]`` rows in any order, or None.
+
+    Returns:
+        int64 ``[T]``.
+    """
+    rows = trie.rows
+    left = high - low
+    rank = None
+    if filter:
+        rank = torch.nn.functional.pad(unpacked(filter[0], rows).cumsum(0), (1, 0))
+        left = rank[high] - rank[low]
+    if deny is None:
+        return left
     drop = (deny < 0) | (deny >= rows)
     if rank is not None:
         # A row outside the filter is not counted as left, so it must not be subtracted either.
@@ -161,29 +193,44 @@ def _sorted_deny(deny: Tensor, rank: Tensor | None, trie: SidTrie, batch: int) -
     deny = deny.masked_fill(drop, rows).sort(dim=1).values
     repeated = torch.zeros_like(deny, dtype=torch.bool)
     repeated[:, 1:] = deny[:, 1:] == deny[:, :-1]
-    return deny.masked_fill(repeated, rows).sort(dim=1).values
+    deny = deny.masked_fill(repeated, rows).sort(dim=1).values
+    # Shifted by more than the number of rows per request, the sorted lists are one sorted list.
+    stride = rows + 1
+    keys = (deny + stride * torch.arange(len(deny), device=deny.device).unsqueeze(1)).flatten()
+    shift = stride * request
+    return left - (torch.searchsorted(keys, high + shift) - torch.searchsorted(keys, low + shift))
 
 
 def _reference(
     logits: Tensor,
     scores: Tensor,
     states: Tensor,
-    starts: Tensor,
-    codes: Tensor,
-    offset: int,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
     k: int,
     valid: bool,
-    rank: Tensor | None,
+    filter: Sequence[Tensor],
     deny: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    trie = TrieIndex(*index)
+    if levels is not None:
+        out = _nothing(states, k)
+        for each in range(trie.depth):
+            here = (levels == each).nonzero().squeeze(1)
+            some = [logits[here], scores[here], states[here]]
+            denied = None if deny is None else deny[here]
+            step = _reference(*some, index, each, None, columns, k, valid, filter, denied)
+            for whole, part in zip(out, step, strict=True):
+                whole[here] = part
+        return out
     batch, beams, width = logits.shape
-    counts, owner, edge = children(states.reshape(-1, 2), starts)
-    value = logits.reshape(-1)[owner * width + codes[edge] + offset].float()
-    if rank is not None or deny is not None:
-        low, high = starts[edge], starts[edge + 1]
-        left = high - low if rank is None else rank[high] - rank[low]
-        if deny is not None:
-            left = left - _denied_between(low, high, owner // beams, deny, starts[-1])
+    found = children(states.reshape(-1, 2), trie.level(level))
+    owner, counts = found.owner, found.counts
+    value = logits.reshape(-1)[owner * width + found.codes + columns[level]].float()
+    if filter or deny is not None:
+        left = rows_left(found.low, found.high, owner // beams, trie, filter, deny)
         value = value.masked_fill(left <= 0, float("-inf"))
 
     # As log_softmax does it, the largest logit is taken off first: logits may be large.
@@ -199,30 +246,26 @@ def _reference(
     score = scores.flatten()[owner] + (value - total[owner])
     score = score.masked_fill(score.isnan(), float("-inf"))
 
-    request, slot, child = _top(score, counts.view(batch, beams).sum(1), k)
-    parent, edge = owner[child] % beams, edge[child]
+    request, slot, child = top_children(score, counts.view(batch, beams).sum(1), k)
     where = (request, slot)
-    tokens = torch.full((batch, k), -1, dtype=torch.int64, device=logits.device)
-    parents = torch.zeros_like(tokens)
+    out = tokens, parents, best, after = _nothing(states, k)
+    tokens[where], parents[where], best[where] = (
+        found.codes[child],
+        owner[child] % beams,
+        score[child],
+    )
+    after[where] = torch.stack((found.low[child], found.high[child]), dim=1)
+    return out
+
+
+def _nothing(states: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the step of requests without any child."""
+    tokens = states.new_full((len(states), k), -1)
     best = torch.full_like(tokens, float("-inf"), dtype=torch.float32)
-    after = tokens.new_zeros(batch, k, 2)
-    tokens[where], parents[where], best[where] = codes[edge].long(), parent, score[child]
-    after[where] = torch.stack((starts[edge], starts[edge + 1]), dim=1)
-    return tokens, parents, best, after
+    return tokens, torch.zeros_like(tokens), best, states.new_zeros(len(states), k, 2)
 
 
-def _denied_between(
-    low: Tensor, high: Tensor, request: Tensor, deny: Tensor, rows: Tensor
-) -> Tensor:
-    """Counts the denied rows of each child's request in its range [low, high)."""
-    # Shifted by more than the number of rows per request, the sorted lists are one sorted list.
-    stride = rows + 1
-    keys = (deny + stride * torch.arange(len(deny), device=deny.device).unsqueeze(1)).flatten()
-    shift = stride * request
-    return torch.searchsorted(keys, high + shift) - torch.searchsorted(keys, low + shift)
-
-
-def _top(score: Tensor, counts: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_children(score: Tensor, counts: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Finds the k best entries of each request, equal ones in the order of the list.
 
     Returns the request, the place among the k and the list index of each, int64 ``[n]``.
@@ -252,21 +295,22 @@ def _cpu(
     logits: Tensor,
     scores: Tensor,
     states: Tensor,
-    starts: Tensor,
-    codes: Tensor,
-    offset: int,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
     k: int,
     valid: bool,
-    rank: Tensor | None,
+    filter: Sequence[Tensor],
     deny: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
-    out = _fake(logits, scores, states, starts, codes, offset, k, valid, rank, deny)
     scores, states = scores.contiguous(), states.contiguous()
-    rank = None if rank is None else rank.contiguous()
+    levels = None if levels is None else levels.contiguous()
     deny = None if deny is None else deny.contiguous()
-    args = (logits, scores, states, starts, codes, offset, k, valid, rank, deny)
+    args = (logits, scores, states, index, level, levels, columns, k, valid, filter, deny)
+    out = _fake(*args)
     _native.trie_beam_step_cpu(*args, out)
     return out
 
@@ -275,12 +319,13 @@ def _fake(
     logits: Tensor,
     scores: Tensor,
     states: Tensor,
-    starts: Tensor,
-    codes: Tensor,
-    offset: int,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
     k: int,
     valid: bool,
-    rank: Tensor | None,
+    filter: Sequence[Tensor],
     deny: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = states.new_empty(states.shape[0], k)
@@ -289,8 +334,8 @@ def _fake(
 
 
 _op = Op(
-    "trie_beam_step(Tensor logits, Tensor scores, Tensor states, Tensor starts, Tensor codes,"
-    " int offset, int k, bool valid, Tensor? rank, Tensor? deny)"
+    "trie_beam_step(Tensor logits, Tensor scores, Tensor states, Tensor[] index, int level,"
+    " Tensor? levels, int[] columns, int k, bool valid, Tensor[] filter, Tensor? deny)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,

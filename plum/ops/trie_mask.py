@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +11,26 @@ from torch import Tensor
 from plum import _native
 from plum._library import Backend, Op
 from plum.errors import InvalidArgument
-from plum.ops._trie_levels import check_level, check_logits, check_states, children, first_column
+from plum.ops._trie_index import (
+    TrieIndex,
+    check_level,
+    check_logits,
+    check_states,
+    children,
+    first_columns,
+)
 
 if TYPE_CHECKING:
     from plum.trie import SidTrie
 
 
 def trie_mask_(
-    logits: Tensor, states: Tensor, trie: SidTrie, level: int, *, backend: str | None = None
+    logits: Tensor,
+    states: Tensor,
+    trie: SidTrie,
+    level: int | Tensor,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Sets every logit that no legal child of its state has to -inf, in place.
 
@@ -29,7 +42,8 @@ def trie_mask_(
             are codes, else they are token ids and code c is column ``token_offsets[level] + c``.
         states: int64 ``[..., 2]``, states of ``level``.
         trie: The catalog's trie.
-        level: The level of the codes to choose, 0 to ``trie.depth - 1``.
+        level: The level of the codes to choose, 0 to ``trie.depth - 1``; or int64 ``[...]``, one a
+            row. A row at a level that the trie has not becomes -inf throughout.
         backend: Forces one implementation by name.
 
     Returns:
@@ -39,8 +53,8 @@ def trie_mask_(
         InvalidArgument: a shape, dtype, device or the level does not fit, or autograd records
             operations on ``logits``.
     """
-    check_level(trie, level)
     check_states(states, trie)
+    every, each = check_level(level, trie, states.shape[:-1])
     check_logits(logits, trie)
     if logits.dim() < 1 or logits.shape[:-1] != states.shape[:-1]:
         expected = f"shape {[*states.shape[:-1], 'V']}, one row a state"
@@ -54,42 +68,65 @@ def trie_mask_(
     ):
         got = f"strides {list(logits.stride())} of shape {list(logits.shape)}"
         raise InvalidArgument("logits", "rows with memory of their own", got, "clone it")
-    offset = first_column(trie, level, logits.shape[-1])
-    _op(logits, states, trie.starts[level], trie.codes[level], offset, backend=backend)
+    columns = first_columns(trie, level, logits.shape[-1])
+    _op(logits, states, list(trie.index), every, each, columns, backend=backend)
     return logits
 
 
-def _reference(logits: Tensor, states: Tensor, starts: Tensor, codes: Tensor, offset: int) -> None:
-    _, owner, edge = children(states.reshape(-1, 2), starts)
-    illegal = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
-    illegal.view(-1)[owner * logits.shape[-1] + codes[edge] + offset] = False
-    logits.masked_fill_(illegal, float("-inf"))
+def _reference(
+    logits: Tensor,
+    states: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
+) -> None:
+    trie = TrieIndex(*index)
+    rows = states.reshape(-1, 2)
+    legal = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    flat = legal.view(len(rows), logits.shape[-1])
+    for each in range(trie.depth) if levels is not None else [level]:
+        here = slice(None) if levels is None else (levels.flatten() == each).nonzero().squeeze(1)
+        found = children(rows[here], trie.level(each))
+        row = torch.arange(len(rows), device=rows.device)[here]
+        flat[row[found.owner], found.codes + columns[each]] = True
+    logits.masked_fill_(~legal, float("-inf"))
 
 
-def _cpu(logits: Tensor, states: Tensor, starts: Tensor, codes: Tensor, offset: int) -> None:
+def _cpu(
+    logits: Tensor,
+    states: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
+) -> None:
     width = logits.shape[-1]
-    if logits.numel() == 0:
-        return
-    if logits.stride(-1) != 1 and width > 1:
-        copy = logits.contiguous()
-        _cpu(copy, states, starts, codes, offset)
-        logits.copy_(copy)
-        return
-    try:
-        rows = logits.view(-1, width)
-    except RuntimeError:  # The rows are not evenly apart; those of each part may be.
-        for part, below in zip(logits, states, strict=True):
-            _cpu(part, below, starts, codes, offset)
-        return
-    _native.trie_mask_cpu(rows, states.reshape(-1, 2).contiguous(), starts, codes, offset)
+    # Rows may be any distance apart; what is not a matrix of such rows is masked in a copy.
+    flat = logits.view(-1, width) if logits.dim() == 2 or logits.is_contiguous() else None
+    if flat is None or (width > 1 and flat.stride(1) != 1):
+        flat = logits.reshape(-1, width).contiguous()
+    each = None if levels is None else levels.contiguous()
+    states = states.reshape(-1, 2).contiguous()
+    _native.trie_mask_cpu(flat, states, index, level, each, columns)
+    if flat.data_ptr() != logits.data_ptr():
+        logits.copy_(flat.view(logits.shape))
 
 
-def _fake(logits: Tensor, states: Tensor, starts: Tensor, codes: Tensor, offset: int) -> None:
+def _fake(
+    logits: Tensor,
+    states: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
+) -> None:
     return None
 
 
 _op = Op(
-    "trie_mask_(Tensor(a!) logits, Tensor states, Tensor starts, Tensor codes, int offset) -> ()",
+    "trie_mask_(Tensor(a!) logits, Tensor states, Tensor[] index, int level, Tensor? levels,"
+    " int[] columns) -> ()",
     reference=_reference,
     fake=_fake,
     backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],

@@ -11,14 +11,15 @@ from torch import Tensor
 from plum import _native
 from plum._library import Backend, Op
 from plum.errors import InvalidArgument
-from plum.ops._trie_levels import check_codes
-from plum.ops.trie_advance import advance_reference
+from plum.ops._trie_index import TrieIndex, check_codes, check_states, child_states
 
 if TYPE_CHECKING:
     from plum.trie import SidTrie
 
 
-def trie_walk(prefixes: Tensor, trie: SidTrie, *, backend: str | None = None) -> Tensor:
+def trie_walk(
+    prefixes: Tensor, trie: SidTrie, *, roots: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """Walks prefixes of SIDs from the root, all in one call.
 
     An engine that resubmits its beams as token lists gets their states back this way.
@@ -27,6 +28,8 @@ def trie_walk(prefixes: Tensor, trie: SidTrie, *, backend: str | None = None) ->
         prefixes: Integer codes ``[M, P]``, P at most ``trie.depth``. A shorter prefix is padded
             with -1 at its end.
         trie: The catalog's trie.
+        roots: int64 ``[M, 2]``, the state each walk begins with, for tries that are joined; the
+            trie's first root by default.
         backend: Forces one implementation by name.
 
     Returns:
@@ -40,32 +43,39 @@ def trie_walk(prefixes: Tensor, trie: SidTrie, *, backend: str | None = None) ->
     if prefixes.dim() != 2 or prefixes.shape[1] > trie.depth:
         expected = f"shape [M, P] with P at most {trie.depth}"
         raise InvalidArgument("prefixes", expected, list(prefixes.shape))
-    return _op(prefixes, list(trie.starts), list(trie.codes), backend=backend)
+    if roots is None:
+        roots = trie.root_states(1)[0].expand(len(prefixes), 2)
+    check_states(roots, trie)
+    if roots.shape != (len(prefixes), 2):
+        raise InvalidArgument("roots", f"shape [{len(prefixes)}, 2]", list(roots.shape))
+    return _op(prefixes, roots, list(trie.index), backend=backend)
 
 
-def _reference(prefixes: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor]) -> Tensor:
-    states = torch.stack((torch.zeros_like(starts[0][-1]), starts[0][-1])).repeat(len(prefixes), 1)
+def _reference(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tensor:
+    trie = TrieIndex(*index)
+    states = roots.clone()
     ended = torch.zeros(len(prefixes), 1, dtype=torch.bool, device=prefixes.device)
     for level, tokens in enumerate(prefixes.unbind(1)):
         padding = (tokens == -1).unsqueeze(1)
-        after = advance_reference(states, tokens, starts[level], codes[level])
+        after = child_states(states, tokens, trie.level(level))
         states = torch.where(padding, states, torch.where(ended, 0, after))
         ended = ended | padding
     return states
 
 
-def _cpu(prefixes: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor]) -> Tensor:
+def _cpu(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tensor:
     states = torch.empty((prefixes.shape[0], 2), dtype=torch.int64)
-    _native.trie_walk_cpu(prefixes.long().contiguous(), starts, codes, states)
+    args = (roots.contiguous(), prefixes.long().contiguous(), index, states)
+    _native.trie_walk_cpu(*args)
     return states
 
 
-def _fake(prefixes: Tensor, starts: Sequence[Tensor], codes: Sequence[Tensor]) -> Tensor:
+def _fake(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tensor:
     return torch.empty((prefixes.shape[0], 2), dtype=torch.int64, device=prefixes.device)
 
 
 _op = Op(
-    "trie_walk(Tensor prefixes, Tensor[] starts, Tensor[] codes) -> Tensor",
+    "trie_walk(Tensor prefixes, Tensor roots, Tensor[] index) -> Tensor",
     reference=_reference,
     fake=_fake,
     backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],

@@ -47,8 +47,13 @@ class ItemIds(ABC):
         return _NumberIds(ids.astype(np.int64)) if ids.dtype.kind in "iu" else _TextIds.pack(ids)
 
     @staticmethod
-    def from_arrays(arrays: dict[str, np.ndarray], where: object) -> ItemIds:
+    def from_arrays(arrays: dict[str, np.ndarray], where: object, *, check: bool = True) -> ItemIds:
         """Wraps arrays read from a file, by the names of :meth:`arrays`.
+
+        Args:
+            arrays: The arrays.
+            where: The file, for messages.
+            check: Whether to check that ids are distinct.
 
         Raises:
             InvalidData: an array is missing, of another type, or does not hold what it should.
@@ -60,7 +65,7 @@ class ItemIds(ABC):
             text = _vector(arrays, "item_text", np.uint8, where)
             ids = _TextIds(text, _vector(arrays, "item_offsets", np.int64, where))
             ids.check(where)
-        repeat = ids.first_repeat()
+        repeat = ids.first_repeat() if check else None
         if repeat is not None:
             raise InvalidData(where, "distinct item ids", f"{ids[repeat]!r} twice")
         return ids

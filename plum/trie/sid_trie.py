@@ -13,11 +13,16 @@ from torch import Tensor
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.files import atomic_path
+from plum.ops._trie_index import TrieIndex
+from plum.ops.forced_tail import forced_tail
+from plum.trie.build import build_index, sort_sids
 from plum.trie.item_ids import ItemId, ItemIds
+from plum.trie.sid_filter import SidFilter, make_filter
+from plum.trie.storage import check_index, check_starts, read_trie
 
 MAX_DEPTH = 16
 MAX_CODES = 1 << 16
-FORMAT = "plum.SidTrie/1"
+FORMAT = "plum.SidTrie/2"
 
 
 class SidTrie:
@@ -28,29 +33,33 @@ class SidTrie:
     the dead state is ``[0, 0)``. States are of one version of the trie: :meth:`insert` and
     :meth:`delete` renumber the rows.
 
+    SIDs have the same number of levels. For shorter ones give each level a code that means "no
+    more": the steps behind it are forced.
+
     Attributes:
-        starts: Per level l int64 ``[E_l + 1]``, the first row of each distinct prefix of length
-            l + 1, closed by the number of SIDs.
-        codes: Per level l int32 ``[E_l]``, the last code of each of these prefixes.
+        index: The arrays that the trie ops read.
         codebook_sizes: Codes per level.
         token_offsets: Per level the token id of code 0 in a model's vocabulary, or None.
+        roots: First row of each trie in the table, closed by the number of rows; two numbers
+            unless tries were joined.
         item_starts: int64 ``[num_sids + 1]`` on the host, where each SID's items begin.
         item_ids: The item ids by SID, then in the order they were given.
     """
 
     def __init__(
         self,
-        starts: Sequence[Tensor],
-        codes: Sequence[Tensor],
+        index: TrieIndex,
         codebook_sizes: Sequence[int],
         token_offsets: Sequence[int] | None,
+        roots: Sequence[int],
         item_starts: np.ndarray,
         item_ids: ItemIds,
     ) -> None:
         """Wraps finished arrays; :meth:`from_codes` and :meth:`load` make them."""
-        self.starts, self.codes = tuple(starts), tuple(codes)
+        self.index = index
         self.codebook_sizes = tuple(codebook_sizes)
         self.token_offsets = None if token_offsets is None else tuple(token_offsets)
+        self.roots = tuple(roots)
         self.item_starts, self.item_ids = item_starts, item_ids
 
     @classmethod
@@ -87,37 +96,71 @@ class SidTrie:
         if item_ids is not None:
             _check_distinct(ids)
         levels = table.shape[1]
-        _check_codes(table, [MAX_CODES] * levels)
-        sizes = (table.max(axis=0) + 1).tolist() if codebook_sizes is None else codebook_sizes
-        sizes = _level_numbers("codebook_sizes", sizes, levels, 1, MAX_CODES)
-        _check_codes(table, sizes)
+        if codebook_sizes is None:
+            sizes = [min(int(column.max()), MAX_CODES - 1) + 1 for column in table.T]
+        else:
+            sizes = _level_numbers("codebook_sizes", codebook_sizes, levels, 1, MAX_CODES)
         if token_offsets is not None:
             token_offsets = _level_numbers("token_offsets", token_offsets, levels, 0, 1 << 31)
+        return cls._from_distinct(table, ids, [max(size, 1) for size in sizes], token_offsets)
 
-        order = np.lexsort(table.T[::-1])
-        table = table[order]
-        new = np.ones(table.shape, dtype=bool)
-        new[1:] = np.logical_or.accumulate(table[1:] != table[:-1], axis=1)
-        first_items = np.flatnonzero(new[:, -1])
-        table, new = table[first_items], new[first_items]
-        edges = [np.flatnonzero(new[:, level]) for level in range(levels)]
-        rows = len(table)
-        return cls(
-            starts=[torch.from_numpy(np.append(edge, rows)) for edge in edges],
-            codes=[
-                torch.from_numpy(table[edge, level].astype(np.int32))
-                for level, edge in enumerate(edges)
-            ],
-            codebook_sizes=sizes,
-            token_offsets=token_offsets,
-            item_starts=np.append(first_items, len(order)),
-            item_ids=ids.select(order),
-        )
+    @classmethod
+    def _from_distinct(
+        cls,
+        table: np.ndarray,
+        ids: ItemIds,
+        sizes: Sequence[int],
+        token_offsets: Sequence[int] | None,
+    ) -> SidTrie:
+        """Builds from codes ``[N, L]`` and as many distinct ids."""
+        found = sort_sids(table, sizes)
+        if isinstance(found, int):
+            row, level = divmod(found, table.shape[1])
+            expected = f"a code from 0 to {sizes[level] - 1}"
+            raise InvalidData(f"codes row {row}, level {level}", expected, table[row, level])
+        roots = (0, found.columns.shape[1])
+        index = build_index(found.columns, sizes, roots)
+        return cls(index, sizes, token_offsets, roots, found.item_starts, ids.select(found.order))
+
+    @classmethod
+    def join(cls, tries: Sequence[SidTrie]) -> SidTrie:
+        """Joins tries so that the requests of one batch can each search their own.
+
+        The rows of the tries follow each other; ``root_states(batch, tries=...)`` says which one a
+        request begins in. A joined trie cannot be changed: change a part, then join again.
+
+        Args:
+            tries: Tries of the same depth and token offsets; an item may be in several.
+
+        Returns:
+            The trie, on the device of the first.
+
+        Raises:
+            InvalidArgument: there is none, or they do not fit.
+        """
+        if not tries:
+            raise InvalidArgument("tries", "at least one trie", "none")
+        first = tries[0]
+        for trie in tries:
+            same = trie.depth == first.depth and trie.token_offsets == first.token_offsets
+            if not same or trie.item_ids.kind != first.item_ids.kind:
+                expected = "the same depth, token_offsets and kind of item ids"
+                raise InvalidArgument("tries", expected, f"{trie} beside {first}")
+        columns = np.concatenate([trie._columns() for trie in tries], axis=1)
+        sizes = np.max([trie.codebook_sizes for trie in tries], axis=0).tolist()
+        roots, starts, ids = [0], [np.zeros(1, dtype=np.int64)], first.item_ids
+        for trie in tries:
+            starts.append(trie.item_starts[1:] + starts[-1][-1])
+            roots += [root + roots[-1] for root in trie.roots[1:]]
+            ids = ids if trie is first else ids.joined(trie.item_ids)
+        index = build_index(columns, sizes, roots)
+        joined = cls(index, sizes, first.token_offsets, roots, np.concatenate(starts), ids)
+        return joined.to(first.device)
 
     @property
     def depth(self) -> int:
         """L, the number of levels."""
-        return len(self.codes)
+        return self.index.depth
 
     @property
     def num_sids(self) -> int:
@@ -131,14 +174,13 @@ class SidTrie:
 
     @property
     def device(self) -> torch.device:
-        """Where the level arrays are; the item ids stay on the host."""
-        return self.starts[0].device
+        """Where the index is; the item ids stay on the host."""
+        return self.index.codes.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        levels = sum(tensor.nbytes for tensor in (*self.starts, *self.codes))
-        return levels + self.item_starts.nbytes + self.item_ids.nbytes
+        """Bytes of the index, which the ops read; the item ids apart."""
+        return sum(array.nbytes for array in self.index[1:])
 
     def __repr__(self) -> str:
         return (
@@ -146,9 +188,24 @@ class SidTrie:
             f"codebook_sizes={self.codebook_sizes}, device={str(self.device)!r})"
         )
 
-    def root_states(self, batch: int) -> Tensor:
-        """Returns the states before the first code, int64 ``[batch, 1, 2]``."""
-        return torch.tensor([0, self.num_sids], device=self.device).repeat(batch, 1, 1)
+    def root_states(self, batch: int, tries: Tensor | None = None) -> Tensor:
+        """Returns the states before the first code, int64 ``[batch, 1, 2]``.
+
+        Args:
+            batch: B, the number of requests.
+            tries: int64 ``[B]``, which of the joined tries each request searches; the first by
+                default.
+
+        Raises:
+            InvalidArgument: ``tries`` has another shape, dtype or device.
+        """
+        if tries is None:
+            return torch.tensor(self.roots[:2], device=self.device).repeat(batch, 1, 1)
+        if tries.shape != (batch,) or tries.dtype != torch.int64:
+            got = f"{tries.dtype} {list(tries.shape)}"
+            raise InvalidArgument("tries", f"an int64 tensor [{batch}]", got)
+        roots = torch.tensor(self.roots, device=self.device)
+        return torch.stack((roots[tries], roots[tries + 1]), dim=-1).unsqueeze(1)
 
     def items(self, states: Tensor) -> list[Any]:
         """Looks up the items on states; those on one SID in the order they were given.
@@ -181,20 +238,28 @@ class SidTrie:
 
         return nest(ranges.shape[:-1])
 
-    def rows(self, item_ids: Sequence[ItemId] | Any) -> Tensor:
+    def rows(self, item_ids: Sequence[ItemId] | Any, trie: int = 0) -> Tensor:
         """Finds the row of each item's SID.
 
         Args:
             item_ids: Strings or integers, like the trie's.
+            trie: Which of the joined tries to look into.
 
         Returns:
             int64 ``[n]`` on the trie's device; -1 for an item that is not in the trie.
 
         Raises:
-            InvalidArgument: the ids are strings where the trie's are integers, or vice versa.
+            InvalidArgument: the ids are strings where the trie's are integers, or vice versa; or
+                there is no such trie.
         """
-        position = self.item_ids.positions(item_ids)
-        row = np.searchsorted(self.item_starts, position, side="right") - 1
+        if not 0 <= trie < len(self.roots) - 1:
+            raise InvalidArgument("trie", f"0 to {len(self.roots) - 2}", trie)
+        ids, start = self.item_ids, 0
+        if len(self.roots) > 2:
+            start, stop = self.item_starts[list(self.roots[trie : trie + 2])].tolist()
+            ids = ids.select(np.arange(start, stop))
+        position = ids.positions(item_ids)
+        row = np.searchsorted(self.item_starts, position + start, side="right") - 1
         return torch.from_numpy(np.where(position < 0, -1, row)).to(self.device)
 
     def codes_at(self, rows: Tensor) -> Tensor:
@@ -206,13 +271,34 @@ class SidTrie:
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_sids:
             got = f"{int(rows.min())} to {int(rows.max())}"
             raise InvalidArgument("rows", f"0 to {self.num_sids - 1}", got)
-        rows = rows.contiguous()
-        edges = [torch.searchsorted(start, rows, right=True) - 1 for start in self.starts]
-        found = [code[edge].long() for code, edge in zip(self.codes, edges, strict=True)]
-        return torch.stack(found, dim=-1)
+        return forced_tail(torch.stack((rows, rows + 1), dim=-1), self, 0).codes
+
+    def filter(self, allowed: Tensor) -> SidFilter:
+        """Prepares a filter for many steps, and for every request of them.
+
+        Args:
+            allowed: bool ``[num_sids]`` on the trie's device, the rows that may be reached.
+
+        Returns:
+            The filter, 1.07 bits a SID and the masks of wide nodes. It is of this version of the
+            trie.
+
+        Raises:
+            InvalidArgument: the dtype, shape or device does not fit.
+        """
+        rows = self.num_sids
+        if allowed.dtype != torch.bool or allowed.shape != (rows,):
+            got = f"{allowed.dtype} {list(allowed.shape)}"
+            raise InvalidArgument("filter", f"bool [{rows}], one flag a SID", got)
+        if allowed.device != self.device:
+            expected = f"a tensor on the trie's device {self.device}"
+            raise InvalidArgument("filter", expected, allowed.device)
+        return make_filter(allowed, self.index)
 
     def insert(self, codes: Any, item_ids: Any) -> SidTrie:
-        """Adds items in place; the rows are renumbered.
+        """Adds items in place; the rows are renumbered, so states and filters of before are void.
+
+        The table is sorted and laid out anew, which takes about 0.1 s a million items.
 
         Args:
             codes: Integers ``[n, L]``, within ``codebook_sizes``.
@@ -226,6 +312,7 @@ class SidTrie:
             InvalidData: a code is out of range, or an id is already there. The trie stays as it
                 was.
         """
+        self._check_single("insert")
         table, ids = _code_matrix(codes), ItemIds.from_list(item_ids)
         if table.shape[1] != self.depth:
             raise InvalidArgument("codes", f"shape [n, {self.depth}]", list(table.shape))
@@ -237,12 +324,18 @@ class SidTrie:
             got = repr(ids[known[0]])
             where = f"item_ids row {known[0]}"
             raise InvalidData(where, "an id that is not in the trie", got, "delete it first")
-        _check_codes(table, self.codebook_sizes)
-        table = np.concatenate((self._item_codes(), table))
+        wrong = np.argwhere((table < 0) | (table >= np.asarray(self.codebook_sizes)))
+        if len(wrong):
+            row, level = wrong[0]
+            expected = f"a code from 0 to {self.codebook_sizes[level] - 1}"
+            raise InvalidData(f"codes row {row}, level {level}", expected, table[row, level])
+        table = np.concatenate((self._item_codes(), table.astype(np.uint16)))
         return self._rebuild(table, self.item_ids.joined(ids))
 
     def delete(self, item_ids: Sequence[ItemId] | Any) -> SidTrie:
         """Removes items in place, and the SIDs that no item is left on; rows are renumbered.
+
+        Takes as long as :meth:`insert`. For items that are out for a while, a filter costs less.
 
         Args:
             item_ids: Ids of items in the trie.
@@ -254,6 +347,7 @@ class SidTrie:
             InvalidArgument: the ids are of the other kind, or no item would be left.
             InvalidData: an id is not in the trie. The trie stays as it was.
         """
+        self._check_single("delete")
         ids = ItemIds.from_list(item_ids)
         position = self.item_ids.positions(ids)
         absent = np.flatnonzero(position < 0)
@@ -267,13 +361,19 @@ class SidTrie:
         return self._rebuild(self._item_codes()[keep], self.item_ids.select(np.flatnonzero(keep)))
 
     def to(self, device: str | torch.device) -> SidTrie:
-        """Returns the trie with its level arrays on ``device``; itself if they are there."""
-        moved = [tensor.to(device) for tensor in (*self.starts, *self.codes)]
-        if moved[0] is self.starts[0]:
+        """Returns the trie with its index on ``device``; itself if it is there."""
+        table, _, *arrays = self.index
+        moved = [array.to(device) for array in arrays]
+        if moved[0] is arrays[0]:
             return self
-        starts, codes = moved[: self.depth], moved[self.depth :]
+        index = TrieIndex(table, table.to(device), *moved)
         return SidTrie(
-            starts, codes, self.codebook_sizes, self.token_offsets, self.item_starts, self.item_ids
+            index,
+            self.codebook_sizes,
+            self.token_offsets,
+            self.roots,
+            self.item_starts,
+            self.item_ids,
         )
 
     def save(self, path: str | Path) -> None:
@@ -282,11 +382,13 @@ class SidTrie:
 
         arrays = {"item_starts": self.item_starts, **self.item_ids.arrays()}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        for level, (starts, codes) in enumerate(zip(self.starts, self.codes, strict=True)):
-            tensors[f"starts_{level}"], tensors[f"codes_{level}"] = starts.cpu(), codes.cpu()
+        for name, tensor in self.index._asdict().items():
+            if name != "table_on_device":
+                tensors[name] = tensor.cpu()
         config = {
             "codebook_sizes": self.codebook_sizes,
             "token_offsets": self.token_offsets,
+            "roots": self.roots,
             "num_sids": self.num_sids,
             "num_items": self.num_items,
         }
@@ -294,53 +396,70 @@ class SidTrie:
             save_file(tensors, temporary, {"format": FORMAT, "config": json.dumps(config)})
 
     @classmethod
-    def load(cls, path: str | Path) -> SidTrie:
-        """Maps a file written by :meth:`save` into memory and checks that it is consistent.
+    def load(cls, path: str | Path, *, check: bool = True) -> SidTrie:
+        """Maps a file written by :meth:`save` into memory.
+
+        Args:
+            path: The file.
+            check: Whether to check all of it. A file that you trust is there at once without, and
+                is read as it is used; one that is corrupt may then end the process.
 
         Raises:
             InvalidData: the file is absent, cut off, of another format, or not a trie.
         """
-        from safetensors import SafetensorError, safe_open
-
+        tensors, config = read_trie(path, FORMAT)
         expected = "a trie written by SidTrie.save"
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InvalidData(path, expected, error, "run `plum index` again") from None
-        if metadata.get("format") != FORMAT:
-            raise InvalidData(path, f"the format {FORMAT}", metadata.get("format"))
-        try:
-            config = json.loads(metadata["config"])
             sizes, offsets = config["codebook_sizes"], config["token_offsets"]
             sizes = _level_numbers("codebook_sizes", sizes, len(sizes), 1, MAX_CODES)
             if offsets is not None:
                 offsets = _level_numbers("token_offsets", offsets, len(sizes), 0, 1 << 31)
-            starts = [tensors[f"starts_{level}"] for level in range(len(sizes))]
-            codes = [tensors[f"codes_{level}"] for level in range(len(sizes))]
+            roots = _level_numbers("roots", config["roots"], len(config["roots"]), 0, 1 << 32)
+            arrays = [tensors[name] for name in TrieIndex._fields if name != "table_on_device"]
+            index = TrieIndex(arrays[0], *arrays)
             item_starts = tensors["item_starts"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (InvalidArgument, KeyError, TypeError, ValueError) as error:
             raise InvalidData(path, expected, f"{type(error).__name__}: {error}") from None
-        ids = ItemIds.from_arrays({name: t.numpy() for name, t in tensors.items()}, path)
-        _check_levels(path, starts, codes, sizes, rows=len(item_starts) - 1)
-        _check_starts(path, "item_starts", item_starts, len(ids))
-        return cls(starts, codes, sizes, offsets, item_starts.numpy(), ids)
+        numpy_arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        ids = ItemIds.from_arrays(numpy_arrays, path, check=check and len(roots) == 2)
+        if check:
+            check_index(path, index, sizes, roots)
+            check_starts(path, "item_starts", item_starts, len(ids))
+            if len(item_starts) - 1 != index.rows:
+                raise InvalidData(path, f"{index.rows} distinct SIDs", len(item_starts) - 1)
+        return cls(index, sizes, offsets, roots, item_starts.numpy(), ids)
+
+    def _columns(self) -> np.ndarray:
+        """Returns the table by level, uint16 ``[L, num_sids]``."""
+        columns = np.empty((self.depth, self.num_sids), dtype=np.uint16)
+        for level in range(self.depth):
+            codes, starts, _ = self.index.level(level)
+            column = codes.to(torch.int32).cpu().numpy().astype(np.uint16)
+            columns[level] = (
+                column if starts is None else np.repeat(column, np.diff(starts.cpu().numpy()))
+            )
+        return columns
 
     def _item_codes(self) -> np.ndarray:
-        """Returns the codes of every item, int64 ``[num_items, L]``, in the trie's order."""
-        table = self.codes_at(torch.arange(self.num_sids, device=self.device)).cpu().numpy()
-        return np.repeat(table, np.diff(self.item_starts), axis=0)
+        """Returns the codes of every item, uint16 ``[num_items, L]``, in the trie's order."""
+        table = np.ascontiguousarray(self._columns().T)
+        counts = np.diff(self.item_starts)
+        return table if len(table) == self.num_items else np.repeat(table, counts, axis=0)
 
     def _rebuild(self, table: np.ndarray, ids: ItemIds) -> SidTrie:
         device = self.device
-        built = SidTrie.from_codes(table, ids, self.codebook_sizes, self.token_offsets)
+        built = SidTrie._from_distinct(table, ids, self.codebook_sizes, self.token_offsets)
         self.__dict__.update(built.to(device).__dict__)
         return self
 
+    def _check_single(self, what: str) -> None:
+        if len(self.roots) > 2:
+            got = f"{len(self.roots) - 1} joined ones"
+            raise InvalidArgument("trie", f"one trie to {what}", got, "change a part, join again")
+
 
 def _code_matrix(codes: Any) -> np.ndarray:
-    """Returns codes as int64 ``[N, L]``."""
+    """Returns codes as integers ``[N, L]`` without gaps."""
     table = codes.cpu().numpy() if isinstance(codes, Tensor) else np.asarray(codes)
     if table.ndim != 2 or table.dtype.kind not in "iu":
         got = f"{table.dtype} {list(table.shape)}"
@@ -349,7 +468,10 @@ def _code_matrix(codes: Any) -> np.ndarray:
         raise InvalidArgument("codes", "at least one item", "none")
     if not 1 <= table.shape[1] <= MAX_DEPTH:
         raise InvalidArgument("codes", f"1 to {MAX_DEPTH} levels", table.shape[1])
-    return table.astype(np.int64)
+    if table.dtype.name not in ("int64", "int32", "int16", "uint16", "uint8"):
+        # What int64 cannot hold is out of range anyway.
+        table = np.minimum(table, np.iinfo(np.int64).max).astype(np.int64)
+    return np.ascontiguousarray(table)
 
 
 def _check_distinct(ids: ItemIds) -> None:
@@ -359,14 +481,6 @@ def _check_distinct(ids: ItemIds) -> None:
         raise InvalidData(f"item_ids row {repeat}", "distinct item ids", got)
 
 
-def _check_codes(table: np.ndarray, sizes: Sequence[int]) -> None:
-    wrong = np.argwhere((table < 0) | (table >= np.asarray(sizes)))
-    if len(wrong):
-        row, level = wrong[0]
-        expected = f"a code from 0 to {sizes[level] - 1}"
-        raise InvalidData(f"codes row {row}, level {level}", expected, table[row, level])
-
-
 def _level_numbers(name: str, values: Any, levels: int, least: int, most: int) -> list[int]:
     numbers = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
     fits = all(isinstance(n, int | np.integer) and least <= n <= most for n in numbers)
@@ -374,34 +488,3 @@ def _level_numbers(name: str, values: Any, levels: int, least: int, most: int) -
         expected = f"{levels} integers from {least} to {most}, one a level"
         raise InvalidArgument(name, expected, numbers)
     return [int(n) for n in numbers]
-
-
-def _check_starts(path: str | Path, name: str, starts: Tensor, total: int) -> None:
-    shape_fits = starts.dtype == torch.int64 and starts.dim() == 1 and len(starts) >= 2
-    if not shape_fits or starts[0] != 0 or starts[-1] != total or (starts.diff() <= 0).any():
-        raise InvalidData(path, f"{name} rising from 0 to {total}", "others; the file is corrupt")
-
-
-def _check_levels(
-    path: str | Path, starts: list[Tensor], codes: list[Tensor], sizes: list[int], rows: int
-) -> None:
-    """Raises InvalidData unless the level arrays describe one sorted table of distinct SIDs."""
-    parents = torch.tensor([0, rows])
-    for level, (start, code) in enumerate(zip(starts, codes, strict=True)):
-        _check_starts(path, f"starts_{level}", start, rows)
-        if code.dtype != torch.int32 or code.shape != (len(start) - 1,):
-            got = f"{code.dtype} {list(code.shape)}"
-            raise InvalidData(path, f"codes_{level} int32 [{len(start) - 1}]", got)
-        # Each parent's rows must begin with an edge, and codes may only fall from one to the next.
-        first = torch.searchsorted(start, parents)
-        sound = torch.equal(start[first], parents)
-        sound &= 0 <= int(code.min()) <= int(code.max()) < sizes[level]
-        if sound:
-            rising = code.diff() > 0
-            rising[first[1:-1] - 1] = True
-            sound &= bool(rising.all())
-        if not sound:
-            raise InvalidData(path, f"sorted codes in level {level}", "others; the file is corrupt")
-        parents = start
-    if len(parents) != rows + 1:
-        raise InvalidData(path, f"{rows} distinct SIDs", f"{len(parents) - 1}")

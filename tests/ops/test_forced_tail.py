@@ -56,7 +56,7 @@ def test_opcheck_and_compile():
     codes = np.random.default_rng(0).integers(0, 9, (60, 3))
     trie = SidTrie.from_codes(codes)
     states = trie_walk(torch.from_numpy(codes[:8, :2]), trie)
-    args = (states, list(trie.starts[2:]), list(trie.codes[2:]))
+    args = (states, list(trie.index), 2)
     torch.library.opcheck(torch.ops.plum.forced_tail.default, args)
     compiled = torch.compile(lambda s: forced_tail(s, trie, 2), fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(states), forced_tail(states, trie, 2), strict=True):

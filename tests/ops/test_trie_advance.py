@@ -113,7 +113,7 @@ def test_advance_refuses_what_does_not_fit():
 def test_opcheck_and_compile():
     trie = SidTrie.from_codes(np.random.default_rng(0).integers(0, 9, (60, 3)))
     states, tokens = trie.root_states(2).expand(2, 5, 2), torch.arange(10).view(2, 5)
-    args = (states, tokens, trie.starts[0], trie.codes[0])
+    args = (states, tokens, list(trie.index), 0, None)
     torch.library.opcheck(torch.ops.plum.trie_advance.default, args)
     compiled = torch.compile(
         lambda s, t: trie_advance(s, t, trie, 0) + 1, fullgraph=True, backend="aot_eager"

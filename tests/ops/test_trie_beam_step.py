@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plum.errors import InvalidArgument
-from plum.ops.trie_beam_step import BeamStep, rank_directory, trie_beam_step
+from plum.ops.trie_beam_step import BeamStep, trie_beam_step
 from plum.ops.trie_walk import trie_walk
 from plum.trie import SidTrie
 
@@ -355,17 +355,15 @@ def test_everything_denied_gives_nothing(backend):
     assert step.tokens.tolist() == [[0, -1]]
 
 
-def test_a_filter_and_its_rank_directory_are_the_same():
+def test_a_filter_is_the_same_when_it_is_prepared():
     random = np.random.default_rng(0)
     trie = SidTrie.from_codes(random.integers(0, 6, (50, 2)), codebook_sizes=[6, 6])
     keep = torch.from_numpy(random.random(trie.num_sids) < 0.3)
-    rank = rank_directory(keep, trie)
-    assert rank.tolist() == [int(keep[:i].sum()) for i in range(trie.num_sids + 1)]
     args = (torch.randn(1, 1, 6), torch.zeros(1, 1), trie.root_states(1), trie, 0)
     deny = torch.tensor([[0, 7, 12, 13]])
     for a, b in zip(
         trie_beam_step(*args, k=6, filter=keep, deny=deny),
-        trie_beam_step(*args, k=6, filter=rank, deny=deny),
+        trie_beam_step(*args, k=6, filter=trie.filter(keep), deny=deny),
         strict=True,
     ):
         assert torch.equal(a, b)
@@ -400,11 +398,11 @@ def test_opcheck_and_compile(limited):
     prefixes = np.unique(codes[:, :1], axis=0)[:8]
     states = trie_walk(torch.from_numpy(prefixes), trie).view(2, 4, 2)
     logits, scores = torch.randn(2, 4, 9), torch.randn(2, 4)
-    keep = torch.from_numpy(random.random(trie.num_sids) < 0.5) if limited else None
+    # A filter is prepared outside of what is compiled.
+    keep = trie.filter(torch.from_numpy(random.random(trie.num_sids) < 0.5)) if limited else None
     deny = torch.tensor([[3, 5, -1], [8, -1, -1]]) if limited else None
-    rank = None if keep is None else rank_directory(keep, trie)
-    rows = None if deny is None else deny.where(deny >= 0, trie.num_sids)
-    args = (logits, scores, states, trie.starts[1], trie.codes[1], 0, 3, True, rank, rows)
+    filter = [] if keep is None else list(keep[1:])
+    args = (logits, scores, states, list(trie.index), 1, None, [0, 0], 3, True, filter, deny)
     torch.library.opcheck(torch.ops.plum.trie_beam_step.default, args)
 
     def step(logits, scores, states):

@@ -136,7 +136,7 @@ def test_refuses_what_does_not_fit():
 def test_opcheck_and_compile():
     trie = SidTrie.from_codes(np.random.default_rng(0).integers(0, 9, (60, 2)))
     states, logits = trie.root_states(3)[:, 0], torch.randn(3, 9)
-    args = (logits.clone(), states, trie.starts[0], trie.codes[0], 0)
+    args = (logits.clone(), states, list(trie.index), 0, None, [0, 0])
     torch.library.opcheck(torch.ops.plum.trie_mask_.default, args)
     compiled = torch.compile(lambda x, s: trie_mask_(x * 2, s, trie, 0), fullgraph=True)
     assert torch.equal(compiled(logits, states), trie_mask_(logits * 2, states, trie, 0))

@@ -47,7 +47,7 @@ def test_opcheck_and_compile():
     codes = np.random.default_rng(0).integers(0, 5, (60, 3))
     trie = SidTrie.from_codes(codes)
     prefixes = torch.from_numpy(codes[:7])
-    args = (prefixes, list(trie.starts), list(trie.codes))
+    args = (prefixes, trie.root_states(len(prefixes)).squeeze(1), list(trie.index))
     torch.library.opcheck(torch.ops.plum.trie_walk.default, args)
     compiled = torch.compile(lambda p: trie_walk(p, trie) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(prefixes), trie_walk(prefixes, trie) * 2)

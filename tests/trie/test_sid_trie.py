@@ -27,9 +27,9 @@ def contents(trie: SidTrie) -> dict[tuple[int, ...], list]:
 
 
 def same(a: SidTrie, b: SidTrie) -> bool:
-    levels = zip((*a.starts, *a.codes), (*b.starts, *b.codes), strict=True)
+    arrays = zip(a.index, b.index, strict=True)
     settings = (a.codebook_sizes, a.token_offsets) == (b.codebook_sizes, b.token_offsets)
-    return settings and all(torch.equal(x, y) for x, y in levels) and contents(a) == contents(b)
+    return settings and all(torch.equal(x, y) for x, y in arrays) and contents(a) == contents(b)
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,9 +52,13 @@ def test_built_from_rows_in_any_order(seed, depth, size, rows, strings):
     for level in range(depth):
         prefixes = sorted({sid[: level + 1] for sid in expected})
         table = [sid[: level + 1] for sid in expected]
-        assert trie.codes[level].tolist() == [p[-1] for p in prefixes]
-        assert trie.starts[level].tolist() == [table.index(p) for p in prefixes] + [len(table)]
-        assert (trie.starts[level].dtype, trie.codes[level].dtype) == (torch.int64, torch.int32)
+        entries, starts, _ = trie.index.level(level)
+        if 2 * len(prefixes) <= len(table):
+            assert entries.tolist() == [p[-1] for p in prefixes]
+            assert starts.tolist() == [table.index(p) for p in prefixes] + [len(table)]
+        else:
+            assert starts is None
+            assert entries.tolist() == [p[-1] for p in table]
     order = random.permutation(rows)
     shuffled = SidTrie.from_codes(torch.from_numpy(codes[order]), [ids[i] for i in order])
     assert {k: set(v) for k, v in contents(shuffled).items()} == {
@@ -182,27 +186,32 @@ def test_every_truncation_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("starts_0", torch.tensor([0, 3, 2]), "starts_0 rising from 0 to 3"),
-        ("starts_0", torch.tensor([0, 2, 4]), "starts_0 rising from 0 to 3"),
-        ("starts_0", torch.tensor([0, 2, 3], dtype=torch.int32), "starts_0 rising"),
-        ("starts_1", torch.tensor([0, 1, 3]), "codes_1 int32"),
-        ("starts_0", None, "starts_0"),
-        ("codes_0", torch.tensor([1, 0], dtype=torch.int32), "sorted codes in level 0"),
-        ("codes_1", torch.tensor([1, 1, 0], dtype=torch.int32), "sorted codes in level 1"),
-        ("codes_1", torch.tensor([0, 9, 0], dtype=torch.int32), "sorted codes in level 1"),
-        ("codes_1", torch.tensor([-1, 1, 0], dtype=torch.int32), "sorted codes in level 1"),
-        ("item_starts", torch.tensor([0, 1, 2, 5]), "item_starts rising from 0 to 4"),
-        ("item_starts", torch.tensor([0, 1, 4]), "starts_0 rising from 0 to 2"),
-        ("item_offsets", torch.tensor([0, 2, 1, 3, 5]), "item_offsets rising"),
-        ("item_offsets", torch.tensor([0, 1, 3, 4, 5]), "cut inside a character"),
-        ("item_text", torch.tensor(list(b"ab\xff\xa9d"), dtype=torch.uint8), "UTF-8"),
-        ("item_text", torch.tensor(list(b"aa\xc3\xa9d"), dtype=torch.uint8), "distinct item ids"),
+        ("starts", torch.tensor([0, 4, 4], dtype=torch.int32), "codes below 2 in level 0"),
+        ("starts", torch.tensor([0, 2, 5], dtype=torch.int32), "codes below 2 in level 0"),
+        ("starts", torch.tensor([0, 3, 4], dtype=torch.int32), "distinct SIDs in order"),
+        ("starts", torch.tensor([0, 2, 4]), "starts, torch.int32 of 1 dim"),
+        ("starts", None, "KeyError: 'starts'"),
+        ("codes", torch.tensor([1, 0, 0, 1, 0, 1], dtype=torch.int16), "distinct SIDs in order"),
+        ("codes", torch.tensor([0, 1, 1, 1, 0, 1], dtype=torch.int16), "distinct SIDs in order"),
+        ("codes", torch.tensor([0, 1, 0, 9, 0, 1], dtype=torch.int16), "codes below 2 in level 1"),
+        ("codes", torch.tensor([0, 1, 0, -1, 0, 1], dtype=torch.int16), "codes below 2 in level 1"),
+        ("codes", torch.tensor([0, 1, 0, 1], dtype=torch.int16), "codes below 2 in level 1"),
+        ("begins", torch.tensor([3] + [0] * 7), "the begins of its codes"),
+        ("ranks", torch.tensor([1], dtype=torch.int32), "the ranks of its codes"),
+        ("table", torch.zeros(2, 8, dtype=torch.int64), r"a table \[2, 9\]"),
+        ("item_starts", torch.tensor([0, 1, 2, 3, 6]), "item_starts rising from 0 to 5"),
+        ("item_starts", torch.tensor([0, 1, 5]), "4 distinct SIDs"),
+        ("item_offsets", torch.tensor([0, 2, 1, 3, 5, 6]), "item_offsets rising"),
+        ("item_offsets", torch.tensor([0, 1, 3, 4, 5, 6]), "cut inside a character"),
+        ("item_text", torch.tensor(list(b"ab\xff\xa9de"), dtype=torch.uint8), "UTF-8"),
+        ("item_text", torch.tensor(list(b"aa\xc3\xa9de"), dtype=torch.uint8), "distinct item ids"),
         ("item_text", None, "a vector 'item_text' of uint8, got nothing"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_noticed(tmp_path, name, value, message):
     path = tmp_path / "trie.safetensors"
-    SidTrie.from_codes([[0, 0], [0, 1], [1, 0], [1, 0]], ["a", "b", "é", "d"]).save(path)
+    codes = [[0, 0], [0, 1], [1, 0], [1, 1], [1, 1]]
+    SidTrie.from_codes(codes, ["a", "b", "é", "d", "e"]).save(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
@@ -218,17 +227,18 @@ def test_other_files_are_refused(tmp_path, config):
     SidTrie.from_codes([[0], [1]]).save(path)
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    save_file(tensors, path, {"format": "plum.SidTrie/1", "config": config})
+    save_file(tensors, path, {"format": "plum.SidTrie/2", "config": config})
     with pytest.raises(InvalidData, match=r"trie\.safetensors: expected a trie"):
         SidTrie.load(path)
     save_file(tensors, path)
-    with pytest.raises(InvalidData, match=r"expected the format plum\.SidTrie/1, got None"):
+    with pytest.raises(InvalidData, match=r"expected the format plum\.SidTrie/2, got None"):
         SidTrie.load(path)
 
 
 def test_a_trie_is_as_large_as_its_arrays_and_moves_as_one():
     trie = SidTrie.from_codes([[0, 0], [0, 1], [1, 0], [1, 0]])
-    assert trie.nbytes == (3 + 4) * 8 + (2 + 3) * 4 + 4 * 8 + 4 * 8
+    assert trie.nbytes == sum(array.nbytes for array in trie.index[1:])
+    assert trie.index.codes.tolist() == [0, 0, 1, 0, 1, 0]
     assert trie.to("cpu") is trie
     moved = trie.to("meta")
     assert moved.device.type == "meta"
@@ -236,13 +246,31 @@ def test_a_trie_is_as_large_as_its_arrays_and_moves_as_one():
     assert moved.root_states(3).shape == (3, 1, 2)
 
 
-def test_a_level_that_does_not_refine_the_one_above_is_noticed(tmp_path):
+def test_whatever_is_changed_in_a_file_is_noticed_or_another_trie(tmp_path):
+    random = np.random.default_rng(0)
     path = tmp_path / "trie.safetensors"
-    SidTrie.from_codes([[0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 0, 1]]).save(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    assert tensors["starts_0"].tolist() == [0, 2, 4]
-    save_file(tensors | {"starts_0": torch.tensor([0, 3, 4])}, path, metadata)
-    with pytest.raises(InvalidData, match="sorted codes in level 1"):
-        SidTrie.load(path)
+    noticed = 0
+    for size in (3, 40):
+        trie = SidTrie.from_codes(random.integers(0, size, (300, 3)), codebook_sizes=[size] * 3)
+        trie.save(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        for _ in range(200):
+            name = random.choice([key for key, value in tensors.items() if value.numel()])
+            changed = tensors[name].clone()
+            place = int(random.integers(changed.numel()))
+            value = int(random.choice([-1, 0, 1, 2, 77, 2**15 - 1]))
+            if int(changed.view(-1)[place]) == value:
+                continue
+            changed.view(-1)[place] = value
+            save_file(tensors | {name: changed}, path, metadata)
+            try:
+                loaded = SidTrie.load(path)
+            except InvalidData:
+                noticed += 1
+                continue
+            table = loaded.codes_at(torch.arange(loaded.num_sids))
+            again = SidTrie.from_codes(table, codebook_sizes=[size] * 3)
+            assert all(torch.equal(x, y) for x, y in zip(loaded.index, again.index, strict=True))
+    assert noticed > 250

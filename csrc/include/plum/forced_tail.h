@@ -2,17 +2,16 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "plum/trie_level.h"
+#include "plum/trie_index.h"
 
 namespace plum::cpu {
 
-// Writes the codes that are left where a state is a single row, else -1.
+// Writes the codes from `level` on where a state is a single row, else -1.
 //   states  [count, 2] rows
-//   tail    [count, levels]
+//   tail    [count, levels of the trie - level]
 //   forced  [count]
-void forced_tail(const int64_t* states, int64_t count, const std::vector<TrieLevel>& levels,
+void forced_tail(const int64_t* states, int64_t count, const Trie& trie, int64_t level,
                  int64_t* tail, bool* forced, int threads);
 
 }  // namespace plum::cpu

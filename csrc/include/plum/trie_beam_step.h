@@ -3,11 +3,14 @@
 
 #include <cstdint>
 
-#include "plum/trie_level.h"
+#include "plum/trie_index.h"
 
 namespace plum::cpu {
 
 enum class LogitType : int { kFp32 = 0, kBf16 = 1, kFp16 = 2 };
+
+// Beams that a step can tell apart.
+constexpr int64_t kMaxBeams = 1 << 16;
 
 // B requests of W beams each. Strides are in elements; the columns of a row are contiguous.
 struct BeamStepInput {
@@ -17,10 +20,10 @@ struct BeamStepInput {
   const float* scores;    // [B, W]
   const int64_t* states;  // [B, W, 2] rows
   int64_t batch, beams;
-  int64_t offset;       // column of code 0
-  bool valid;           // softmax over the legal children instead of the row
-  const int64_t* rank;  // [rows + 1] allowed rows before each row, or null
-  const int64_t* deny;  // [B, denied] rising, each once but for values of `rows` or more; or null
+  RowLevels levels;        // of each request; one that the trie has not has no children
+  const int64_t* columns;  // [levels of the trie] column of code 0
+  bool valid;              // softmax over the legal children instead of the row
+  const int64_t* deny;     // [B, denied] rows that a request must not get; or null
   int64_t denied;
 };
 
@@ -34,9 +37,8 @@ struct BeamStepOutput {
 
 // Keeps the k best children of each request: score + ((x - top) - log(sum of exp(x - top))), a NaN
 // or -inf never. Ties go to the lower beam, then the lower code. The sum has a fixed order: bits do
-// not depend on instruction set, threads or batch.
-// Throws std::length_error when the beams of a request have 2^32 children or more.
-void trie_beam_step(const BeamStepInput& input, const TrieLevel& level, int64_t k,
-                    const BeamStepOutput& output, int threads);
+// not depend on instruction set, threads or batch. `beams` is at most kMaxBeams.
+void trie_beam_step(const BeamStepInput& input, const Trie& trie, const TrieFilter& filter,
+                    int64_t k, const BeamStepOutput& output, int threads);
 
 }  // namespace plum::cpu

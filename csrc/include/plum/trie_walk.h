@@ -2,16 +2,16 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "plum/trie_level.h"
+#include "plum/trie_index.h"
 
 namespace plum::cpu {
 
-// Writes the state of each prefix, or [0, 0). A prefix ends at its first -1.
+// Writes the state that each prefix leads to from a root, or [0, 0). A prefix ends at its first -1.
+//   roots     [count, 2] rows
 //   prefixes  [count, length], length at most the number of levels
 //   states    [count, 2] rows
-void trie_walk(const int64_t* prefixes, int64_t count, int64_t length,
-               const std::vector<TrieLevel>& levels, int64_t* states, int threads);
+void trie_walk(const int64_t* roots, const int64_t* prefixes, int64_t count, int64_t length,
+               const Trie& trie, int64_t* states, int threads);
 
 }  // namespace plum::cpu
