@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.ceilings import ceiling
 from benchmarks.measure import measure, record
-from plum.ops.trie_beam_step import rank_directory, trie_beam_step
+from plum.ops.trie_beam_step import trie_beam_step
 from plum.ops.trie_mask import trie_mask_
 from plum.ops.trie_walk import trie_walk
 from plum.trie import SidTrie
@@ -152,7 +152,7 @@ def bench_trie_step_cpu(benchmark, prepare, full, budget, threads, provider, sha
     rank = deny = None
     if "filter" in provider:
         random = np.random.default_rng(0)
-        rank = rank_directory(torch.from_numpy(random.random(trie.num_sids) < 0.1), trie)
+        rank = trie.filter(torch.from_numpy(random.random(trie.num_sids) < 0.1))
         if "deny" in provider:
             deny = torch.from_numpy(random.integers(0, trie.num_sids, (len(scores), 1000)))
     options = {"k": scores.shape[1], "score": score, "filter": rank, "deny": deny}

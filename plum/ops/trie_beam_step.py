@@ -219,9 +219,19 @@ def _reference(
         out = _nothing(states, k)
         for each in range(trie.depth):
             here = (levels == each).nonzero().squeeze(1)
-            some = [logits[here], scores[here], states[here]]
-            denied = None if deny is None else deny[here]
-            step = _reference(*some, index, each, None, columns, k, valid, filter, denied)
+            step = _reference(
+                logits[here],
+                scores[here],
+                states[here],
+                index,
+                each,
+                None,
+                columns,
+                k,
+                valid,
+                filter,
+                None if deny is None else deny[here],
+            )
             for whole, part in zip(out, step, strict=True):
                 whole[here] = part
         return out
