@@ -285,8 +285,7 @@ def trie_beam_step_cpu(
         _check_cpu(deny, torch.int64)
         assert len(deny) == batch
     tokens, parents, best, after = out
-    assert tokens.is_contiguous() and tokens.shape == parents.shape == best.shape == (batch, k)
-    assert after.shape == (batch, k, 2)
+    assert tokens.is_contiguous() and tokens.shape == (batch, k)
     _C.trie_beam_step_cpu(
         logits.data_ptr(),
         _ROW_TYPES.index(logits.dtype),
@@ -370,10 +369,17 @@ def _columns(columns: np.ndarray, roots: Sequence[int]) -> tuple[int, int, int, 
 
 
 def _trie(index: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
-    table, _, *arrays = index
-    _check_cpu(table, torch.int64)
-    assert table.shape[1] == 9 and len(arrays) == 5
-    return (table.data_ptr(), *(array.data_ptr() for array in arrays)), len(table)
+    table, _, codes, starts, begins, ranks, masks = index
+    assert table.is_cpu and codes.is_cpu and table.shape[1] == 9
+    addresses = (
+        table.data_ptr(),
+        codes.data_ptr(),
+        starts.data_ptr(),
+        begins.data_ptr(),
+        ranks.data_ptr(),
+        masks.data_ptr(),
+    )
+    return addresses, table.shape[0]
 
 
 def _levels(level: int, levels: Tensor | None) -> tuple[int, int]:
