@@ -46,7 +46,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
-# Small sizes in under four minutes; FULL=1 for the sizes that figures are quoted from. Peers that
+# Small sizes in under ten minutes; FULL=1 for the sizes that figures are quoted from. Peers that
 # are not installed are named in the report.
 bench: $(STAMP)
 	$(BIN)/python -c "import faiss, marisa_trie, superkmeans, vector_quantize_pytorch, xgrammar" 2>/dev/null || \
