@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from plum.config import load_config
+from plum.config import DataConfig, EmbedConfig, load_config
 from plum.data import Dataset, filter_interactions, find_template, load_dataset, sequences_of
 from plum.embed import encode_images, encode_texts, similarity_report
 from plum.errors import InvalidArgument
@@ -34,12 +34,23 @@ DEPTHS = (1, 5, 10, 20, 50)
 _USERS_PER_PART = 512
 
 
-def _files(*paths: Path | str | None) -> list[Path]:
+def _files(*paths: Path | str | None, pattern: str = "*") -> list[Path]:
     """Returns the files at these paths and in the folders among them; what is not there is not."""
     found = []
     for path in [Path(path) for path in paths if path is not None]:
-        found += sorted(path.iterdir()) if path.is_dir() else [path]
+        found += sorted(path.glob(pattern)) if path.is_dir() else [path]
     return [path for path in found if path.is_file()]
+
+
+def _data_files(settings: DataConfig) -> list[Path]:
+    posters = settings.data_dir and settings.data_dir / "posters"
+    tables = _files(settings.data_dir, settings.items, settings.interactions)
+    return tables + _files(posters, pattern="**/*")
+
+
+def _embed_files(settings: EmbedConfig) -> list[Path]:
+    models = _files(settings.encoder, settings.image)
+    return models + _files(settings.images, pattern="**/*")
 
 
 def _data(work: Workspace) -> None:
@@ -284,10 +295,8 @@ def _plain(item: Recommendation) -> dict[str, Any]:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("data", (), _data, lambda s: _files(s.data_dir, s.items, s.interactions)),
-        Stage(
-            "embed", ("data",), _embed, lambda s: _files(s.encoder, s.image, s.images), version=2
-        ),
+        Stage("data", (), _data, _data_files),
+        Stage("embed", ("data",), _embed, _embed_files, version=2),
         Stage("tokenize", ("data", "embed"), _tokenize),
         Stage("report", ("tokenize", "embed"), _report),
         Stage("index", ("tokenize",), _index),

@@ -120,6 +120,36 @@ def test_a_data_set_without_images_is_told(
         run(tmp_path / "run", [*catalog, "embed.template=rich"])
 
 
+def test_a_poster_that_changes_is_noticed(encoder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ml-1m"
+    (folder / "posters").mkdir(parents=True)
+    (folder / "movies.dat").write_text("7::Moon (2009)::Sci-Fi\n8::Jazz (1990)::Musical\n")
+    (folder / "ratings.dat").write_text("1::7::5::1\n1::8::5::2\n")
+    (folder / "posters" / "8.png").write_bytes(picture(0, (64, 96)))
+    settings = [
+        "data.min_item_interactions=0",
+        "data.min_user_interactions=1",
+        f"data.data_dir={json.dumps(str(folder))}",
+        f"embed.encoder={json.dumps(str(encoder))}",
+        "embed.template=naive",
+        "embed.image=colors-and-textures",
+    ]
+    quiet = {"progress_of": lambda stage: lambda done, total: None}
+    config = resolve_config(dataset="ml-1m", settings=settings)
+
+    def images() -> tuple[list[str], np.ndarray]:
+        outcomes = run_stages(config, tmp_path / "run", ["data", "embed"], **quiet)
+        tensors = load_file(tmp_path / "run/embed/embeddings.safetensors")
+        assert tensors["image_present"].tolist() == [False, True]
+        return [outcome.stage for outcome in outcomes if outcome.ran], tensors["image"].numpy()
+
+    ran, before = images()
+    assert ran == ["data", "embed"] and images()[0] == []
+    (folder / "posters" / "8.png").write_bytes(picture(1, (64, 96)))
+    ran, after = images()
+    assert ran == ["data", "embed"] and not np.allclose(before[1], after[1])
+
+
 def test_movielens_brings_its_posters(shared_data: Path, tmp_path: Path) -> None:
     """The posters beside the ratings are found without being named."""
     encoder = build_encoder(tmp_path / "encoder", length=128)
