@@ -146,7 +146,7 @@ def plot_similarity(reports: Mapping[str, Mapping[str, Any]], path: str | Path) 
             axis.set_xlim(-1, 1)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("share of pairs")
-        axes[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
         axes[0].legend(frameon=False, loc="upper left")
         # Without a date the same figures give the same bytes.
         metadata = {"Date": None} if path.suffix == ".svg" else None

@@ -242,6 +242,20 @@ def test_similarity(page: _Page) -> None:
     for value in ("0.2831", "0.2716", "-0.0003", "-0.0112", "0.577", "random: 0.162"):
         assert value in text
     assert "a sample of 1,000 of 1,234 items" in text
+    # One modality needs no title.
+    assert "Text" not in text
+
+
+def test_similarity_by_modality(tmp_path: Path) -> None:
+    run = synthetic_run()
+    reports = run["embed/similarity.json"]
+    reports["image"] = {**reports["text"], "mean": 0.64, "neighbor_agreement": None}
+    page = _Page(write(tmp_path, run))
+    text, _, image = page.text["similarity"].partition("Image")
+    assert "Text" in text and "0.2831" in text and "random: 0.162" in text
+    assert "0.6400" in image and "random" not in image
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert labels.count("Histogram of the cosine similarities of all pairs of items") == 2
 
 
 def test_levels(page: _Page) -> None:
