@@ -30,10 +30,18 @@ class DataConfig(_Section):
 
 
 class EmbedConfig(_Section):
-    """How the text of an item becomes a vector."""
+    """How the text and the image of an item become vectors."""
 
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
-    text_template: str | None = None
+    layer: int | None = Field(default=None, ge=0, description="inner layer of the text encoder")
+    template: str | None = Field(
+        default=None, description="columns in braces, or naive, enriched, plots or abstracts"
+    )
+    image: str | None = Field(default=None, description="image encoder; none without it")
+    images: Path | None = Field(
+        default=None, description="folder or tar of <item id>.jpg; the data set's own without it"
+    )
+    corrupt_images: Literal["raise", "missing"] = "raise"
     batch_size: int = Field(default=64, ge=1)
 
 

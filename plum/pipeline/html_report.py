@@ -61,7 +61,7 @@ def write_html_report(run_dir: Path) -> Path:
             ("config", dict[str, Any]),
             ("metrics", dict[str, dict[str, Any]]),
             ("data/dataset", dict[str, Any]),
-            ("embed/similarity", _Similarity),
+            ("embed/similarity", dict[str, _Similarity]),
             ("tokenize/history", _History),
             ("report/report", _Report),
             ("finetune/history", _History),
@@ -264,10 +264,13 @@ def _metric_order(key: str) -> tuple[int, int]:
 
 
 @_present
-def _similarity(report: _Similarity) -> dict[str, Any]:
-    histogram = report.histogram
-    plot = report_plots.similarity_histogram(histogram.edges, histogram.raw, histogram.centered)
-    return {"report": report, "plot": plot}
+def _similarity(reports: dict[str, _Similarity]) -> dict[str, Any]:
+    views = {}
+    for modality, report in reports.items():
+        histogram = report.histogram
+        plot = report_plots.similarity_histogram(histogram.edges, histogram.raw, histogram.centered)
+        views[modality] = {"report": report, "plot": plot}
+    return views
 
 
 @_present
