@@ -253,21 +253,10 @@ void fill_filter(const Trie& trie, const TrieFilter& filter, const TrieArrays& a
                              ? Rows{0, trie.rows}
                              : Rows{trie.levels[l - 1].starts[n], trie.levels[l - 1].starts[n + 1]};
       uint64_t* mask = masks + at + n * level.words;
-      const Node node = node_of(level, range);
-      for (int64_t i = node.first, next; i < node.last; i = next) {
-        next = i + 1;
-        Rows rows{i, next};
-        if (level.starts == nullptr) {
-          while (next < node.last && level.codes[next] == level.codes[i]) ++next;
-          rows.high = next;
-        } else {
-          rows = {level.starts[i], level.starts[next]};
-        }
-        if (rank(filter.bits, filter.ranks, rows.high) >
-            rank(filter.bits, filter.ranks, rows.low)) {
-          set_bit(mask, level.codes[i]);
-        }
-      }
+      visit_children(level, node_of(level, range), [&](int64_t code, Rows rows) {
+        const int64_t before = rank(filter.bits, filter.ranks, rows.low);
+        if (rank(filter.bits, filter.ranks, rows.high) > before) set_bit(mask, code);
+      });
     }
   }
 }
