@@ -80,7 +80,8 @@ class SidBeamSearch:
         attention: How the beams are run.
         splits_head: Whether the head is multiplied here. A model whose logits are more than a
             linear map of its last hidden states (scaled, capped, quantized, adapted) and an
-            encoder-decoder model run their own head in full.
+            encoder-decoder model run their own head in full; with ``"full"`` their forced tails
+            are skipped only if the logits of all their tokens stay below 256 MiB.
     """
 
     def __init__(
@@ -187,13 +188,15 @@ class SidBeamSearch:
             steps = ATTENTION[self.attention](self._run, input_ids, attention_mask)
             ahead = steps.outputs
             while True:
-                # A forced tail has the outputs of several levels; a beam may change place there.
-                place = torch.arange(ahead.shape[1], device=trie.device).expand(batch, -1)
-                for outputs in ahead.unbind(2):
+                best = self._choose(ahead[:, :, 0], scores, states, level, num_beams, items, broken)
+                place, level = best.parents, level + 1
+                # A forced tail has the outputs of several levels; its beams may change places.
+                for outputs in ahead.unbind(2)[1:]:
                     outputs = outputs.take_along_dim(place.unsqueeze(2), dim=1)
-                    best = self._choose(outputs, scores, states, level, num_beams, items, broken)
-                    states, scores = best.states, best.scores
+                    last = best.scores, best.states
+                    best = self._choose(outputs, *last, level, num_beams, items, broken)
                     place, level = place.gather(1, best.parents), level + 1
+                states, scores = best.states, best.scores
                 if level == trie.depth:
                     break
                 # A beam that found no child feeds code 0; none can descend from it.
@@ -252,7 +255,13 @@ class SidBeamSearch:
 
     def _is_forced(self, states: Tensor, level: int) -> bool:
         """Says whether every beam has one SID left or none, where that saves a model step."""
-        saves = level < self.trie.depth - (self.score == "full")
+        left = self.trie.depth - level
+        saves = left > (self.score == "full")
+        if self.score == "full" and not self.splits_head:
+            # The model's own head gives the logits of the whole rest at once.
+            embeddings: Any = self.model.get_input_embeddings()
+            width = embeddings.weight.shape[0] * embeddings.weight.element_size()
+            saves &= left * states.shape[:2].numel() * width <= _LOGITS_BYTES
         return self.forced_tails and saves and bool((states.diff(dim=-1) <= 1).all())
 
     def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
