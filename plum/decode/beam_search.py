@@ -67,7 +67,8 @@ class SidBeamSearch:
     1, so the model need not run again; ``"full"`` takes one more run, for the whole rest of every
     beam at once. The answer is the same. A batch goes on step by step until its last request is
     that far: to take requests out would copy the cache of all others. This asks the device for
-    one flag a level; ``forced_tails=False`` leaves no point in the loop where the host waits.
+    one flag a level; with ``forced_tails=False`` nothing in the loop waits for the device, where
+    the model and the trie op's backend do not either.
 
     **The head.** ``"valid"`` needs the logits of the level's codes only, so only their rows of the
     head are multiplied. ``"full"`` needs the sum over the vocabulary, to which every row belongs:
