@@ -112,6 +112,9 @@ def _cell(provider: str, shape: str, cells: Cells, ours: float | None) -> str:
         if shape in cells.get(other, {}):
             ratio = rate / cells[other][shape]["rows_per_second"]
             parts.append(f"{_ratio(ratio)} {other}" + _asked(ratio, asked))
+    if "share_outside_the_model" in figures:
+        outside, saved = figures["share_outside_the_model"], figures["share_of_steps_saved"]
+        parts.append(f"{outside:.1%} outside the model, {saved:.0%} of its steps saved")
     return ", ".join(parts)
 
 

@@ -78,6 +78,9 @@ class EvaluateConfig(_Section):
     num_beams: int = Field(default=50, ge=1)
     batch_size: int = Field(default=64, ge=1)
     score: Literal["full", "valid"] = "full"
+    filter_seen: bool = Field(
+        default=False, description="leave out items of the history; the baselines do the same"
+    )
 
 
 class RecommendConfig(_Section):
@@ -85,6 +88,9 @@ class RecommendConfig(_Section):
 
     num_users: int = Field(default=8, ge=1)
     num_items: int = Field(default=10, ge=1)
+    filter_seen: bool = Field(
+        default=True, description="leave out items of the history; `plum recommend` does the same"
+    )
 
 
 class Config(_Section):

@@ -221,9 +221,10 @@ def _evaluate(work: Workspace) -> None:
     users = [sequences.user_ids[user] for user in test.users]
     ranked = {"generator": _rank_in_parts(recommender, users, test.histories, k, work)}
     # The baselines may use all that is known before the test item.
-    known = list(test.histories)
+    known, seen = list(test.histories), work.settings.filter_seen
     for name, baseline in (("popularity", Popularity()), ("item_knn", ItemKNN())):
-        ranked[name] = baseline.fit(known, sequences.num_items).recommend(known, k)
+        fitted = baseline.fit(known, sequences.num_items)
+        ranked[name] = fitted.recommend(known, k, exclude_seen=seen)
     metrics = {
         name: ranking_metrics(items, test.targets, ks=DEPTHS, num_items=sequences.num_items)
         for name, items in ranked.items()
@@ -235,14 +236,14 @@ def _rank_in_parts(
     recommender: Recommender, users: list[str], histories: list[Items], k: int, work: Workspace
 ) -> Items:
     """Ranks for every test user, part by part; parts that an earlier try wrote are kept."""
-    batch = work.settings.batch_size
+    batch, seen = work.settings.batch_size, work.settings.filter_seen
     parts = []
     for start in range(0, len(users), _USERS_PER_PART):
         path = work.folder / "recommendations" / f"{start:08d}.parquet"
         stop = min(start + _USERS_PER_PART, len(users))
         if not path.exists():
             found = [
-                recommender.rank(histories[row:end], k, requests=range(row, end))
+                recommender.rank(histories[row:end], k, requests=range(row, end), filter_seen=seen)
                 for row in range(start, stop, batch)
                 for end in [min(row + batch, stop)]
             ]
@@ -269,7 +270,9 @@ def _recommend(work: Workspace) -> None:
     samples = []
     for row in np.sort(rng.choice(len(test.users), size=size, replace=False)):
         history = test.histories[row]
-        items, scores = recommender.rank([history], work.settings.num_items)
+        items, scores = recommender.rank(
+            [history], work.settings.num_items, filter_seen=work.settings.filter_seen
+        )
         samples.append(
             {
                 "user_id": sequences.user_ids[test.users[row]],
