@@ -85,10 +85,10 @@ def resolve_collisions(
     if policy == "suffix":
         return _suffix(table, sizes, rank, taken)
     before = table[:0] if taken is None else as_codes(taken, sizes)  # type: ignore[arg-type]
-    distances = _distances(table, sizes, residuals, codebook)
+    last = _LastLevel(len(table), sizes[-1], residuals, codebook)
     if policy == "nearest_free":
-        return _nearest_free(table, sizes, rank, before, distances), sizes
-    return _balanced(table, sizes, rank, before, distances, assign or _least_sum), sizes
+        return _nearest_free(table, sizes, rank, before, last), sizes
+    return _balanced(table, sizes, rank, before, last, assign or _least_sum), sizes
 
 
 def _suffix(
@@ -114,37 +114,38 @@ def _suffix(
     return both[len(before) :], (*sizes, int(both[:, -1].max(initial=0)) + 1)
 
 
-def _distances(
-    table: Codes,
-    sizes: tuple[int, ...],
-    residuals: Any,
-    codebook: Any,
-) -> Callable[[Rows], Costs]:
-    """Returns a function from rows ``[n]`` to their squared distances, fp64 ``[n, K_L]``."""
-    for name, value in (("residuals", residuals), ("codebook", codebook)):
-        if value is None:
-            raise InvalidArgument(name, "what the last level quantizes, for this policy", None)
-    words = _float64(codebook)
-    if words.ndim != 2 or len(words) != sizes[-1]:
-        raise InvalidArgument("codebook", f"[{sizes[-1]}, D]", list(words.shape))
-    if not callable(residuals):
-        every = _float64(residuals)
-        if every.shape != (len(table), words.shape[1]):
-            raise InvalidArgument(
-                "residuals", f"[{len(table)}, {words.shape[1]}]", list(every.shape)
-            )
-        residuals = every.__getitem__
+class _LastLevel:
+    """Squared distances of rows to the codewords of the last level."""
 
-    def distances(rows: Rows) -> Costs:
-        x = _float64(residuals(rows))
-        if x.shape != (len(rows), words.shape[1]) or not np.isfinite(x).all():
-            raise InvalidArgument(
-                "residuals", f"finite [{len(rows)}, {words.shape[1]}]", list(x.shape)
-            )
-        # Row by row, so that a distance does not depend on which rows are asked for together.
-        return np.stack([np.square(words - row).sum(axis=1) for row in x])
+    def __init__(self, count: int, size: int, residuals: Any, codebook: Any) -> None:
+        for name, value in (("residuals", residuals), ("codebook", codebook)):
+            if value is None:
+                raise InvalidArgument(name, "what the last level quantizes, for this policy", None)
+        self.words = _float64(codebook)
+        if self.words.ndim != 2 or len(self.words) != size:
+            raise InvalidArgument("codebook", f"[{size}, D]", list(self.words.shape))
+        if not callable(residuals):
+            every = _float64(residuals)
+            if every.shape != (count, self.words.shape[1]):
+                expected = f"[{count}, {self.words.shape[1]}]"
+                raise InvalidArgument("residuals", expected, list(every.shape))
+            residuals = every.__getitem__
+        self._residuals = residuals
 
-    return distances
+    def fetch(self, rows: Rows) -> None:
+        """Asks for the residuals of all rows whose distances will be needed, at once."""
+        self._rows = np.sort(rows)
+        self._vectors = _float64(self._residuals(self._rows))
+        expected = (len(rows), self.words.shape[1])
+        if self._vectors.shape != expected or not np.isfinite(self._vectors).all():
+            raise InvalidArgument(
+                "residuals", f"finite {list(expected)}", f"{list(self._vectors.shape)}"
+            )
+
+    def distances(self, rows: Rows) -> Costs:
+        """Returns fp64 ``[n, K_L]``; each row is computed by itself, in whatever company it is."""
+        vectors = self._vectors[np.searchsorted(self._rows, rows)]
+        return np.stack([np.square(self.words - row).sum(axis=1) for row in vectors])
 
 
 def _float64(values: Any) -> Costs:
@@ -181,7 +182,7 @@ def _nearest_free(
     sizes: tuple[int, ...],
     rank: Rows,
     before: Codes,
-    distances: Callable[[Rows], Costs],
+    level: _LastLevel,
 ) -> Codes:
     result = table.copy()
     groups = _prefix_groups(table, before)
@@ -196,15 +197,14 @@ def _nearest_free(
             )
     if not groups:
         return result
-    asked = np.concatenate([new[shared[new]] for new, _ in groups])
-    costs = dict(zip(asked.tolist(), distances(asked), strict=True))
+    level.fetch(np.concatenate([new[shared[new]] for new, _ in groups]))
     for new, old in groups:
         free = np.ones(sizes[-1], dtype=bool)
         free[before[old, -1]] = False
         free[table[new[~shared[new]], -1]] = False
-        colliding = [
-            (costs[row][table[row, -1]], rank[row], row) for row in new[shared[new]].tolist()
-        ]
+        rows = new[shared[new]]
+        costs = dict(zip(rows.tolist(), level.distances(rows), strict=True))
+        colliding = [(cost[table[row, -1]], rank[row], row) for row, cost in costs.items()]
         waiting = []
         for _, _, row in sorted(colliding):
             code = table[row, -1]
@@ -224,15 +224,18 @@ def _balanced(
     sizes: tuple[int, ...],
     rank: Rows,
     before: Codes,
-    distances: Callable[[Rows], Costs],
+    level: _LastLevel,
     assign: Assign,
 ) -> Codes:
     result = table.copy()
-    for new, old in _prefix_groups(table, before):
+    groups = _prefix_groups(table, before)
+    if groups:
+        level.fetch(np.concatenate([new for new, _ in groups]))
+    for new, old in groups:
         rows = new[np.argsort(rank[new])]
         capacity = -(-(len(new) + len(old)) // sizes[-1])
         room = np.maximum(0, capacity - np.bincount(before[old, -1], minlength=sizes[-1]))
-        codes = np.asarray(assign(distances(rows), room))
+        codes = np.asarray(assign(level.distances(rows), room))
         if codes.shape != rows.shape or (np.bincount(codes, minlength=sizes[-1]) > room).any():
             raise InvalidArgument("assign", "a code for each row, within its room", codes)
         result[rows, -1] = codes
