@@ -207,6 +207,8 @@ def tokenize(
                 )
             table = append_parquet(embeddings, output, progress_of=progress_of)
         else:
+            if tokenizer is not None and (sizes is not None or kind is not None):
+                raise InvalidArgument("tokenizer", "no sizes and kind, as it has its own", "some")
             if sizes is not None:
                 given["codebook_sizes"] = _sizes(sizes)
             table = tokenize_parquet(embeddings, output, progress_of=progress_of, **given)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 
 from plum.errors import InvalidArgument
 from plum.files import atomic_path, read_json, write_json
@@ -52,7 +53,8 @@ def tokenize_parquet(
         collisions: A policy of :func:`plum.sid.resolve_collisions`.
         latent_dim: Width of what is quantized.
         modalities: Columns to use; None for every column of lists of numbers.
-        tokenizer: Folder of a saved tokenizer to encode with; None fits one.
+        tokenizer: Folder of a saved tokenizer to encode with, which has its own ``kind``,
+            ``codebook_sizes`` and ``latent_dim``; None fits one.
         sample_rows: Items to fit on, drawn by the seed; None for 256 a code of the largest level,
             but at least 65,536.
         seed: Seed of everything random.
@@ -206,12 +208,12 @@ def _encode(
     ]
     first = next((number for number, path in enumerate(parts) if not path.exists()), len(parts))
     progress(first, len(parts))
+    levels = len(model.quantizer.codebook_sizes)
     if first < len(parts):
         for number, (ids, vectors) in enumerate(file.chunks(first * ROWS_PER_CHUNK), first):
             new = np.flatnonzero([item_id not in known for item_id in ids.to_list()])
             if len(new) < len(ids):
                 vectors = {name: x[new] for name, x in vectors.items()}
-            levels = len(model.quantizer.codebook_sizes)
             codes = model.encode(vectors).numpy() if len(new) else np.zeros((0, levels), np.int32)
             frame = pl.DataFrame(
                 [ids.gather(new), pl.Series("codes", codes, dtype=pl.Array(pl.Int32, levels))]
@@ -220,7 +222,7 @@ def _encode(
                 frame.write_parquet(temporary)
             progress(number + 1, len(parts))
     frame = pl.concat([pl.read_parquet(path) for path in parts])
-    return frame["item_id"].to_list(), frame["codes"].to_numpy().reshape(len(frame), -1)
+    return frame["item_id"].to_list(), frame["codes"].to_numpy().reshape(len(frame), levels)
 
 
 def _resolve(
@@ -235,8 +237,6 @@ def _resolve(
         latents = model.latents(file.select([ids[row] for row in rows.tolist()]))
         if codes.shape[1] == 1:
             return latents.numpy()
-        import torch
-
         before = torch.from_numpy(np.ascontiguousarray(codes[rows, :-1]))
         return (latents - model.quantizer.decode(before)).detach().numpy()
 
