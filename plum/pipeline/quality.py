@@ -17,7 +17,7 @@ from torch import Tensor
 from plum.data import Dataset
 from plum.embed import similarity_report
 from plum.errors import InvalidArgument, InvalidData
-from plum.files import write_text
+from plum.files import read_json, write_text
 from plum.ops import dead_codes
 from plum.pipeline import report_plots
 from plum.pipeline.embedding_file import EmbeddingFile
@@ -84,14 +84,7 @@ def open_table(
     else:
         run = path if (path / "tokenize" / "table").is_dir() else None
         table = SidTable.load(path / "tokenize" / "table" if run else path)
-        model = next(
-            (
-                load_tokenizer(folder)
-                for folder in (path / "tokenize" / "model", path / "model", path.parent / "model")
-                if (folder / "config.json").is_file()
-            ),
-            None,
-        )
+        model = _tokenizer_of(path, table)
     vectors, labels = None, None
     if embeddings is not None:
         vectors = EmbeddingFile(embeddings).select(table.item_ids)
@@ -124,11 +117,13 @@ def assess(source: TableSource, *, seed: int = 0) -> dict[str, Any]:
     if len(rows) > MAX_VECTORS:
         rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_VECTORS, replace=False))
     report["sampled_items"] = len(rows)
-    vectors = {name: x[torch.from_numpy(rows)].float() for name, x in source.embeddings.items()}
+    torch_rows = torch.from_numpy(rows)
+    vectors = {name: x[torch_rows].float() for name, x in source.embeddings.items()}
     model = source.tokenizer
     if model is not None:
         latents = model.latents(vectors)
-        codes = model.quantizer.encode(latents)
+        # Those of the table, which a collision policy may have moved.
+        codes = torch.from_numpy(table.codes)[torch_rows, : len(model.quantizer.codebook_sizes)]
         decoded = model.decode(codes)
         sample = quality_report(
             codes,
@@ -214,6 +209,18 @@ def write_quality_page(reports: Sequence[dict[str, Any]], path: str | Path) -> N
     write_text(path, template.render(context))
 
 
+def _tokenizer_of(path: Path, table: SidTable) -> Tokenizer | None:
+    """Returns the tokenizer beside a table, unless there is none or its levels are others."""
+    for folder in (path / "tokenize" / "model", path / "model", path.parent / "model"):
+        if (folder / "config.json").is_file():
+            config = read_json(folder / "config.json")
+            if isinstance(config, dict) and config.get("architecture") in ("RQVAE", "RQKMeans"):
+                model = load_tokenizer(folder)
+                sizes = tuple(model.quantizer.codebook_sizes)
+                return model if table.codebook_sizes[: len(sizes)] == sizes else None
+    return None
+
+
 def _name(path: Path) -> str:
     name = path.resolve().name
     for suffix in (".gz", ".xz", ".bz2", ".json", ".index", ".parquet", ".csv", ".npy"):
@@ -276,7 +283,7 @@ def _training_usage(source: TableSource) -> list[float] | None:
         return None
     sizes = model.quantizer.codebook_sizes
     if tuple(sizes) != source.table.codebook_sizes:
-        return None
+        return None  # A level for suffixes was not trained.
     dead = dead_codes(model.quantizer.usage_ema, sizes).split(list(sizes))
     return [1 - float(level.float().mean()) for level in dead]
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from plum.data import Dataset
 from plum.errors import InvalidArgument, InvalidData
 from plum.pipeline.quality import assess, open_table, unique_names, write_quality_page
 from plum.pipeline.tokenize_file import tokenize_parquet
@@ -74,6 +77,39 @@ def test_everything_that_is_known_is_measured(catalog):
     assert report["prefixes"][0]["purity"] > 0.85 > 0.3 > report["prefixes"][0]["shuffled"]
     assert report["similarity"]["text"]["neighbor_agreement"]["neighbors"] > 0.9
     assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_a_run_brings_all_that_is_known(tmp_path):
+    x, genre = write_catalog(tmp_path, 200)
+    ids = [f"i{row}" for row in range(200)]
+    tokenize_parquet(
+        tmp_path / "embeddings.parquet", tmp_path / "made", codebook_sizes=(10, 8), latent_dim=8
+    )
+    run = tmp_path / "run"
+    (run / "tokenize").mkdir(parents=True)
+    (tmp_path / "made" / "model").rename(run / "tokenize" / "model")
+    SidTable(ids, SidTable.load(tmp_path / "made").codes, (10, 8)).save(run / "tokenize" / "table")
+    (run / "embed").mkdir()
+    save_file({"text": torch.from_numpy(x)}, run / "embed" / "embeddings.safetensors")
+    items = pl.DataFrame({"item_id": ids, "title": ids, "genres": [f"g{g}, drama" for g in genre]})
+    log = pl.DataFrame({"user_id": ["u"], "item_id": ["i0"], "timestamp": [1]})
+    Dataset("made up", items, log, "{title}").save(run / "data")
+    report = assess(open_table(run))
+    assert report["name"] == "run" and report["prefixes"][0]["purity"] > 0.8
+    assert report["quantization"]["cosine"] > 0.9
+    assert report["similarity"]["text"]["neighbor_agreement"]["neighbors"] > 0.9
+    # A tokenizer with other levels says nothing about a table.
+    SidTable(ids, np.zeros((200, 1), dtype=int), (4,)).save(run / "tokenize" / "table")
+    assert "quantization" not in assess(open_table(run))
+
+
+def test_moved_codes_are_those_that_are_measured(catalog, tmp_path):
+    """What a collision policy costs shows in cos(z, z_q)."""
+    source = opened(catalog, "ours")
+    moved = source.table.codes.copy()
+    moved[:, 1] = (moved[:, 1] + 1) % 8
+    worse = assess(replace(source, table=SidTable(source.table.item_ids, moved, (10, 8))))
+    assert worse["quantization"]["cosine"] < assess(source)["quantization"]["cosine"] - 0.01
 
 
 def test_a_table_of_another_project_beside_ours(catalog):
