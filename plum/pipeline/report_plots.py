@@ -189,7 +189,7 @@ def grouped_bars(
         axis.set_xticks(range(len(groups)), groups)
         axis.set_title(title)
         if len(series) > 1:
-            figure.legend(loc="outside lower center", ncols=2)
+            figure.legend(loc="outside lower center", ncols=_legend_columns(series))
         return _svg(figure, title)
 
 
@@ -267,8 +267,13 @@ def lines(
         axis.set_xlabel(x_label)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         if len(drawn) > 1:
-            figure.legend(loc="outside lower center", ncols=3)
+            figure.legend(loc="outside lower center", ncols=_legend_columns(list(drawn)))
         return _svg(figure, f"{title} by {x_label}")
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Returns how many columns of labels fit under half a page."""
+    return max(1, min(3, 75 // (max(map(len, labels)) + 5)))
 
 
 @contextmanager
