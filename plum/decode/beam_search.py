@@ -22,6 +22,7 @@ from plum.decode.model_step import (
 )
 from plum.errors import InvalidArgument, InvalidData
 from plum.ops.forced_tail import forced_tail
+from plum.ops.trie_beam_sample import SampleStep, trie_beam_sample
 from plum.ops.trie_beam_step import SCORES, BeamStep, trie_beam_step
 
 if TYPE_CHECKING:
@@ -155,8 +156,10 @@ class SidBeamSearch:
         *,
         deny: Sequence[Sequence[Any]] | None = None,
         allow: Sequence[Any] | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
+        temperature: float = 1.0,
     ) -> SearchResult:
-        """Finds the best SIDs after each prompt.
+        """Finds the best SIDs after each prompt, or draws some.
 
         Args:
             input_ids: int64 ``[B, P]``, token ids; padded on the left, for an encoder-decoder
@@ -167,6 +170,11 @@ class SidBeamSearch:
                 seen. A SID is out only when every item on it is. Ids that are not in the trie
                 are ignored: they cannot be recommended anyway.
             allow: The ids of the items that may be recommended at all; every item by default.
+            seeds: A number for each request: W distinct SIDs are drawn instead, as if one after
+                the other by their probabilities, without replacement
+                (:func:`~plum.ops.trie_beam_sample`). The same seed draws the same. Needs
+                ``score="valid"``.
+            temperature: Divides the logits where SIDs are drawn.
 
         Returns:
             Items, SIDs, scores and states.
@@ -183,13 +191,22 @@ class SidBeamSearch:
         batch = len(input_ids)
         items = _ItemLimits(trie, batch, deny, allow)
         states, scores = trie.root_states(batch), torch.zeros(batch, 1, device=trie.device)
+        draws = None if seeds is None else self._seeds(seeds, batch)
+        keys = torch.zeros_like(scores, dtype=torch.float64)
         broken = torch.zeros(batch, dtype=torch.bool, device=trie.device)
         level, model_steps = 0, 1
         with _evaluating(self.model):
             steps = ATTENTION[self.attention](self._run, input_ids, attention_mask)
             ahead = steps.outputs
+            best: BeamStep | SampleStep
             while True:
-                best = self._choose(ahead[:, :, 0], scores, states, level, num_beams, items, broken)
+                chosen = (level, num_beams, items, broken)
+                if draws is None:
+                    best = self._choose(ahead[:, :, 0], scores, states, *chosen)
+                else:
+                    at = (draws, temperature)
+                    best = self._draw(ahead[:, :, 0], scores, keys, states, *chosen, *at)
+                    keys = best.keys
                 place, level = best.parents, level + 1
                 # A forced tail has the outputs of several levels; its beams may change places.
                 for outputs in ahead.unbind(2)[1:]:
@@ -253,6 +270,50 @@ class SidBeamSearch:
             )
             found.append(step)
         return found[0] if len(found) == 1 else BeamStep(*map(torch.cat, zip(*found, strict=True)))
+
+    def _draw(
+        self,
+        outputs: Tensor,
+        scores: Tensor,
+        keys: Tensor,
+        states: Tensor,
+        level: int,
+        k: int,
+        items: _ItemLimits,
+        broken: Tensor,
+        seeds: Tensor,
+        temperature: float,
+    ) -> SampleStep:
+        """Draws the next codes of the beams, like :meth:`_choose`."""
+        logits = self._run.logits(outputs, self._tokens[level])
+        broken |= logits.amax(dim=(1, 2)).isnan()
+        return trie_beam_sample(
+            logits,
+            scores,
+            keys,
+            states,
+            self.trie,
+            level,
+            k=k,
+            seeds=seeds,
+            temperature=temperature,
+            filter=items.rank,
+            deny=items.denied_rows,
+        )
+
+    def _seeds(self, seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
+        """Returns the seeds as int64 ``[B]`` on the trie's device."""
+        if self.score != "valid":
+            got, hint = f"score={self.score!r}", "use SidBeamSearch(..., score='valid')"
+            raise InvalidArgument("seeds", "a search by the scores of legal codes", got, hint)
+        try:
+            found = torch.as_tensor(seeds, device=self.trie.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidArgument("seeds", f"{batch} integers", error) from None
+        if found.shape != (batch,) or found.is_floating_point():
+            got = f"{found.dtype} {list(found.shape)}"
+            raise InvalidArgument("seeds", f"{batch} integers, one a request", got)
+        return found.long()
 
     def _is_forced(self, states: Tensor, level: int) -> bool:
         """Says whether every beam has one SID left or none, where that saves a model step."""

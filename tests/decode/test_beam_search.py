@@ -305,3 +305,34 @@ def test_refuses_what_does_not_fit():
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(InvalidData, match="expected numbers as logits, got NaN in request 0"):
         search.search(ids, mask)
+
+
+def test_draws_follow_the_scores_and_repeat():
+    model, trie = tiny("llama").eval(), catalog(items=12)
+    search = SidBeamSearch(model, trie, score="valid")
+    ids, mask = prompts([5])
+    every = search.search(ids, mask, 50)
+    found = every.states[0, : trie.num_sids, 0].tolist()
+    share = dict(zip(found, every.scores[0].exp().tolist(), strict=False))
+    draws = 4000
+    many = (ids.expand(draws, -1), mask.expand(draws, -1))
+    drawn = search.search(*many, 2, seeds=range(draws))
+    first = drawn.states[:, 0, 0]
+    for row, expected in share.items():
+        found = float((first == row).float().mean())
+        # Five standard deviations of a share of as many draws.
+        assert abs(found - expected) <= 5 * (expected * (1 - expected) / draws) ** 0.5 + 1e-6
+    assert (first != drawn.states[:, 1, 0]).all()
+    torch.testing.assert_close(
+        drawn.scores[:, 0].exp(), torch.tensor([share[int(row)] for row in first])
+    )
+    again = search.search(ids, mask, 2, seeds=[7])
+    assert torch.equal(again.states[0], drawn.states[7])
+    stepwise = SidBeamSearch(model, trie, score="valid", forced_tails=False)
+    assert torch.equal(stepwise.search(ids, mask, 2, seeds=[7]).states, again.states)
+    cold = search.search(*(x[:100] for x in many), 1, seeds=range(100), temperature=1e-3)
+    assert (cold.states[:, 0, 0] == every.states[0, 0, 0]).float().mean() > 0.9
+    with pytest.raises(InvalidArgument, match="seeds: expected 1 integers, one a request"):
+        search.search(ids, mask, 2, seeds=[1, 2])
+    with pytest.raises(InvalidArgument, match="seeds: expected a search by the scores of legal"):
+        SidBeamSearch(model, trie).search(ids, mask, 2, seeds=[1])
