@@ -51,7 +51,9 @@ def co_occurring_pairs(
             a, b = items[start:stop], items[start + gap : stop + gap]
             near = (user[start:stop] == user[start + gap : stop + gap]) & (a != b)
             a, b = a[near], b[near]
-            found, times = np.unique(np.minimum(a, b) * total + np.maximum(a, b), return_counts=True)
+            found, times = np.unique(
+                np.minimum(a, b) * total + np.maximum(a, b), return_counts=True
+            )
             keys, counts = _merged(keys, counts, found, times)
     keys, counts = keys[counts >= min_count], counts[counts >= min_count]
     low, high = np.divmod(keys, total)

@@ -77,7 +77,7 @@ def test_without_quantization_the_latents_are_decoded():
     vae = model()
     output = vae(items(), quantize=False)
     assert output.codes is None
-    decoded = vae.decoders["text"](output.latents) / vae.scales["text"] + vae.centers["text"]
+    decoded = vae.scaling["text"].inverse(vae.decoders["text"](output.latents))
     torch.testing.assert_close(output.reconstructions["text"], decoded)
 
 
