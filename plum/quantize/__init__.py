@@ -1,5 +1,6 @@
 """Vector quantization: from item embeddings to codes."""
 
+from plum.quantize.balanced import balanced_codes
 from plum.quantize.beam import beam_encode
 from plum.quantize.kmeans import KMeans
 from plum.quantize.losses import (
@@ -31,6 +32,7 @@ __all__ = [
     "ResidualQuantizer",
     "ResidualVQ",
     "Tokenizer",
+    "balanced_codes",
     "beam_encode",
     "co_occurrence_loss",
     "fit_rq_kmeans",

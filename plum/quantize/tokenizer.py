@@ -80,7 +80,7 @@ def fit_tokenizer(
     fields = {field.name for field in dataclasses.fields(RQVAEConfig)}
     fields -= {"input_dims", "codebook_sizes", *shape}
     loop = {"present", "pairs", "epochs", "warmup_epochs", "batch_size", "lr", "weight_decay"}
-    loop |= {"evaluate_every", "patience", "checkpoint"}
+    loop |= {"kmeans_init", "evaluate_every", "patience", "checkpoint"}
     _check_options(options, fields | loop)
     check_embeddings(embeddings)
     if options.get("pairs") is not None:

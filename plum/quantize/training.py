@@ -47,6 +47,7 @@ def fit_rqvae(
     batch_size: int | None = None,
     lr: float = 2e-3,
     weight_decay: float = 1e-4,
+    kmeans_init: bool = True,
     evaluate_every: int = 5,
     patience: int | None = None,
     checkpoint: str | Path | None = None,
@@ -70,10 +71,10 @@ def fit_rqvae(
     is started again with the same arguments ends with the same bits as one that was not.
 
     Under ``torch.distributed`` all processes call this with the same arguments, the whole catalog
-    included; each takes its share of every batch, and all end with the same bits. What one process
-    alone would get differs by the order in which gradients are summed, about 1e-7 of them a step;
-    that may move an item to another code where two are about equally near. Progressive masking
-    draws its prefixes on each process, so there only the distribution is the same.
+    included; each takes its share of every batch, and all end with the same bits. One process alone
+    gets the same up to rounding, about 1e-7 of a gradient a step, until codes are revived: what a
+    dead code becomes is drawn by the bits of the residuals, so from then on it is another run of
+    the same quality. So it is with progressive masking, whose prefixes each process draws.
 
     Args:
         embeddings: Modality to fp32 ``[N, D_m]``, finite; rows of missing items hold anything
@@ -88,6 +89,8 @@ def fit_rqvae(
             eighth of the items, but 32 to 512.
         lr: Learning rate at the start.
         weight_decay: AdamW's weight decay of the networks; codebooks have none.
+        kmeans_init: Start the codebooks as k-means centroids; False leaves them random normal, for
+            comparison.
         evaluate_every: Epochs between evaluations; the last epoch is always evaluated.
         patience: Stop after this many evaluations in a row without a better state; None never
             stops early.
@@ -129,7 +132,8 @@ def fit_rqvae(
     settings = {
         **dataclasses.asdict(config),
         **{"epochs": epochs, "warmup_epochs": warmup_epochs, "batch_size": batch_size, "lr": lr},
-        **{"weight_decay": weight_decay, "evaluate_every": evaluate_every, "patience": patience},
+        **{"weight_decay": weight_decay, "kmeans_init": kmeans_init},
+        **{"evaluate_every": evaluate_every, "patience": patience},
     }
     device = next(iter(embeddings.values())).device
     model = RQVAE(config).to(device)
@@ -144,12 +148,12 @@ def fit_rqvae(
         state = load_checkpoint(Path(checkpoint), stamp, model, optimizer)
     if state.epoch == 0:
         model.fit_inputs(embeddings, present)
-        copy_from_first(list(model.parameters()), None)
+        copy_from_first([p.detach() for p in model.parameters()], None)
     training = _Training(model, optimizer, embeddings, present, partners, batch_size)
     while state.epoch < epochs and not _stalled(state.history, patience):
         epoch = state.epoch
         quantize = epoch >= warmup_epochs
-        if epoch == warmup_epochs:
+        if epoch == warmup_epochs and kmeans_init:
             training.start_codebooks()
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
@@ -202,9 +206,10 @@ class _Training:
         config = self.model.config
         limit = _ROWS_PER_CODE * max(config.codebook_sizes)
         sample = torch.randperm(self.count, generator=_generator(config.seed, _SAMPLE))[:limit]
-        own = sample.tensor_split(world_size(None))[rank(None)].to(self.device)
-        inputs, masks = _rows(self.embeddings, self.present, own)
-        self.model.quantizer.init_codebooks(self.model.eval().latents(inputs, masks))
+        inputs, masks = _rows(self.embeddings, self.present, sample.to(self.device))
+        # Products round by their shape, and k-means would end elsewhere: all compute all rows.
+        latents = self.model.eval().latents(inputs, masks)
+        self.model.quantizer.init_codebooks(latents.tensor_split(world_size(None))[rank(None)])
 
     def run_epoch(self, epoch: int, quantize: bool) -> dict[str, Any]:
         """Trains on every item once; returns the mean losses and, quantized, the usage."""
