@@ -9,8 +9,8 @@ from plum.errors import InvalidArgument
 from plum.ops import residual_quantize
 
 # Rows whose distances to all codewords are there at once, and candidates a row keeps of them.
-_CHUNK, _CANDIDATES = 4096, 16
-_FREE = torch.iinfo(torch.int64).max
+_CHUNK, _CANDIDATES = 1024, 16
+_FREE, _LOW = torch.iinfo(torch.int64).max, (1 << 32) - 1
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def _settle(x: Tensor, codebook: Tensor, group: Tensor, capacity: int) -> Tensor
     kept = min(_CANDIDATES, size)
     candidates = torch.empty(count, kept, dtype=torch.int64, device=device)
     ranks = torch.empty(count, kept, dtype=torch.int64, device=device)
-    seen = torch.zeros(count, dtype=torch.int64, device=device)
+    last = torch.full((count,), -1, device=device)
     codes = torch.full((count,), -1, device=device)
     rank = torch.zeros(count, dtype=torch.int64, device=device)
     # The highest rank that a full cell holds; a lower one takes its place.
@@ -102,7 +102,7 @@ def _settle(x: Tensor, codebook: Tensor, group: Tensor, capacity: int) -> Tensor
     exhausted = waiting
     while len(waiting):
         for rows in exhausted.split(_CHUNK):
-            _look_further(x, codebook, rows, seen, candidates, ranks)
+            _look_further(x, codebook, rows, last, candidates, ranks)
         cells = group[waiting, None] * size + candidates[waiting]
         welcome = ranks[waiting] < worst[cells]
         found = welcome.any(dim=1)
@@ -119,8 +119,8 @@ def _settle(x: Tensor, codebook: Tensor, group: Tensor, capacity: int) -> Tensor
         inside = inside[order]
         starts = torch.searchsorted(cell, cell)
         place = torch.arange(len(cell), device=device) - starts
-        last = place == capacity - 1
-        worst[cell[last]] = rank[inside[last]]
+        full = place == capacity - 1
+        worst[cell[full]] = rank[inside[full]]
         refused = inside[place >= capacity]
         codes[refused] = -1
         waiting = torch.cat([refused, exhausted])
@@ -128,21 +128,20 @@ def _settle(x: Tensor, codebook: Tensor, group: Tensor, capacity: int) -> Tensor
 
 
 def _look_further(
-    x: Tensor, codebook: Tensor, rows: Tensor, seen: Tensor, candidates: Tensor, ranks: Tensor
+    x: Tensor, codebook: Tensor, rows: Tensor, last: Tensor, candidates: Tensor, ranks: Tensor
 ) -> None:
-    """Fills in the next nearest codewords of ``rows``, after the ``seen`` nearest ones.
+    """Fills in the next nearest codewords of ``rows``, after those up to the ``last`` one.
 
-    A rank orders rows by distance and then by priority: the bits of a float that is not negative
-    are in its order.
+    Distances are packed before what decides between equal ones, a code or a priority: the bits of
+    a float that is not negative are in its order.
     """
-    points = x[rows]
-    away = points.new_zeros(len(rows), len(codebook))
-    # One dimension after the other: a product would round by the number of rows.
-    for values, centers in zip(points.T, codebook.T, strict=True):
-        away += (values[:, None] - centers).square_()
-    kept = candidates.shape[1]
-    distance, code = away.sort(dim=1, stable=True)
-    at = (seen[rows, None] + torch.arange(kept, device=x.device)).clamp_max(len(codebook) - 1)
-    candidates[rows] = code.gather(1, at)
-    ranks[rows] = (distance.gather(1, at).view(torch.int32).long() << 32) | rows[:, None]
-    seen[rows] += kept
+    # Not as a product, which would round by the number of rows.
+    away = torch.cdist(x[rows], codebook, compute_mode="donot_use_mm_for_euclid_dist")
+    codes = torch.arange(len(codebook), device=x.device)
+    keys = (away.view(torch.int32).long() << 32) | codes
+    keys.masked_fill_(keys <= last[rows, None], _FREE)
+    keys = keys.topk(candidates.shape[1], dim=1, largest=False).values
+    # Past the farthest codeword there is none, at a rank that no cell takes.
+    candidates[rows] = torch.where(keys < _FREE, keys & _LOW, 0)
+    ranks[rows] = torch.where(keys < _FREE, (keys & ~_LOW) | rows[:, None], _FREE)
+    last[rows] = keys[:, -1]
