@@ -13,6 +13,7 @@ from plum.quantize.residual_quantizer import QuantizerOutput, ResidualQuantizer
 from plum.quantize.residual_vq import ResidualVQ
 from plum.quantize.rq_kmeans import RQKMeans, fit_rq_kmeans
 from plum.quantize.rqvae import RQVAE, RQVAEConfig, RQVAEOutput
+from plum.quantize.rvq import RVQ, fit_rvq
 from plum.quantize.tokenizer import (
     Tokenizer,
     fit_tokenizer,
@@ -23,6 +24,7 @@ from plum.quantize.training import fit_rqvae
 
 __all__ = [
     "RQVAE",
+    "RVQ",
     "KMeans",
     "QuantizationLosses",
     "QuantizerOutput",
@@ -37,6 +39,7 @@ __all__ = [
     "co_occurrence_loss",
     "fit_rq_kmeans",
     "fit_rqvae",
+    "fit_rvq",
     "fit_tokenizer",
     "load_tokenizer",
     "multi_resolution_sizes",

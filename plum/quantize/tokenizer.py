@@ -14,10 +14,11 @@ from plum.files import read_json
 from plum.quantize.inputs import check_embeddings
 from plum.quantize.rq_kmeans import RQKMeans, fit_rq_kmeans
 from plum.quantize.rqvae import RQVAE, RQVAEConfig
+from plum.quantize.rvq import RVQ, fit_rvq
 from plum.quantize.training import fit_rqvae
 
-KINDS = ("rq-vae", "rq-kmeans")
-Tokenizer = RQVAE | RQKMeans
+KINDS = ("rq-vae", "rq-kmeans", "r-vq")
+Tokenizer = RQVAE | RQKMeans | RVQ
 
 
 def multi_resolution_sizes(first: int, levels: int) -> tuple[int, ...]:
@@ -45,22 +46,30 @@ def fit_tokenizer(
     kind: str = "rq-vae",
     *,
     codebook_sizes: Sequence[int] = (256, 256, 256),
-    latent_dim: int = 64,
+    latent_dim: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Tokenizer:
-    """Fits a tokenizer of either kind.
+    """Fits a tokenizer of any kind.
+
+    - ``"rq-vae"``: an autoencoder whose fused latent is quantized (PLUM, arXiv 2510.07784; TIGER,
+      arXiv 2305.05065), the only kind that takes missing modalities and pairs of items.
+    - ``"rq-kmeans"``: k-means on the residuals of each level, on principal components.
+    - ``"r-vq"``: the same levels trained together, by moving averages or by gradient, on the
+      embeddings as they are.
 
     Args:
         embeddings: Modality to fp32 ``[N, D_m]``, finite.
-        kind: ``"rq-vae"`` or ``"rq-kmeans"``.
+        kind: One of the above.
         codebook_sizes: ``K_l`` of each of the ``L`` levels.
-        latent_dim: Width ``D`` of the vector that is quantized.
+        latent_dim: Width ``D`` of the vector that is quantized; None for 64, and for the width of
+            the embeddings with ``"r-vq"``.
         seed: Seed of everything random.
         progress: Called as ``progress(done, total)`` after each epoch or level.
-        options: Further arguments of :class:`RQVAEConfig` and :func:`fit_rqvae`, or of
-            :func:`fit_rq_kmeans`.
+        options: Further arguments of :class:`RQVAEConfig` and :func:`fit_rqvae`, of
+            :func:`fit_rq_kmeans` or of :func:`fit_rvq`. ``pairs`` without a
+            ``co_occurrence_weight`` gives it the weight 1.
 
     Returns:
         A model with ``encode(embeddings)`` giving int32 ``[N, L]``, ``decode``, ``latents``,
@@ -72,6 +81,11 @@ def fit_tokenizer(
             infinity; the rows are named.
     """
     shape: dict[str, Any] = {"latent_dim": latent_dim, "seed": seed}
+    if kind == "r-vq":
+        known = {"update", "decay", "revive_every", "dead_share", "epochs", "batch_size", "lr"}
+        _check_options(options, known)
+        return fit_rvq(embeddings, codebook_sizes, progress=progress, **shape, **options)
+    shape["latent_dim"] = 64 if latent_dim is None else latent_dim
     if kind == "rq-kmeans":
         _check_options(options, {"max_iters", "batch_size"})
         return fit_rq_kmeans(embeddings, codebook_sizes, progress=progress, **shape, **options)
@@ -96,7 +110,7 @@ def fit_tokenizer(
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Reads a tokenizer of either kind that ``save_pretrained`` wrote.
+    """Reads a tokenizer of any kind that ``save_pretrained`` wrote.
 
     Raises:
         InvalidData: a file is absent, damaged or not a tokenizer.
@@ -106,10 +120,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise InvalidData(folder, "the folder of a saved tokenizer", "no such folder")
     config = read_json(folder / "config.json")
     name = config.get("architecture") if isinstance(config, dict) else None
-    for architecture in (RQVAE, RQKMeans):
+    for architecture in (RQVAE, RQKMeans, RVQ):
         if architecture.__name__ == name:
             return architecture.from_pretrained(folder)
-    raise InvalidData(folder / "config.json", "architecture RQVAE or RQKMeans", repr(name))
+    raise InvalidData(folder / "config.json", "architecture RQVAE, RQKMeans or RVQ", repr(name))
 
 
 def _check_options(options: Mapping[str, Any], known: set[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from plum.errors import InvalidArgument, InvalidData
-from plum.quantize import RQVAE, RQKMeans, RQVAEConfig, fit_rq_kmeans, load_tokenizer, rq_kmeans
+from plum.quantize import RQVAE, RQKMeans, RQVAEConfig, fit_rq_kmeans, load_tokenizer, projected
 
 DIMS = {"text": 20, "image": 12}
 
@@ -212,7 +212,7 @@ def test_rq_kmeans_in_chunks_is_the_same(monkeypatch):
     # Some way off the origin, where a sum of squares that is not centered would cancel.
     inputs = {name: x + 300 for name, x in items().items()}
     whole = fit_rq_kmeans(inputs, (8, 4), latent_dim=5)
-    monkeypatch.setattr(rq_kmeans, "_CHUNK", 17)
+    monkeypatch.setattr(projected, "_CHUNK", 17)
     parts = fit_rq_kmeans(inputs, (8, 4), latent_dim=5)
     for name in ("center", "scale", "basis"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))

@@ -14,6 +14,7 @@ from plum.quantize import (
     fit_tokenizer,
     multi_resolution_sizes,
 )
+from plum.quantize.tokenizer import KINDS
 from plum.quantize.training import _rank
 
 
@@ -79,9 +80,9 @@ def test_the_rule_for_the_best_state():
     assert _rank(few, 20, (100, 100)) == (0.95, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["rq-vae", "rq-kmeans"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_gives_the_same_bits(kind):
-    options = {"epochs": 6, "batch_size": 100} if kind == "rq-vae" else {}
+    options = {"epochs": 6, "batch_size": 100} if kind != "rq-kmeans" else {}
 
     def codes_and_state(seed):
         model = fit_tokenizer(
@@ -285,7 +286,7 @@ def test_two_modalities_with_missing_items():
 
 def test_fewer_items_than_codes():
     x = {"text": clusters(30)}
-    for kind, options in (("rq-vae", {"epochs": 200}), ("rq-kmeans", {})):
+    for kind, options in (("rq-vae", {"epochs": 200}), ("rq-kmeans", {}), ("r-vq", {})):
         model = fit_tokenizer(x, kind, codebook_sizes=(64, 64), **options)
         codes = model.encode(x)
         assert len(codes.unique(dim=0)) == 30, kind
@@ -294,7 +295,7 @@ def test_fewer_items_than_codes():
 def test_bad_embeddings_name_their_rows():
     x = clusters()
     x[[3, 9], 5] = float("nan")
-    for kind in ("rq-vae", "rq-kmeans"):
+    for kind in KINDS:
         with pytest.raises(InvalidArgument, match=r"text.*NaN or infinity in rows 3, 9"):
             fit_tokenizer({"text": x}, kind)
     x[:50] = float("inf")
@@ -314,6 +315,8 @@ def test_bad_options_are_named():
         fit_tokenizer(x, epoch=3)
     with pytest.raises(InvalidArgument, match=r"^epochs: .*unknown option"):
         fit_tokenizer(x, "rq-kmeans", epochs=3)
+    with pytest.raises(InvalidArgument, match=r"^pairs: .*unknown option"):
+        fit_tokenizer(x, "r-vq", pairs=torch.tensor([[0, 1]]))
     with pytest.raises(InvalidArgument, match="warmup_epochs"):
         fit_tokenizer(x, epochs=3, warmup_epochs=3)
     with pytest.raises(InvalidArgument, match=r"^lr"):
@@ -322,7 +325,9 @@ def test_bad_options_are_named():
         fit_tokenizer(x, lr=1e30, epochs=10, batch_size=16)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("rq-vae", {"epochs": 25}), ("rq-kmeans", {})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("rq-vae", {"epochs": 25}), ("rq-kmeans", {}), ("r-vq", {"epochs": 25})]
+)
 def test_real_posters_use_every_level_and_hardly_collide(shared_data, kind, options):
     archive = np.load(shared_data / "movielens-1m" / "poster_features_handmade.npz")
     x = {"image": torch.from_numpy(archive["features"].astype(np.float32))}
