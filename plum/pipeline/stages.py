@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from plum.config import load_config
-from plum.data import Dataset, filter_interactions, load_dataset, sequences_of
+from plum.data import (
+    Dataset,
+    co_occurring_pairs,
+    filter_interactions,
+    load_dataset,
+    sequences_of,
+)
 from plum.embed import encode_texts, similarity_report
 from plum.eval import ItemKNN, Popularity, ranking_metrics
 from plum.files import atomic_path, write_json
@@ -91,7 +98,17 @@ def _tokenize(work: Workspace) -> None:
     settings = work.settings
     dataset = Dataset.load(work.input("data"))
     embeddings = load_file(work.input("embed") / "embeddings.safetensors")
-    options = {"epochs": settings.epochs} if settings.kind == "rq-vae" else {}
+    checkpoint = work.folder / "checkpoint"
+    options: dict[str, Any] = {}
+    if settings.kind != "rq-kmeans":
+        options["epochs"] = settings.epochs
+    if settings.kind == "rq-vae":
+        options |= {"patience": settings.patience, "checkpoint": checkpoint}
+        options["progressive_masking"] = settings.progressive_masking
+    if settings.co_occurrence_weight > 0:
+        pairs = co_occurring_pairs(sequences_of(dataset), window=settings.co_occurrence_window)
+        options["pairs"] = torch.from_numpy(pairs)
+        options["co_occurrence_weight"] = settings.co_occurrence_weight
     tokenizer = fit_tokenizer(
         embeddings,
         settings.kind,
@@ -112,6 +129,7 @@ def _tokenize(work: Workspace) -> None:
     SidTable(item_ids, codes, sizes).save(work.folder / "table")
     if isinstance(tokenizer, RQVAE):
         write_json(work.folder / "history.json", tokenizer.history)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _report(work: Workspace) -> None:
