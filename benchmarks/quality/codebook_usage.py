@@ -102,7 +102,7 @@ def main() -> None:
             }
             print(f"\r{run}", flush=True)
             result["runs"].append(run)
-            result["runs"].sort(key=lambda run: (run["table"], run["seed"]))
+            result["runs"].sort(key=lambda run: (run["table"], run["epochs"], run["seed"]))
             write_json(path, result)
     print(render(result))
 
@@ -110,32 +110,22 @@ def main() -> None:
 def render(result: dict[str, Any]) -> str:
     """The result as Markdown: mean and range over the seeds beside what is published."""
     lines = [
-        "| table | seeds | usage in training | usage at inference | published | unique SIDs"
-        " | cos(z, z_q) | published | MSE | published |",
-        "| --- | ---: | --- | --- | --- | --- | --- | ---: | --- | ---: |",
+        "| table | epochs | seeds | usage in training | usage at inference | published"
+        " | unique SIDs | cos(z, z_q) | published | MSE | published |",
+        "| --- | ---: | ---: | --- | --- | --- | --- | --- | ---: | --- | ---: |",
     ]
-    guarded = [min(run["usage"]) >= GUARD for run in result["runs"]]
-    for table in TABLES:
-        runs = [run for run in result["runs"] if run["table"] == table]
-        if not runs:
-            continue
+    for table, epochs in sorted({(run["table"], run["epochs"]) for run in result["runs"]}):
+        runs = [run for run in result["runs"] if (run["table"], run["epochs"]) == (table, epochs)]
         known = result["published"].get(table, {})
-
-        def spread(name: str, digits: int, runs: list[dict[str, Any]] = runs) -> str:
-            values = [run[name] for run in runs]
-            low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
-            mean = f"{statistics.fmean(values):.{digits}f}"
-            return mean if low == high else f"{mean} ({low} to {high})"
-
-        def lowest(name: str, runs: list[dict[str, Any]] = runs) -> str:
-            return _percent([min(level) for level in zip(*(r[name] for r in runs), strict=True)])
-
-        lines.append(
-            f"| {table} | {len(runs)} | {lowest('training_usage')} | {lowest('usage')}"
-            f" | {_percent(known.get('usage'))} | {spread('unique_sid_ratio', 4)}"
-            f" | {spread('cosine', 4)} | {known.get('cosine', '')}"
-            f" | {spread('mse', 5)} | {known.get('mse', '')} |"
-        )
+        cells = [
+            *(table, epochs, len(runs), _lowest(runs, "training_usage"), _lowest(runs, "usage")),
+            _percent(known["usage"]),
+            _spread(runs, "unique_sid_ratio", 4),
+            *(_spread(runs, "cosine", 4), known.get("cosine", "")),
+            *(_spread(runs, "mse", 5), known.get("mse", "")),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    guarded = [min(run["usage"]) >= GUARD for run in result["runs"]]
     lines += [
         "",
         "Usage is in percent a level, the lowest of the seeds; other figures are means with their"
@@ -148,8 +138,19 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _percent(shares: list[float] | None) -> str:
-    return "" if shares is None else " / ".join(f"{100 * share:.4g}" for share in shares)
+def _spread(runs: list[dict[str, Any]], name: str, digits: int) -> str:
+    values = [run[name] for run in runs]
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _lowest(runs: list[dict[str, Any]], name: str) -> str:
+    return _percent([min(level) for level in zip(*(run[name] for run in runs), strict=True)])
+
+
+def _percent(shares: list[float]) -> str:
+    return " / ".join(f"{100 * share:.4g}" for share in shares)
 
 
 if __name__ == "__main__":

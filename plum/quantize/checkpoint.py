@@ -108,8 +108,7 @@ def load_checkpoint(
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in groups["optimizer"].items():
             index, _, slot = name.partition("/")
-            # AdamW counts its steps on the CPU.
-            slots.setdefault(int(index), {})[slot] = value.cpu() if slot == "step" else value
+            slots.setdefault(int(index), {})[slot] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
     except FileNotFoundError:
         raise InvalidData(folder / _TENSORS, "a safetensors file", "no such file") from None

@@ -137,7 +137,7 @@ def fit_rqvae(
     }
     device = next(iter(embeddings.values())).device
     model = RQVAE(config).to(device)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=lr)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=lr, fused=True)
     model.quantizer.attach_optimizer(optimizer)
     state, stamp = Progress(), {}
     if checkpoint is not None:
