@@ -21,7 +21,7 @@ _STATE, _TENSORS = "state.json", "state.safetensors"
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainingState:
     """What a training has reached.
 
     Attributes:
@@ -56,23 +56,19 @@ def fingerprint(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
 def save_checkpoint(
     folder: Path,
     stamp: Mapping[str, Any],
-    progress: Progress,
+    state: TrainingState,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Writes the state; until it is whole, ``folder`` keeps the one before."""
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"best/{name}": value for name, value in progress.best.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
+    tensors |= {f"best/{name}": value for name, value in state.best.items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in slots.items()}
     with atomic_folder(folder) as temporary:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary / _TENSORS)
-        state = {
-            "epoch": progress.epoch,
-            "best_rank": progress.best_rank,
-            "history": progress.history,
-        }
-        write_json(temporary / _STATE, {"stamp": stamp, **state})
+        reached = {name: getattr(state, name) for name in ("epoch", "best_rank", "history")}
+        write_json(temporary / _STATE, {"stamp": stamp, **reached})
 
 
 def load_checkpoint(
@@ -80,7 +76,7 @@ def load_checkpoint(
     stamp: Mapping[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-) -> Progress:
+) -> TrainingState:
     """Puts a saved state into model and optimizer; without one, returns the start.
 
     Raises:
@@ -88,7 +84,7 @@ def load_checkpoint(
     """
     settle_folder(folder)
     if not folder.exists():
-        return Progress()
+        return TrainingState()
     state = read_json(folder / _STATE)
     if not isinstance(state, dict) or state.get("stamp") != stamp:
         raise InvalidData(
@@ -116,7 +112,7 @@ def load_checkpoint(
         reason = " ".join(str(error).split())
         raise InvalidData(folder / _TENSORS, "the tensors of this training", reason) from None
     best_rank = None if state["best_rank"] is None else tuple(state["best_rank"])
-    return Progress(state["epoch"], state["history"], best_rank, groups["best"])
+    return TrainingState(state["epoch"], state["history"], best_rank, groups["best"])
 
 
 def _difference(found: Any, stamp: Mapping[str, Any]) -> str:

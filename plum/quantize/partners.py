@@ -9,11 +9,7 @@ from plum.errors import InvalidArgument
 
 
 class Partners:
-    """The partners of each item, from which one is drawn uniformly.
-
-    Attributes:
-        pairs: int64 ``[P, 2]``, as given.
-    """
+    """The partners of each item, from which one is drawn uniformly."""
 
     def __init__(self, pairs: Tensor, count: int) -> None:
         """Indexes pairs, each of which makes either item a partner of the other.
@@ -34,7 +30,6 @@ class Partners:
             row = int(torch.nonzero(wrong)[0])
             expected = f"two different items in [0, {count})"
             raise InvalidArgument(f"pairs[{row}]", expected, pairs[row].tolist())
-        self.pairs = pairs
         both = torch.cat([pairs, pairs.flip(1)]).cpu()
         order = both[:, 0].argsort(stable=True)
         self._partners = both[order, 1]

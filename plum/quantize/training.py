@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plum.errors import InvalidArgument
-from plum.quantize.checkpoint import Progress, fingerprint, load_checkpoint, save_checkpoint
+from plum.quantize.checkpoint import TrainingState, fingerprint, load_checkpoint, save_checkpoint
 from plum.quantize.distributed import (
     copy_from_first,
     gather_with_gradient,
@@ -139,7 +139,7 @@ def fit_rqvae(
     model = RQVAE(config).to(device)
     optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=lr, fused=True)
     model.quantizer.attach_optimizer(optimizer)
-    state, stamp = Progress(), {}
+    state, stamp = TrainingState(), {}
     if checkpoint is not None:
         inputs = {f"embeddings/{name}": x for name, x in embeddings.items()}
         inputs |= {f"present/{name}": mask for name, mask in (present or {}).items()}
