@@ -9,7 +9,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.quality import codebook_stability, codebook_usage, sid_v2_ablation
+from benchmarks.quality import (
+    codebook_guard,
+    codebook_stability,
+    codebook_usage,
+    sid_v2_ablation,
+)
 from plum.quantize import fit_tokenizer
 
 
@@ -72,3 +77,11 @@ def test_stability_table_has_a_row_a_variant():
     assert "| ema | yes | no | 2 | 100 | 50 | 0.5000 |" in text
     assert "| ema | no | yes | 1 | 100 | 100 | 0.5000 |" in text
     assert "gradient" not in text
+
+
+def test_guard_counts_runs_whose_kept_or_last_state_lost_codes():
+    base = {"catalog": "ML-1M posters", "items": 9, "usage": [1.0, 1.0], "usage_last": [1.0, 0.95]}
+    runs = [base, base | {"usage": [0.94, 1.0]}, base | {"usage_last": [1.0, 0.5]}]
+    text = codebook_guard.render({"runs": runs, "guard": 0.95, "sizes": [4, 4]})
+    assert "| ML-1M posters | 9 | 3 | 94.0% | 50.0% | 1 |" in text
+    assert "1 of 3 runs use at least 95%" in text
