@@ -85,3 +85,20 @@ def test_guard_counts_runs_whose_kept_or_last_state_lost_codes():
     text = codebook_guard.render({"runs": runs, "guard": 0.95, "sizes": [4, 4]})
     assert "| ML-1M posters | 9 | 3 | 94.0% | 50.0% | 1 |" in text
     assert "1 of 3 runs use at least 95%" in text
+
+
+def test_ablation_table_has_a_row_a_variant():
+    run = {"epochs": 15, "images": "posters.npz", "usage": [1.0, 0.5], "unexplained_variance": 0.4}
+    run |= {"prefix_lift": [1.5, 30.0]}
+    runs = [
+        run | {"variant": "SID-v1", "unique_sid_ratio": 0.9},
+        run | {"variant": "SID-v2", "unique_sid_ratio": 0.99},
+        run | {"variant": "SID-v2", "unique_sid_ratio": 0.97, "prefix_lift": [2.5, 50.0]},
+    ]
+    text = sid_v2_ablation.render(
+        {"runs": runs, "published": sid_v2_ablation.PUBLISHED, "definitions": {}}
+    )
+    rows = text.splitlines()[2:4]
+    assert rows[0] == "| SID-v2 | 15 | 2 | 98.00% | 96.7% | 50.0% | 0.400 | 2 / 40 |"
+    assert rows[1] == "| SID-v1 | 15 | 1 | 90.00% | 94.0% | 50.0% | 0.400 | 1.5 / 30 |"
+    assert "posters.npz" in text

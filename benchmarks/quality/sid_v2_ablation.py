@@ -9,6 +9,7 @@ generators trained on them. Started again, the script makes the runs that are mi
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -31,7 +32,7 @@ from plum.quantize import RQVAE, fit_tokenizer, multi_resolution_sizes
 from plum.sid import SidTable
 
 NAME = "sid_v2_ablation"
-SEEDS, EPOCHS = range(3), 30
+SEEDS = range(3)
 # As many tuples with equal codebooks as with halved ones: 2^26.
 HALVED, EQUAL = multi_resolution_sizes(256, 4), (91, 91, 91, 91)
 # Variant to codebook sizes, posters, co-occurrence loss, progressive masking.
@@ -51,6 +52,7 @@ PUBLISHED = {
     "- co-occurrence": (0.918, 0.126),
     "SID-v1": (0.940, 0.123),
 }
+KEY = ("variant", "epochs", "seed", "images")
 DEFINITIONS = {
     "unique_sid_ratio": "distinct SIDs per item",
     "usage": "share of the codes of a level that occur when the whole catalog is encoded once",
@@ -78,13 +80,14 @@ def prefix_lift(codes: Tensor, before: Tensor, target: Tensor) -> list[float]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--images", type=Path, help="npz with movie_id [M] and features [M, D]")
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--tables", type=Path, help="folder for the SID tables")
     options = parser.parse_args()
     path = options.output / f"{NAME}.json"
     result = read_json(path) if path.exists() else {"runs": []}
     images = "color features" if options.images is None else options.images.name
-    result |= {"definitions": DEFINITIONS, "published": PUBLISHED, "epochs": EPOCHS}
-    known = {(run["variant"], run["seed"], run["images"]) for run in result["runs"]}
+    result |= {"definitions": DEFINITIONS, "published": PUBLISHED}
+    known = {tuple(run[name] for name in KEY) for run in result["runs"]}
     whole = movielens_1m(options.data)
     dataset = filter_interactions(whole, min_user_interactions=5, min_item_interactions=5)
     item_ids = dataset.items["item_id"].to_list()
@@ -99,7 +102,7 @@ def main() -> None:
     target = torch.from_numpy(validation.targets).long()
     for seed in SEEDS:
         for variant, (sizes, multi_modal, co_occurrence, masking) in VARIANTS.items():
-            if (variant, seed, images) in known:
+            if (variant, options.epochs, seed, images) in known:
                 continue
             start = time.perf_counter()
             embeddings = {"text": text, "image": posters} if multi_modal else {"text": text}
@@ -108,7 +111,7 @@ def main() -> None:
                 embeddings,
                 codebook_sizes=sizes,
                 seed=seed,
-                epochs=EPOCHS,
+                epochs=options.epochs,
                 batch_size=128,
                 hidden_dims=(256,),
                 progressive_masking=masking,
@@ -119,7 +122,8 @@ def main() -> None:
             codes = model.encode(embeddings, masks)
             error = (model.decode(codes)["text"] - text).square().sum()
             run = {
-                **{"variant": variant, "seed": seed, "images": images, "sizes": sizes},
+                **dict(zip(KEY, (variant, options.epochs, seed, images), strict=True)),
+                "sizes": sizes,
                 "unique_sid_ratio": len(codes.unique(dim=0)) / len(codes),
                 "usage": [len(codes[:, i].unique()) / size for i, size in enumerate(sizes)],
                 "unexplained_variance": float(error / (text - text.mean(dim=0)).square().sum()),
@@ -138,11 +142,14 @@ def main() -> None:
 def render(result: dict[str, Any]) -> str:
     """The result as Markdown: means over the seeds beside PLUM's ablation."""
     lines = [
-        "| SIDs | seeds | unique | PLUM | least usage | text unexplained | prefix lift by length |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| SIDs | epochs | seeds | unique | PLUM | least usage | text unexplained"
+        " | prefix lift by length |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    for variant in VARIANTS:
-        runs = [run for run in result["runs"] if run["variant"] == variant]
+    trained = sorted({run["epochs"] for run in result["runs"]})
+    for epochs, variant in itertools.product(trained, VARIANTS):
+        of = (variant, epochs)
+        runs = [run for run in result["runs"] if (run["variant"], run["epochs"]) == of]
         if not runs:
             continue
         unique = statistics.fmean(run["unique_sid_ratio"] for run in runs)
@@ -150,15 +157,14 @@ def render(result: dict[str, Any]) -> str:
         lost = statistics.fmean(run["unexplained_variance"] for run in runs)
         lifts = zip(*(run["prefix_lift"] for run in runs), strict=True)
         lift = " / ".join(f"{statistics.fmean(level):.3g}" for level in lifts)
-        plum = f"{result['published'][variant][0]:.1%}" if variant in result["published"] else ""
-        lines.append(
-            f"| {variant} | {len(runs)} | {unique:.2%} | {plum} | {usage:.1%} | {lost:.3f}"
-            f" | {lift} |"
-        )
+        published = result["published"].get(variant)
+        cells = [variant, epochs, len(runs), f"{unique:.2%}"]
+        cells += [f"{published[0]:.1%}" if published else "", f"{usage:.1%}", f"{lost:.3f}", lift]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     images = ", ".join(sorted({run["images"] for run in result["runs"]}))
     lines += [
         "",
-        f"ML-1M, {result['epochs']} epochs; text and posters ({images}). Means over the seeds.",
+        f"ML-1M, text and posters ({images}). Means over the seeds.",
         "",
         *(f"- {name}: {text}." for name, text in result["definitions"].items()),
     ]
