@@ -36,6 +36,7 @@ def test_figures_of_a_model_are_as_defined():
     latents = model.latents({"text": x})
     quantized = sum(book[codes[:, i].long()] for i, book in enumerate(model.quantizer.codebooks))
     cosine = (latents * quantized).sum(dim=1) / latents.norm(dim=1) / quantized.norm(dim=1)
+    assert figures["balanced"]["unique_sid_ratio"] >= figures["unique_sid_ratio"]
     assert figures["cosine"] == pytest.approx(float(cosine.mean()), rel=1e-5)
 
 
@@ -62,7 +63,7 @@ def test_tables_show_the_worst_usage_and_the_guard():
         {"runs": runs, "published": codebook_usage.PUBLISHED, "definitions": {"mse": "what"}}
     )
     assert "| 9 | 3 | 100 / 100 / 100 | 100 / 90 / 50 | 100 / 82.8 / 76.6 |" in text
-    assert "0.8333 (0.7000 to 0.9000) | 0.7245 | 0.00050 | 0.0008 |" in text
+    assert "| 0.9500 |  | 0.8333 (0.7000 to 0.9000) | 0.7245 | 0.00050 | 0.0008 |" in text
     assert "1 of 3 runs" in text and "- mse: what." in text
 
 

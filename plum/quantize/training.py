@@ -84,7 +84,8 @@ def fit_rqvae(
         pairs: int64 ``[P, 2]``, items that are taken together, from *training* data only, as of
             :func:`plum.data.co_occurring_pairs`; needs ``config.co_occurrence_weight > 0``.
         epochs: Passes over the items, warm-up included.
-        warmup_epochs: Passes before the codebooks start, less than ``epochs``; None for a tenth.
+        warmup_epochs: Passes before the codebooks start, less than ``epochs``; None for a tenth, at
+            least one if there are two.
         batch_size: Items a step, of all processes together and without partners; None for an
             eighth of the items, but 32 to 512.
         lr: Learning rate at the start.
@@ -113,7 +114,9 @@ def fit_rqvae(
     count = check_embeddings(embeddings, config.input_dims)
     if epochs < 1:
         raise InvalidArgument("epochs", "at least 1", epochs)
-    warmup_epochs = epochs // 10 if warmup_epochs is None else warmup_epochs
+    if warmup_epochs is None:
+        # Codebooks of an untrained encoder are left behind when it learns.
+        warmup_epochs = min(max(epochs // 10, 1), epochs - 1)
     if not 0 <= warmup_epochs < epochs:
         raise InvalidArgument("warmup_epochs", f"0 or more, below epochs={epochs}", warmup_epochs)
     batch_size = min(max(count // 8, 32), 512) if batch_size is None else batch_size

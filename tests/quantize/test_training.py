@@ -254,6 +254,14 @@ def test_patience_stops_after_evaluations_without_a_better_state():
         fit_tokenizer(x, patience=0)
 
 
+def test_a_short_training_warms_up_as_well():
+    for epochs, warm in ((1, 0), (2, 1), (5, 1), (30, 3)):
+        model = fit_tokenizer(
+            {"text": clusters(100)}, codebook_sizes=(4,), latent_dim=4, epochs=epochs
+        )
+        assert ["commitment" in record for record in model.history].index(True) == warm
+
+
 def test_usage_in_training_is_that_of_the_batches():
     model = fit_tokenizer(
         {"text": clusters()}, codebook_sizes=(8, 8), latent_dim=8, epochs=10, evaluate_every=1
