@@ -72,9 +72,10 @@ def fit_rqvae(
 
     Under ``torch.distributed`` all processes call this with the same arguments, the whole catalog
     included; each takes its share of every batch, and all end with the same bits. One process alone
-    gets the same up to rounding, about 1e-7 of a gradient a step, until codes are revived: what a
-    dead code becomes is drawn by the bits of the residuals, so from then on it is another run of
-    the same quality. So it is with progressive masking, whose prefixes each process draws.
+    differs by the rounding of a sum of gradients, about 1e-7 a step: the same SIDs for some dozens
+    of steps, until AdamW has enlarged it, an item stood between two codes or a dead code was
+    revived, which is drawn by the bits of the residuals; from then on it is another run of the same
+    quality. Progressive masking draws its prefixes on each process, and is another run at once.
 
     Args:
         embeddings: Modality to fp32 ``[N, D_m]``, finite; rows of missing items hold anything

@@ -185,7 +185,14 @@ def fitted(update: str, stop: int | None = None, **options) -> dict[str, Tensor]
         **{**REVIVAL, **options},
     )
     # The last batch has 11 items and is cut unevenly.
-    loop = {"epochs": 6, "batch_size": 64, "evaluate_every": 3, "lr": 5e-3, **inputs}
+    loop = {
+        "epochs": 6,
+        "warmup_epochs": 0,
+        "batch_size": 64,
+        "evaluate_every": 3,
+        "lr": 5e-3,
+        **inputs,
+    }
 
     def progress(done: int, total: int) -> None:
         if done == stop:
