@@ -83,8 +83,12 @@ def passes(run: dict[str, Any], guard: float) -> bool:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The result as Markdown: a row a catalog, the lowest usage of any seed and level."""
+    """The section of docs/results.md: a row a catalog, the lowest usage of any seed and level."""
     lines = [
+        "## Collapse guard",
+        "",
+        "`python -m benchmarks.quality.codebook_guard --data DIR`",
+        "",
         "| embeddings | items | seeds | least usage, kept state | least usage, last epoch"
         " | passed |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

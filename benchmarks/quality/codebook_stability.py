@@ -63,8 +63,12 @@ def main() -> None:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The result as Markdown: a row a variant, the lowest usage of its seeds."""
+    """The section of docs/results.md: a row a variant, the lowest usage of its seeds."""
     lines = [
+        "## Codebook stability: k-means init and revival",
+        "",
+        "`python -m benchmarks.quality.codebook_stability --data DIR`",
+        "",
         "| codebooks | k-means init | revival | seeds | usage in training | usage at inference"
         " | unique SIDs |",
         "| --- | --- | --- | ---: | --- | --- | ---: |",

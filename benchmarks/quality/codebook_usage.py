@@ -123,8 +123,12 @@ def main() -> None:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The result as Markdown: mean and range over the seeds beside what is published."""
+    """The section of docs/results.md: mean and range over the seeds beside what is published."""
     lines = [
+        "## Codes in use: training and inference",
+        "",
+        "`python -m benchmarks.quality.codebook_usage --data DIR`",
+        "",
         "| table | epochs | seeds | usage in training | usage at inference | published"
         " | unique SIDs | balanced | cos(z, z_q) | published | MSE | published |",
         "| --- | ---: | ---: | --- | --- | --- | --- | --- | --- | ---: | --- | ---: |",
@@ -148,6 +152,8 @@ def render(result: dict[str, Any]) -> str:
         " range.",
         f"Collapse guard (at least {GUARD:.0%} of the codes of every level at inference):"
         f" {sum(guarded)} of {len(guarded)} runs.",
+        "Of the 12,101 Beauty items 12,080 have a text of their own, so 99.83 % is the most that"
+        " text alone can tell apart.",
         "",
         *(f"- {name}: {text}." for name, text in result["definitions"].items()),
     ]

@@ -140,8 +140,12 @@ def main() -> None:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The result as Markdown: means over the seeds beside PLUM's ablation."""
+    """The section of docs/results.md: means over the seeds beside PLUM's ablation."""
     lines = [
+        "## SID-v2, part by part",
+        "",
+        "`python -m benchmarks.quality.sid_v2_ablation --data DIR`",
+        "",
         "| SIDs | epochs | seeds | unique | PLUM | least usage | text unexplained"
         " | prefix lift by length |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
