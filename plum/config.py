@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from plum.errors import InvalidConfig
 from plum.files import read_json
@@ -46,15 +46,26 @@ class EmbedConfig(_Section):
 
 
 class TokenizeConfig(_Section):
-    """How a vector becomes a SID."""
+    """How a vector becomes a SID; see :func:`plum.quantize.fit_tokenizer`."""
 
-    kind: Literal["rq-vae", "rq-kmeans"] = "rq-kmeans"
+    kind: Literal["rq-vae", "rq-kmeans", "r-vq"] = "rq-kmeans"
     codebook_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(256, 256, 256), min_length=1
     )
-    latent_dim: int = Field(default=64, ge=1)
-    epochs: int = Field(default=100, ge=1)
-    collisions: Literal["accept", "suffix"] = "accept"
+    latent_dim: int | None = Field(default=None, ge=1)
+    epochs: int = Field(default=100, ge=1, description="of rq-vae and r-vq")
+    patience: int | None = Field(default=None, ge=1, description="of rq-vae")
+    progressive_masking: bool = Field(default=False, description="of rq-vae")
+    co_occurrence_weight: float = Field(default=0.0, ge=0, description="of rq-vae; 0 for none")
+    co_occurrence_window: int = Field(default=5, ge=1, description="in positions of a history")
+    collisions: Literal["accept", "suffix", "nearest_free", "balanced"] = "accept"
+
+    @model_validator(mode="after")
+    def _only_of_rq_vae(self) -> TokenizeConfig:
+        for name in ("patience", "progressive_masking", "co_occurrence_weight"):
+            if getattr(self, name) and self.kind != "rq-vae":
+                raise ValueError(f"{name} needs the kind rq-vae, not {self.kind}")
+        return self
 
 
 class FinetuneConfig(_Section):

@@ -40,7 +40,7 @@ def test_resolved_configuration_reads_back(tmp_path):
         ({"settings": ["finetune.epochs"]}, "--set: expected section.key=value"),
         ({"settings": ["finetune.epochs=["]}, "--set finetune.epochs"),
         ({"settings": ["finetune=3"]}, "finetune: .*got 3"),
-        ({"settings": ["tokenize.kind=vq"]}, "tokenize.kind: .*'rq-vae' or 'rq-kmeans'"),
+        ({"settings": ["tokenize.kind=vq"]}, "tokenize.kind: .*'rq-vae', 'rq-kmeans' or 'r-vq'"),
         ({"settings": ["tokenize.codebook_sizes=[8, 0]"]}, "tokenize.codebook_sizes.1: .*got 0"),
         ({"settings": ["tokenize.codebook_sizes=[]"]}, "tokenize.codebook_sizes: "),
     ],

@@ -11,6 +11,7 @@ from plum.data.amazon import read_amazon
 from plum.data.dataset import Dataset, filter_interactions, render_texts
 from plum.data.download import download_movielens
 from plum.data.movielens import MOVIELENS, find_template, read_movielens, read_movies
+from plum.data.pairs import co_occurring_pairs
 from plum.data.split import Sequences, Split, sequences_of
 from plum.data.synthetic import synthetic_dataset
 from plum.data.tables import read_tables
@@ -21,6 +22,7 @@ __all__ = [
     "Dataset",
     "Sequences",
     "Split",
+    "co_occurring_pairs",
     "download_movielens",
     "filter_interactions",
     "find_template",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,17 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from plum.config import DataConfig, EmbedConfig, load_config
-from plum.data import Dataset, filter_interactions, find_template, load_dataset, sequences_of
+from plum.data import (
+    Dataset,
+    co_occurring_pairs,
+    filter_interactions,
+    find_template,
+    load_dataset,
+    sequences_of,
+)
 from plum.embed import encode_images, encode_texts, similarity_report
 from plum.errors import InvalidArgument
 from plum.eval import ItemKNN, Popularity, ranking_metrics
@@ -22,7 +31,8 @@ from plum.files import atomic_path, write_json
 from plum.lm import FinetuneConfig, finetune, load_generator
 from plum.pipeline.recommender import Recommendation, Recommender
 from plum.pipeline.stage import Stage, Workspace
-from plum.quantize import RQVAE, fit_tokenizer, load_tokenizer
+from plum.pipeline.tokenize_file import before_last
+from plum.quantize import RQVAE, Tokenizer, fit_tokenizer, load_tokenizer
 from plum.sid import SidTable, SidVocabulary, quality_report, resolve_collisions
 from plum.trie import SidTrie
 
@@ -140,8 +150,22 @@ def _labels(dataset: Dataset) -> list[set[str]] | None:
 def _tokenize(work: Workspace) -> None:
     settings = work.settings
     dataset = Dataset.load(work.input("data"))
-    embeddings = load_file(work.input("embed") / "embeddings.safetensors")
-    options = {"epochs": settings.epochs} if settings.kind == "rq-vae" else {}
+    embeddings, present = _embeddings(work)
+    checkpoint = work.folder / "checkpoint"
+    options: dict[str, Any] = {}
+    if settings.kind != "rq-kmeans":
+        options["epochs"] = settings.epochs
+    if settings.kind == "rq-vae":
+        options |= {"patience": settings.patience, "checkpoint": checkpoint}
+        options["progressive_masking"] = settings.progressive_masking
+        options["present"] = present
+    elif present is not None:
+        expected = f"rq-vae, which can do without the {' and '.join(present)} of an item"
+        raise InvalidArgument("tokenize.kind", expected, settings.kind)
+    if settings.co_occurrence_weight > 0:
+        pairs = co_occurring_pairs(sequences_of(dataset), window=settings.co_occurrence_window)
+        options["pairs"] = torch.from_numpy(pairs)
+        options["co_occurrence_weight"] = settings.co_occurrence_weight
     tokenizer = fit_tokenizer(
         embeddings,
         settings.kind,
@@ -153,22 +177,46 @@ def _tokenize(work: Workspace) -> None:
     )
     tokenizer.save_pretrained(work.folder / "model")
     item_ids = dataset.items["item_id"].to_list()
+    latents = _latents(tokenizer, embeddings, present)
+    found = tokenizer.quantizer.encode(latents).numpy()
     codes, sizes = resolve_collisions(
-        tokenizer.encode(embeddings).cpu().numpy(),
+        found,
         settings.codebook_sizes,
         settings.collisions,
         keys=item_ids,
+        residuals=before_last(tokenizer, latents, found),
+        codebook=tokenizer.quantizer.codebooks[-1].detach(),
     )
     SidTable(item_ids, codes, sizes).save(work.folder / "table")
     if isinstance(tokenizer, RQVAE):
         write_json(work.folder / "history.json", tokenizer.history)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _embeddings(work: Workspace) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """Returns embeddings by modality, and the items that have one for those that some lack."""
+    tensors = load_file(work.input("embed") / "embeddings.safetensors")
+    present = {
+        name: tensors.pop(f"{name}_present")
+        for name in sorted(tensors)
+        if f"{name}_present" in tensors
+    }
+    return tensors, present or None
+
+
+def _latents(
+    tokenizer: Tokenizer, embeddings: dict[str, Tensor], present: dict[str, Tensor] | None
+) -> Tensor:
+    if isinstance(tokenizer, RQVAE):
+        return tokenizer.latents(embeddings, present)
+    return tokenizer.latents(embeddings)
 
 
 def _report(work: Workspace) -> None:
     table = SidTable.load(work.input("tokenize") / "table")
     tokenizer = load_tokenizer(work.input("tokenize") / "model")
-    embeddings = load_file(work.input("embed") / "embeddings.safetensors")
-    latents = tokenizer.latents(embeddings)
+    embeddings, present = _embeddings(work)
+    latents = _latents(tokenizer, embeddings, present)
     codes = tokenizer.quantizer.encode(latents)
     report = quality_report(
         table.codes,
@@ -302,7 +350,7 @@ STAGES = {
         Stage("embed", ("data",), _embed, _embed_files, version=2),
         Stage("tokenize", ("data", "embed"), _tokenize),
         Stage("report", ("tokenize", "embed"), _report),
-        Stage("index", ("tokenize",), _index),
+        Stage("index", ("tokenize",), _index, version=2),
         Stage("finetune", ("data", "tokenize"), _finetune, lambda s: _files(s.base)),
         Stage("evaluate", ("data", "tokenize", "index", "finetune"), _evaluate),
         # The samples are made with the search of evaluate, so they follow its outputs.

@@ -225,6 +225,14 @@ def _encode(
     return frame["item_id"].to_list(), frame["codes"].to_numpy().reshape(len(frame), levels)
 
 
+def before_last(model: Tokenizer, latents: torch.Tensor, codes: np.ndarray) -> np.ndarray:
+    """Returns what is left of latents ``[N, D]`` before the last level of their codes ``[N, L]``."""
+    if codes.shape[1] == 1:
+        return latents.numpy()
+    before = torch.from_numpy(np.ascontiguousarray(codes[:, :-1]))
+    return (latents - model.quantizer.decode(before)).detach().numpy()
+
+
 def _resolve(
     file: EmbeddingFile,
     model: Tokenizer,
@@ -235,10 +243,7 @@ def _resolve(
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     def residuals(rows: np.ndarray) -> np.ndarray:
         latents = model.latents(file.select([ids[row] for row in rows.tolist()]))
-        if codes.shape[1] == 1:
-            return latents.numpy()
-        before = torch.from_numpy(np.ascontiguousarray(codes[rows, :-1]))
-        return (latents - model.quantizer.decode(before)).detach().numpy()
+        return before_last(model, latents, codes[rows])
 
     resolved, sizes = resolve_collisions(
         codes,

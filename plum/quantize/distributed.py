@@ -125,3 +125,44 @@ def copy_from_first(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) 
     parts = flat.split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def reduce_gradients(
+    parameters: Sequence[Tensor], totals: Tensor, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Adds up gradients over the processes, and ``totals`` with them, by one all-reduce.
+
+    The sum is fp64 and the same on every process. A parameter without a gradient counts as zero.
+
+    Args:
+        parameters: What is trained; their ``grad`` is overwritten.
+        totals: Any values to add up as well, ``[n]``.
+        group: The processes; None for the default group.
+
+    Returns:
+        The sum of ``totals``.
+    """
+    if world_size(group) == 1:
+        return totals
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    *summed, totals = sum_over_ranks([*grads, totals], group)
+    for parameter, total in zip(parameters, summed, strict=True):
+        parameter.grad = total.to(parameter)
+    return totals
+
+
+def gather_with_gradient(x: Tensor, start: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Returns the rows of all processes in the order of their ranks; own rows keep their gradient.
+
+    If every process computes the same function of the result, the sum over the processes of the
+    gradients of their parameters is the gradient of that function.
+
+    Args:
+        x: This process's rows ``[N_r, D]``.
+        start: How many rows the processes before this one have together.
+        group: The processes; None for the default group.
+    """
+    if world_size(group) == 1:
+        return x
+    rows = gather_rows(x.detach(), None, group)
+    return torch.cat([rows[:start], x, rows[start + len(x) :]])

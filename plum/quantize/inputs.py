@@ -1,13 +1,16 @@
-"""Checks on the embeddings that a tokenizer is given."""
+"""Checks on the embeddings that a tokenizer is given, and their scaling."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plum.errors import InvalidArgument
+
+# Rows that are copied to fp64 at once.
+_CHUNK = 16384
 
 
 def check_embeddings(
@@ -49,3 +52,69 @@ def check_embeddings(
                 "embed these items again or leave them out",
             )
     return count
+
+
+class InputScaling(nn.Module):
+    """Centers one modality and scales it to a mean variance of 1 a feature, or whitens it.
+
+    Whitening rotates on the principal axes and scales each to variance 1, so that every direction
+    counts alike in the reconstruction loss. Axes of little variance are damped: an axis of
+    variance v is divided by ``sqrt(v + 0.01 mean(v))``.
+
+    Attributes:
+        center: ``[D]``.
+        scale: Scalar, or ``[D]`` of the axes where it whitens.
+        axes: ``[D, D]``, the principal axes as columns; None without whitening.
+    """
+
+    center: Tensor
+    scale: Tensor
+    axes: Tensor | None
+
+    _DAMPING = 0.01
+
+    def __init__(self, width: int, *, whiten: bool = False) -> None:
+        """Creates the identity on ``[N, width]``, until :meth:`fit`."""
+        super().__init__()
+        self.center = nn.Parameter(torch.zeros(width), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(width if whiten else ()), requires_grad=False)
+        self.axes = nn.Parameter(torch.eye(width), requires_grad=False) if whiten else None
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Measures ``x`` ``[N, D]``, N >= 1."""
+        count, width = x.shape
+        # fp64, a chunk at a time: a copy of everything would be twice the embeddings.
+        chunks = x.split(_CHUNK)
+        center = torch.stack([part.double().sum(dim=0) for part in chunks]).sum(dim=0) / count
+        self.center.copy_(center)
+        covariance = center.new_zeros(width, width)
+        variances = torch.zeros_like(center)
+        for part in chunks:
+            centered = part.double() - center
+            if self.axes is None:
+                variances += centered.square().sum(dim=0) / count
+            else:
+                covariance.addmm_(centered.T, centered, alpha=1 / count)
+        variance = variances.mean() if self.axes is None else covariance.diagonal().mean()
+        if not variance > 0:
+            # A constant modality carries nothing; any scale will do for it.
+            return
+        if self.axes is None:
+            self.scale.copy_(variance.rsqrt())
+            return
+        spread, axes = torch.linalg.eigh(covariance)
+        self.scale.copy_((spread.clamp_min(0) + self._DAMPING * variance).rsqrt())
+        # An eigenvector has no sign of its own; its largest entry is made positive.
+        largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
+        self.axes.copy_(axes * torch.sign(largest))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``x`` ``[N, D]`` scaled."""
+        x = x.to(self.center) - self.center
+        return (x if self.axes is None else x @ self.axes) * self.scale
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Returns scaled ``x`` ``[N, D]`` in the units of the inputs."""
+        x = x / self.scale
+        return (x if self.axes is None else x @ self.axes.T) + self.center

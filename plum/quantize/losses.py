@@ -158,3 +158,42 @@ def reconstruction_loss(x: Tensor, target: Tensor, present: Tensor | None = None
     # Replaced, not multiplied by zero: a missing row may hold anything, NaN included.
     target = torch.where(present[:, None], target, x.detach())
     return (x - target).square().sum() / present.sum().clamp_min(1)
+
+
+def co_occurrence_loss(
+    projections: Tensor, items: Tensor, partners: Tensor, *, temperature: float = 0.1
+) -> Tensor:
+    """Computes the contrastive loss ``L_con`` of items that are taken together.
+
+    InfoNCE with the other rows of the batch as negatives (PLUM, arXiv 2510.07784, which reports a
+    dot product without a temperature; here the projections p have norm 1)::
+
+        L_con = -mean_i log exp(p_i·p_i⁺ / τ) / sum_j exp(p_i·p_j / τ)
+
+    over the rows i that have a partner i⁺. The sum leaves out the row itself and every other row
+    of the same item as i or as i⁺: they are no negatives.
+
+    Args:
+        projections: ``[N, P]``, of the projection head.
+        items: int64 ``[N]``, the item of each row.
+        partners: int64 ``[N]``, the row of each row's partner, another item; -1 for none.
+        temperature: τ.
+
+    Returns:
+        A scalar; zero if no row has a partner.
+
+    Raises:
+        InvalidArgument: the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise InvalidArgument("temperature", "a positive number", temperature)
+    rows = torch.nonzero(partners >= 0).flatten()
+    if not len(rows):
+        return projections.sum() * 0
+    p = nn.functional.normalize(projections)
+    positive = partners[rows]
+    known = items[rows, None] == items
+    known |= items[positive, None] == items
+    known.scatter_(1, positive[:, None], False)
+    logits = (p[rows] @ p.T / temperature).masked_fill(known, float("-inf"))
+    return nn.functional.cross_entropy(logits, positive)

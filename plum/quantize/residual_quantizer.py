@@ -349,6 +349,14 @@ class ResidualQuantizer(nn.Module):
         """
         self._optimizer = weakref.ref(optimizer)
 
+    def share_sample(self) -> None:
+        """Gives every process the reservoir of all of them, before one state is saved for all.
+
+        What is revived later stays the same to the bit.
+        """
+        capacities = reservoir_sizes(self.codebook_sizes)
+        self._reservoir = merge_reservoirs(self._sample(), capacities, self.process_group)
+
     def forget_sample(self) -> None:
         """Empties the reservoir, which a model that is not trained further need not carry."""
         self._reservoir = None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from plum.errors import InvalidArgument
-from plum.quantize.inputs import check_embeddings
+from plum.quantize.inputs import InputScaling, check_embeddings
 from plum.quantize.losses import reconstruction_loss
 from plum.quantize.residual_quantizer import QuantizerOutput, ResidualQuantizer
 from plum.quantize.storage import load_module, save_module
@@ -36,6 +37,12 @@ class RQVAEConfig:
         revive_every: Training steps between revivals of dead codes; 0 for none.
         dead_share: Fraction of the uniform share below which a code is dead.
         progressive_masking: Train on random prefixes of the levels (PLUM, arXiv 2510.07784).
+        whiten: Whiten each modality (:class:`plum.quantize.inputs.InputScaling`) instead of
+            scaling it as a whole.
+        reconstruction_weights: Modality to the weight of its reconstruction loss; 1 for those left
+            out.
+        co_occurrence_weight: Weight of the co-occurrence loss; 0 builds no projection head.
+        temperature: τ of the co-occurrence loss.
         seed: Seed of the weights and of the quantizer.
     """
 
@@ -50,6 +57,10 @@ class RQVAEConfig:
     revive_every: int = 100
     dead_share: float = 0.1
     progressive_masking: bool = False
+    whiten: bool = False
+    reconstruction_weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    co_occurrence_weight: float = 0.0
+    temperature: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +71,17 @@ class RQVAEConfig:
             raise InvalidArgument("hidden_dims", "widths of at least 1", self.hidden_dims)
         if self.latent_dim < 1:
             raise InvalidArgument("latent_dim", "at least 1", self.latent_dim)
+        weights = {"co_occurrence_weight": self.co_occurrence_weight}
+        for name, weight in self.reconstruction_weights.items():
+            if name not in self.input_dims:
+                known = f"modalities out of {', '.join(self.input_dims)}"
+                raise InvalidArgument("reconstruction_weights", known, repr(name))
+            weights[f"reconstruction_weights[{name!r}]"] = weight
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise InvalidArgument(name, "a number of at least 0", weight)
+        if not self.temperature > 0:
+            raise InvalidArgument("temperature", "a positive number", self.temperature)
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
         object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
 
@@ -93,14 +115,17 @@ class RQVAE(nn.Module):
         z   = LayerNorm(projector(concat_m(E_m(x_m))))          (fusion, PLUM arXiv 2510.07784)
         ẑ   = residual-quantized z, gradient straight through or by rotation
         L   = sum_m w_m ||x_m - D_m(ẑ)||² + L_rq(z)             (TIGER arXiv 2305.05065)
+              + w_con L_con(head(ẑ))                            (PLUM, on pairs of items)
 
     The LayerNorm has no scale and shift of its own: z has the squared norm ``D``, so the
     quantization loss cannot be made small by shrinking z. The weight ``w_m`` scales the variance of
     each modality to ``D`` as well, so the ratio between the losses depends neither on the width nor
-    on the scale of the inputs; :meth:`fit_inputs` measures it.
+    on the scale of the inputs; :meth:`fit_inputs` measures it. ``L_con`` takes pairs of rows, so
+    :func:`plum.quantize.fit_rqvae` adds it.
 
     Attributes:
         quantizer: The residual quantizer of z.
+        head: The projection head of the co-occurrence loss; None without that loss.
         history: The records of :func:`plum.quantize.fit_rqvae`; empty on a loaded model.
     """
 
@@ -120,6 +145,8 @@ class RQVAE(nn.Module):
             self.decoders = nn.ModuleDict(
                 {m: _mlp(width, *reversed(hidden), d) for m, d in dims.items()}
             )
+            contrastive = config.co_occurrence_weight > 0
+            self.head = _mlp(width, width, width) if contrastive else None
         self.quantizer = ResidualQuantizer(
             width,
             config.codebook_sizes,
@@ -132,18 +159,15 @@ class RQVAE(nn.Module):
             progressive_masking=config.progressive_masking,
             seed=config.seed,
         )
-        self.centers = nn.ParameterDict(
-            {m: nn.Parameter(torch.zeros(d), requires_grad=False) for m, d in dims.items()}
-        )
-        self.scales = nn.ParameterDict(
-            {m: nn.Parameter(torch.ones(()), requires_grad=False) for m in dims}
+        self.scaling = nn.ModuleDict(
+            {m: InputScaling(d, whiten=config.whiten) for m, d in dims.items()}
         )
 
     @torch.no_grad()
     def fit_inputs(
         self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Measures mean and mean variance of each modality, with which the inputs are scaled.
+        """Measures each modality as :class:`plum.quantize.inputs.InputScaling` says.
 
         Args:
             inputs: Modality to ``[N, D_m]``, finite.
@@ -157,11 +181,11 @@ class RQVAE(nn.Module):
             rows = x if present is None or name not in present else x[present[name]]
             if not len(rows):
                 raise InvalidArgument(f"present[{name!r}]", "at least one item", "none")
-            center = rows.double().mean(dim=0)
-            variance = (rows.double() - center).square().mean()
-            self.centers[name].copy_(center)
-            # A constant modality carries nothing; any scale will do for it.
-            self.scales[name].copy_(variance.rsqrt() if variance > 0 else torch.ones(()))
+            self.scaling_of(name).fit(rows)
+
+    def scaling_of(self, modality: str) -> InputScaling:
+        """Returns the scaling of a modality's inputs."""
+        return cast(InputScaling, self.scaling[modality])
 
     def fuse(
         self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
@@ -170,12 +194,11 @@ class RQVAE(nn.Module):
         encoded = []
         for name, encoder in self.encoders.items():
             x, mask = inputs[name], None if present is None else present.get(name)
-            x = (x.to(self.projector.weight) - self.centers[name]) * self.scales[name]
             if mask is None:
-                encoded.append(encoder(x))
+                encoded.append(encoder(self.scaling[name](x)))
             else:
                 x = torch.where(mask[:, None], x, torch.zeros_like(x))
-                encoded.append(encoder(x) * mask[:, None])
+                encoded.append(encoder(self.scaling[name](x)) * mask[:, None])
         return self.norm(self.projector(torch.cat(encoded, dim=1)))
 
     def forward(
@@ -201,11 +224,12 @@ class RQVAE(nn.Module):
         decoded = self._decode(latents if quantized is None else quantized.quantized)
         losses, outputs = {}, {}
         for name, x in decoded.items():
-            target = (inputs[name].to(x) - self.centers[name]) * self.scales[name]
+            target = self.scaling[name](inputs[name])
             mask = None if present is None else present.get(name)
             weight = self.config.latent_dim / self.config.input_dims[name]
+            weight *= self.config.reconstruction_weights.get(name, 1.0)
             losses[f"reconstruction/{name}"] = weight * reconstruction_loss(x, target, mask)
-            outputs[name] = x / self.scales[name] + self.centers[name]
+            outputs[name] = self.scaling_of(name).inverse(x)
         if quantized is not None:
             losses.update(quantized.losses)
         return RQVAEOutput(
@@ -248,7 +272,7 @@ class RQVAE(nn.Module):
             Modality to ``[N, D_m]``, in the units of the inputs.
         """
         return {
-            name: x / self.scales[name] + self.centers[name]
+            name: self.scaling_of(name).inverse(x)
             for name, x in self._decode(self.quantizer.decode(codes)).items()
         }
 

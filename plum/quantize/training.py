@@ -1,99 +1,39 @@
-"""Training of tokenizers: embeddings in, a model that gives SIDs out."""
+"""Training of an RQ-VAE: on one process or several, stopped and resumed without a trace."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument, InvalidData
-from plum.files import read_json
+from plum.errors import InvalidArgument
+from plum.quantize.checkpoint import TrainingState, fingerprint, load_checkpoint, save_checkpoint
+from plum.quantize.distributed import (
+    copy_from_first,
+    gather_with_gradient,
+    rank,
+    reduce_gradients,
+    sum_over_ranks,
+    world_size,
+)
 from plum.quantize.inputs import check_embeddings
-from plum.quantize.rq_kmeans import RQKMeans, fit_rq_kmeans
+from plum.quantize.losses import co_occurrence_loss
+from plum.quantize.partners import Partners
 from plum.quantize.rqvae import RQVAE, RQVAEConfig
-
-KINDS = ("rq-vae", "rq-kmeans")
-Tokenizer = RQVAE | RQKMeans
 
 # Rows a codeword for the k-means start: more change the centroids little and cost much.
 _ROWS_PER_CODE = 256
 _CHUNK = 65536
 # A level that uses less than this of its codes has lost some; above it, uniqueness decides.
 _FULL_USAGE = 0.95
-
-
-def fit_tokenizer(
-    embeddings: Mapping[str, Tensor],
-    kind: str = "rq-vae",
-    *,
-    codebook_sizes: Sequence[int] = (256, 256, 256),
-    latent_dim: int = 64,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-    **options: Any,
-) -> Tokenizer:
-    """Fits a tokenizer of either kind.
-
-    Args:
-        embeddings: Modality to fp32 ``[N, D_m]``, finite.
-        kind: ``"rq-vae"`` or ``"rq-kmeans"``.
-        codebook_sizes: ``K_l`` of each of the ``L`` levels.
-        latent_dim: Width ``D`` of the vector that is quantized.
-        seed: Seed of everything random.
-        progress: Called as ``progress(done, total)`` after each epoch or level.
-        options: Further arguments of :class:`RQVAEConfig` and :func:`fit_rqvae`, or of
-            :func:`fit_rq_kmeans`.
-
-    Returns:
-        A model with ``encode(embeddings)`` giving int32 ``[N, L]``, ``decode``, ``latents``,
-        ``save_pretrained``, which :func:`load_tokenizer` reads back. An RQ-VAE also has the
-        ``history`` of its training.
-
-    Raises:
-        InvalidArgument: an argument is unknown or out of range, or embeddings hold NaN or
-            infinity; the rows are named.
-    """
-    shape: dict[str, Any] = {"latent_dim": latent_dim, "seed": seed}
-    if kind == "rq-kmeans":
-        _check_options(options, {"max_iters", "batch_size"})
-        return fit_rq_kmeans(embeddings, codebook_sizes, progress=progress, **shape, **options)
-    if kind != "rq-vae":
-        raise InvalidArgument("kind", f"one of {', '.join(KINDS)}", repr(kind))
-    fields = {field.name for field in dataclasses.fields(RQVAEConfig)}
-    fields -= {"input_dims", "codebook_sizes", *shape}
-    loop = {"present", "epochs", "warmup_epochs", "batch_size", "lr", "weight_decay"}
-    loop |= {"evaluate_every"}
-    _check_options(options, fields | loop)
-    check_embeddings(embeddings)
-    config = RQVAEConfig(
-        input_dims={name: x.shape[1] for name, x in embeddings.items()},
-        codebook_sizes=tuple(codebook_sizes),
-        **shape,
-        **{name: value for name, value in options.items() if name in fields},
-    )
-    training = {name: value for name, value in options.items() if name in loop}
-    return fit_rqvae(embeddings, config, progress=progress, **training)[0]
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Reads a tokenizer of either kind that ``save_pretrained`` wrote.
-
-    Raises:
-        InvalidData: a file is absent, damaged or not a tokenizer.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InvalidData(folder, "the folder of a saved tokenizer", "no such folder")
-    config = read_json(folder / "config.json")
-    name = config.get("architecture") if isinstance(config, dict) else None
-    for architecture in (RQVAE, RQKMeans):
-        if architecture.__name__ == name:
-            return architecture.from_pretrained(folder)
-    raise InvalidData(folder / "config.json", "architecture RQVAE or RQKMeans", repr(name))
+# Streams of random numbers, apart from those of the quantizer, which has the same seed.
+_EPOCH, _SAMPLE = range(100, 102)
 
 
 def fit_rqvae(
@@ -101,12 +41,16 @@ def fit_rqvae(
     config: RQVAEConfig,
     *,
     present: Mapping[str, Tensor] | None = None,
+    pairs: Tensor | None = None,
     epochs: int = 100,
     warmup_epochs: int | None = None,
     batch_size: int | None = None,
     lr: float = 2e-3,
     weight_decay: float = 1e-4,
+    kmeans_init: bool = True,
     evaluate_every: int = 5,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[RQVAE, list[dict[str, Any]]]:
     """Trains an RQ-VAE and keeps the best of the states it evaluates.
@@ -115,93 +59,242 @@ def fit_rqvae(
     start as k-means centroids of the latents, and everything trains together with AdamW and a
     cosine decay of the learning rate to zero.
 
+    With ``pairs``, each item of a batch brings one of its partners along, drawn anew every epoch,
+    and ``config.co_occurrence_weight`` times the co-occurrence loss is added.
+
     Every ``evaluate_every`` epochs the whole catalog is encoded as at inference. Of two states the
     better one is the one whose least used level uses more of its codes, up to 95 %; then the one
     with the larger ``unique_sid_ratio - unexplained_variance``, so that a percent of unique SIDs
     weighs as much as a percent of the variance of the embeddings.
 
-    Everything random derives from ``config.seed``.
+    Everything random derives from ``config.seed`` and the epoch, so a training that was stopped and
+    is started again with the same arguments ends with the same bits as one that was not.
+
+    Under ``torch.distributed`` all processes call this with the same arguments, the whole catalog
+    included; each takes its share of every batch, and all end with the same bits. One process alone
+    differs by the rounding of a sum of gradients, about 1e-7 a step: the same SIDs for some dozens
+    of steps, until AdamW has enlarged it, an item stood between two codes or a dead code was
+    revived, which is drawn by the bits of the residuals; from then on it is another run of the same
+    quality. Progressive masking draws its prefixes on each process, and is another run at once.
 
     Args:
         embeddings: Modality to fp32 ``[N, D_m]``, finite; rows of missing items hold anything
             finite.
         config: The shape of the model.
         present: Modality to bool ``[N]``, the items that have it; None for all.
+        pairs: int64 ``[P, 2]``, items that are taken together, from *training* data only, as of
+            :func:`plum.data.co_occurring_pairs`; needs ``config.co_occurrence_weight > 0``.
         epochs: Passes over the items, warm-up included.
-        warmup_epochs: Passes before the codebooks start, less than ``epochs``; None for a tenth.
-        batch_size: Rows a step; None for an eighth of the items, but 32 to 512.
+        warmup_epochs: Passes before the codebooks start, less than ``epochs``; None for a tenth, at
+            least one if there are two.
+        batch_size: Items a step, of all processes together and without partners; None for an
+            eighth of the items, but 32 to 512.
         lr: Learning rate at the start.
         weight_decay: AdamW's weight decay of the networks; codebooks have none.
+        kmeans_init: Start the codebooks as k-means centroids; False leaves them random normal, for
+            comparison.
         evaluate_every: Epochs between evaluations; the last epoch is always evaluated.
+        patience: Stop after this many evaluations in a row without a better state; None never
+            stops early.
+        checkpoint: Folder that holds the state of the training after each evaluation. If it is
+            there already, the training goes on from it, or returns at once if it was finished. One
+            that all processes see; the first one writes.
         progress: Called as ``progress(done, epochs)`` after each epoch.
 
     Returns:
-        The model, in evaluation mode, and one record an epoch: ``epoch``, ``loss``, each loss, and
-        where it was evaluated ``usage`` (share of the codes in use, per level),
-        ``unique_sid_ratio`` (SIDs per item), ``unexplained_variance`` (mean over the modalities)
-        and ``best``.
+        The model, in evaluation mode, and one record an epoch: ``epoch``, ``loss``, each loss,
+        ``training_usage`` (share of the codes that the epoch's batches used, per level), and where
+        it was evaluated ``usage`` (the same of the whole catalog), ``unique_sid_ratio`` (SIDs per
+        item), ``unexplained_variance`` (mean over the modalities) and ``best``.
 
     Raises:
         InvalidArgument: an argument is out of range, embeddings hold NaN or infinity (the rows are
             named), or the loss diverged.
+        InvalidData: the checkpoint is damaged, or of another training.
     """
     count = check_embeddings(embeddings, config.input_dims)
     if epochs < 1:
         raise InvalidArgument("epochs", "at least 1", epochs)
-    warmup_epochs = epochs // 10 if warmup_epochs is None else warmup_epochs
+    if warmup_epochs is None:
+        # Codebooks of an untrained encoder are left behind when it learns.
+        warmup_epochs = min(max(epochs // 10, 1), epochs - 1)
     if not 0 <= warmup_epochs < epochs:
         raise InvalidArgument("warmup_epochs", f"0 or more, below epochs={epochs}", warmup_epochs)
     batch_size = min(max(count // 8, 32), 512) if batch_size is None else batch_size
-    for name, value in (("batch_size", batch_size), ("evaluate_every", evaluate_every)):
+    at_least_one = {"batch_size": batch_size, "evaluate_every": evaluate_every}
+    at_least_one |= {} if patience is None else {"patience": patience}
+    for name, value in at_least_one.items():
         if value < 1:
             raise InvalidArgument(name, "at least 1", value)
     if not lr > 0:
         raise InvalidArgument("lr", "a positive number", lr)
+    if (pairs is None) != (config.co_occurrence_weight == 0):
+        expected = "pairs together with a co_occurrence_weight above 0, or neither"
+        got = "none" if pairs is None else f"{len(pairs)} pairs"
+        raise InvalidArgument("pairs", expected, f"{got}, weight {config.co_occurrence_weight}")
+    partners = None if pairs is None else Partners(pairs, count)
+    settings = {
+        **dataclasses.asdict(config),
+        **{"epochs": epochs, "warmup_epochs": warmup_epochs, "batch_size": batch_size, "lr": lr},
+        **{"weight_decay": weight_decay, "kmeans_init": kmeans_init},
+        **{"evaluate_every": evaluate_every, "patience": patience},
+    }
     device = next(iter(embeddings.values())).device
     model = RQVAE(config).to(device)
-    model.fit_inputs(embeddings, present)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=lr)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=lr, fused=True)
     model.quantizer.attach_optimizer(optimizer)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    generator = torch.Generator().manual_seed(config.seed)
-    history: list[dict[str, Any]] = []
-    best: tuple[tuple[float, float], dict[str, Tensor]] | None = None
-    for epoch in range(epochs):
+    state, stamp = TrainingState(), {}
+    if checkpoint is not None:
+        inputs = {f"embeddings/{name}": x for name, x in embeddings.items()}
+        inputs |= {f"present/{name}": mask for name, mask in (present or {}).items()}
+        inputs |= {} if pairs is None else {"pairs": pairs}
+        stamp = fingerprint(settings, inputs)
+        state = load_checkpoint(Path(checkpoint), stamp, model, optimizer)
+    if state.epoch == 0:
+        model.fit_inputs(embeddings, present)
+        copy_from_first([p.detach() for p in model.parameters()], None)
+    training = _Training(model, optimizer, embeddings, present, partners, batch_size)
+    while state.epoch < epochs and not _stalled(state.history, patience):
+        epoch = state.epoch
         quantize = epoch >= warmup_epochs
-        if epoch == warmup_epochs:
-            limit = _ROWS_PER_CODE * max(config.codebook_sizes)
-            sample = torch.randperm(count, generator=generator)[:limit].to(device)
-            model.quantizer.init_codebooks(model.latents(*_rows(embeddings, present, sample)))
-        model.train()
-        order = torch.randperm(count, generator=generator).to(device)
-        totals: dict[str, float] = {}
-        for rows in order.split(batch_size):
-            output = model(*_rows(embeddings, present, rows), quantize=quantize)
-            if not bool(output.loss.isfinite()):
-                raise InvalidArgument("lr", "a rate that keeps the loss finite", lr, "lower it")
-            optimizer.zero_grad()
-            output.loss.backward()
-            optimizer.step()
-            for name, loss in {"loss": output.loss, **output.losses}.items():
-                totals[name] = totals.get(name, 0.0) + float(loss.detach()) * len(rows) / count
-        schedule.step()
-        record: dict[str, Any] = {"epoch": epoch + 1, **totals}
-        last = epoch == epochs - 1
-        if quantize and (last or (epoch + 1) % evaluate_every == 0):
+        if epoch == warmup_epochs and kmeans_init:
+            training.start_codebooks()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        record: dict[str, Any] = {"epoch": epoch + 1, **training.run_epoch(epoch, quantize)}
+        due = (epoch + 1) % evaluate_every == 0 or epoch == epochs - 1
+        if quantize and due:
             measured = _evaluate(model.eval(), embeddings, present)
-            rank = _rank(measured, count, config.codebook_sizes)
-            record.update(measured, best=best is None or rank > best[0])
+            ranked = _rank(measured, count, config.codebook_sizes)
+            record.update(measured, best=state.best_rank is None or ranked > state.best_rank)
             if record["best"]:
-                state = {name: value.clone() for name, value in model.state_dict().items()}
-                best = (rank, state)
-        history.append(record)
+                state.best_rank, state.best = ranked, _weights(model)
+        state.history.append(record)
+        state.epoch += 1
+        if checkpoint is not None and due:
+            model.quantizer.share_sample()
+            if rank(None) == 0:
+                save_checkpoint(Path(checkpoint), stamp, state, model, optimizer)
         if progress is not None:
             progress(epoch + 1, epochs)
-    assert best is not None
-    model.load_state_dict(best[1])
+    model.load_state_dict(state.best)
     model.quantizer.forget_sample()
-    model.history = history
-    return model.eval(), history
+    model.history = state.history
+    return model.eval(), state.history
+
+
+class _Training:
+    """The steps of one training, each on this process's share of a batch."""
+
+    def __init__(
+        self,
+        model: RQVAE,
+        optimizer: torch.optim.Optimizer,
+        embeddings: Mapping[str, Tensor],
+        present: Mapping[str, Tensor] | None,
+        partners: Partners | None,
+        batch_size: int,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.embeddings = embeddings
+        self.present = present
+        self.partners = partners
+        self.batch_size = batch_size
+        self.count = len(next(iter(embeddings.values())))
+        self.device = next(model.parameters()).device
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def start_codebooks(self) -> None:
+        """Sets the codebooks to k-means centroids of the latents."""
+        config = self.model.config
+        limit = _ROWS_PER_CODE * max(config.codebook_sizes)
+        sample = torch.randperm(self.count, generator=_generator(config.seed, _SAMPLE))[:limit]
+        inputs, masks = _rows(self.embeddings, self.present, sample.to(self.device))
+        # Products round by their shape, and k-means would end elsewhere: all compute all rows.
+        latents = self.model.eval().latents(inputs, masks)
+        self.model.quantizer.init_codebooks(latents.tensor_split(world_size(None))[rank(None)])
+
+    def run_epoch(self, epoch: int, quantize: bool) -> dict[str, Any]:
+        """Trains on every item once; returns the mean losses and, quantized, the usage."""
+        config = self.model.config
+        generator = _generator(config.seed, _EPOCH, epoch)
+        self.model.train()
+        totals: dict[str, Tensor] = {}
+        usage = torch.zeros(sum(config.codebook_sizes), dtype=torch.int64, device=self.device)
+        for items in torch.randperm(self.count, generator=generator).split(self.batch_size):
+            for name, loss in self._step(items, generator, quantize, usage).items():
+                totals[name] = totals.get(name, 0.0) + loss * (len(items) / self.count)
+        record: dict[str, Any] = {name: float(total) for name, total in totals.items()}
+        if quantize:
+            (counts,) = sum_over_ranks([usage], None)
+            used = (counts > 0).double().split(config.codebook_sizes)
+            record["training_usage"] = [float(level.mean()) for level in used]
+        return record
+
+    def _step(
+        self, items: Tensor, generator: torch.Generator, quantize: bool, usage: Tensor
+    ) -> dict[str, Tensor]:
+        """Makes one step; returns the losses of the whole batch and adds to ``usage``."""
+        config, world = self.model.config, world_size(None)
+        places = None
+        if self.partners is not None:
+            items, places = self.partners.batch(items, generator)
+        shares = items.tensor_split(world)
+        own = shares[rank(None)].to(self.device)
+        output = self.model(*_rows(self.embeddings, self.present, own), quantize=quantize)
+        if output.quantizer is not None:
+            usage += output.quantizer.usage
+        # Each loss is a mean over the rows here; times its share it adds up to that of the batch.
+        losses = {
+            name: loss * self._share(name, own, items) for name, loss in output.losses.items()
+        }
+        total = torch.stack(list(losses.values())).sum()
+        if places is not None:
+            assert self.model.head is not None
+            fused = output.latents if output.quantizer is None else output.quantizer.quantized
+            start = sum(map(len, shares[: rank(None)]))
+            projections = gather_with_gradient(self.model.head(fused), start, None)
+            contrast = config.co_occurrence_weight * co_occurrence_loss(
+                projections,
+                items.to(self.device),
+                places.to(self.device),
+                temperature=config.temperature,
+            )
+            total = total + contrast
+            # Every process has the loss of the whole batch.
+            losses["co_occurrence"] = contrast / world
+        self.optimizer.zero_grad()
+        total.backward()
+        values = torch.stack(list(losses.values())).detach()
+        values = reduce_gradients(self.parameters, values, None)
+        loss = values.sum()
+        if not bool(loss.isfinite()):
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise InvalidArgument("lr", "a rate that keeps the loss finite", lr, "lower it")
+        self.optimizer.step()
+        return {"loss": loss, **dict(zip(losses, values.unbind(), strict=True))}
+
+    def _share(self, name: str, own: Tensor, items: Tensor) -> float:
+        """Returns the share of the batch's rows behind a loss that are of this process."""
+        if world_size(None) == 1:
+            return 1.0
+        mask = None if self.present is None else self.present.get(name.partition("/")[2])
+        if mask is None:
+            return len(own) / len(items)
+        return int(mask[own].sum()) / max(int(mask[items.to(mask.device)].sum()), 1)
+
+
+def _stalled(history: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    """Says whether the last ``patience`` evaluations brought nothing better."""
+    verdicts = [record["best"] for record in history if "best" in record]
+    return patience is not None and len(verdicts) > patience and not any(verdicts[-patience:])
+
+
+def _weights(model: RQVAE) -> dict[str, Tensor]:
+    """Returns a copy of the state without the sample for revival, which only training needs."""
+    state = model.state_dict()
+    return {name: value.clone() for name, value in state.items() if ".reservoir_" not in name}
 
 
 @torch.no_grad()
@@ -211,26 +304,31 @@ def _evaluate(
     """Encodes and decodes the whole catalog as at inference and measures the result."""
     count = len(next(iter(embeddings.values())))
     codes, errors = [], dict.fromkeys(embeddings, 0.0)
+    variances = dict.fromkeys(embeddings, 0.0)
     for start in range(0, count, _CHUNK):
         inputs, masks = _rows(embeddings, present, slice(start, start + _CHUNK))
         codes.append(model.encode(inputs, masks))
         for name, decoded in model.decode(codes[-1]).items():
-            error = (decoded - inputs[name]).double().square().mean(dim=1)
+            x = inputs[name]
             if masks is not None and name in masks:
-                error = error[masks[name]]
-            errors[name] += float(error.sum())
+                x, decoded = x[masks[name]], decoded[masks[name]]
+            errors[name] += float((decoded - x).square().sum(dtype=torch.float64))
+            center = model.scaling_of(name).center
+            variances[name] += float((x - center).square().sum(dtype=torch.float64))
     table = torch.cat(codes)
     sizes = model.config.codebook_sizes
-    unexplained = [
-        total * float(model.scales[name]) ** 2 / (count if mask is None else int(mask.sum()))
-        for name, total in errors.items()
-        for mask in [None if present is None else present.get(name)]
+    # Of a constant modality there is nothing to explain.
+    unexplained = [errors[m] / variances[m] if variances[m] > 0 else 0.0 for m in errors]
+    figures = [
+        *(len(table[:, level].unique()) / size for level, size in enumerate(sizes)),
+        len(table.unique(dim=0)) / count,
+        sum(unexplained) / len(unexplained),
     ]
-    return {
-        "usage": [len(table[:, level].unique()) / size for level, size in enumerate(sizes)],
-        "unique_sid_ratio": len(table.unique(dim=0)) / count,
-        "unexplained_variance": sum(unexplained) / len(unexplained),
-    }
+    # All processes must draw the same conclusions, to the last bit.
+    agreed = torch.tensor(figures, dtype=torch.float64, device=table.device)
+    copy_from_first([agreed], None)
+    *usage, unique, lost = agreed.tolist()
+    return {"usage": usage, "unique_sid_ratio": unique, "unexplained_variance": lost}
 
 
 def _rank(measured: Mapping[str, Any], count: int, sizes: Sequence[int]) -> tuple[float, float]:
@@ -259,7 +357,6 @@ def _parameter_groups(model: RQVAE, weight_decay: float) -> list[dict[str, Any]]
     ]
 
 
-def _check_options(options: Mapping[str, Any], known: set[str]) -> None:
-    for name in options:
-        if name not in known:
-            raise InvalidArgument(name, f"one of {', '.join(sorted(known))}", "an unknown option")
+def _generator(*stream: int) -> torch.Generator:
+    seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
+    return torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from plum.errors import InvalidArgument, InvalidData
-from plum.quantize import RQVAE, RQKMeans, RQVAEConfig, fit_rq_kmeans, load_tokenizer, rq_kmeans
+from plum.quantize import RQVAE, RQKMeans, RQVAEConfig, fit_rq_kmeans, load_tokenizer, projected
 
 DIMS = {"text": 20, "image": 12}
 
@@ -65,6 +65,69 @@ def test_loss_is_the_sum_of_its_parts_on_one_scale():
         )
 
 
+def test_the_balance_of_the_losses_does_not_depend_on_width_or_scale():
+    """A mean over features would weaken reconstruction, a plain sum would strengthen it."""
+    narrow = {"text": items()["text"]}
+    config = RQVAEConfig({"text": 20}, (24,), latent_dim=8, codebook_sizes=(8,))
+
+    def ratio(copies: int, scale: float) -> float:
+        """The same features several times over, and the model that treats them alike."""
+        wide = {"text": scale * narrow["text"].repeat(1, copies)}
+        vae = RQVAE(dataclasses.replace(config, input_dims={"text": 20 * copies}))
+        small = RQVAE(config)
+        first, last = vae.encoders["text"][0], vae.decoders["text"][-1]
+        with torch.no_grad():
+            for name, value in small.state_dict().items():
+                if vae.state_dict()[name].shape == value.shape:
+                    vae.state_dict()[name].copy_(value)
+            first.weight.copy_(small.encoders["text"][0].weight.repeat(1, copies) / copies)
+            last.weight.copy_(small.decoders["text"][-1].weight.repeat(copies, 1))
+            last.bias.copy_(small.decoders["text"][-1].bias.repeat(copies))
+        vae.fit_inputs(wide)
+        vae.quantizer.init_codebooks(vae.latents(wide))
+        output = vae(wide)
+        norms = {
+            name: torch.autograd.grad(loss, output.latents, retain_graph=True)[0].norm()
+            for name, loss in output.losses.items()
+        }
+        return float(norms["reconstruction/text"] / norms["commitment"])
+
+    start = ratio(1, 1.0)
+    assert ratio(50, 1.0) == pytest.approx(start, rel=1e-3)
+    assert ratio(1, 1000.0) == pytest.approx(start, rel=1e-3)
+
+
+def test_whitening_gives_each_axis_the_same_variance():
+    vae, inputs = model(whiten=True), items()
+    for name, x in inputs.items():
+        scaling = vae.scaling_of(name)
+        white = scaling(x).double()
+        covariance = white.T @ white / len(x)
+        spread = torch.linalg.eigvalsh(torch.cov(x.double().T, correction=0)).clamp_min(0)
+        expected = spread / (spread + 0.01 * spread.mean())
+        torch.testing.assert_close(
+            covariance, torch.diag(expected), rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n} {m}"
+        )
+        torch.testing.assert_close(scaling.inverse(scaling(x)), x, rtol=1e-3, atol=1e-3)
+    assert model(whiten=False).scaling_of("text").axes is None
+
+
+def test_weights_of_the_losses():
+    plain, weighted = model(), model(reconstruction_weights={"image": 0.5}, beta=1.0)
+    first, second = plain(items()).losses, weighted(items()).losses
+    assert torch.equal(second["reconstruction/image"], 0.5 * first["reconstruction/image"])
+    assert torch.equal(second["reconstruction/text"], first["reconstruction/text"])
+    torch.testing.assert_close(second["commitment"], 4 * first["commitment"])
+    for options, name in (
+        ({"reconstruction_weights": {"sound": 1.0}}, "reconstruction_weights"),
+        ({"reconstruction_weights": {"text": -1.0}}, r"reconstruction_weights\['text'\]"),
+        ({"co_occurrence_weight": float("nan")}, "co_occurrence_weight"),
+        ({"temperature": 0.0}, "temperature"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{name}"):
+            RQVAEConfig(DIMS, **options)
+
+
 def test_gradient_reaches_the_encoders_through_the_codes():
     vae = model().train()
     output = vae(items())
@@ -77,7 +140,7 @@ def test_without_quantization_the_latents_are_decoded():
     vae = model()
     output = vae(items(), quantize=False)
     assert output.codes is None
-    decoded = vae.decoders["text"](output.latents) / vae.scales["text"] + vae.centers["text"]
+    decoded = vae.scaling["text"].inverse(vae.decoders["text"](output.latents))
     torch.testing.assert_close(output.reconstructions["text"], decoded)
 
 
@@ -149,7 +212,7 @@ def test_rq_kmeans_in_chunks_is_the_same(monkeypatch):
     # Some way off the origin, where a sum of squares that is not centered would cancel.
     inputs = {name: x + 300 for name, x in items().items()}
     whole = fit_rq_kmeans(inputs, (8, 4), latent_dim=5)
-    monkeypatch.setattr(rq_kmeans, "_CHUNK", 17)
+    monkeypatch.setattr(projected, "_CHUNK", 17)
     parts = fit_rq_kmeans(inputs, (8, 4), latent_dim=5)
     for name in ("center", "scale", "basis"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))

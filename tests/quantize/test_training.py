@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from plum.errors import InvalidArgument
-from plum.quantize import ResidualQuantizer, RQVAEConfig, fit_rqvae, fit_tokenizer
+from plum.errors import InvalidArgument, InvalidData
+from plum.quantize import (
+    ResidualQuantizer,
+    RQVAEConfig,
+    fit_rqvae,
+    fit_tokenizer,
+    multi_resolution_sizes,
+)
+from plum.quantize.tokenizer import KINDS
 from plum.quantize.training import _rank
 
 
@@ -73,9 +80,9 @@ def test_the_rule_for_the_best_state():
     assert _rank(few, 20, (100, 100)) == (0.95, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["rq-vae", "rq-kmeans"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_gives_the_same_bits(kind):
-    options = {"epochs": 6, "batch_size": 100} if kind == "rq-vae" else {}
+    options = {"epochs": 6, "batch_size": 100} if kind != "rq-kmeans" else {}
 
     def codes_and_state(seed):
         model = fit_tokenizer(
@@ -132,6 +139,147 @@ def test_both_updates_beat_the_warm_up(update, gradient):
     assert min(last["usage"]) == 1
 
 
+def two_groups() -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Items whose embeddings hardly say which group they are taken with."""
+    draw = torch.Generator().manual_seed(5)
+    x = torch.randn(200, 12, generator=draw)
+    group = torch.arange(200) % 2
+    x[:, 0] = group - 0.5
+    pairs = torch.randint(100, (2000, 2), generator=draw) * 2 + torch.arange(2000)[:, None] % 2
+    return {"text": x}, group, pairs[pairs[:, 0] != pairs[:, 1]]
+
+
+def test_items_that_are_taken_together_share_codes():
+    x, group, pairs = two_groups()
+    options = {"codebook_sizes": (8, 8), "latent_dim": 8, "epochs": 40, "batch_size": 50}
+
+    def purity(**more) -> float:
+        """Share of the items in the larger group of their first code."""
+        codes = fit_tokenizer(x, **options, **more).encode(x)[:, 0].long()
+        counts = torch.zeros(8, 2).index_put_((codes, group), torch.ones(200), accumulate=True)
+        return float(counts.amax(dim=1).sum()) / 200
+
+    assert purity() < 0.75
+    assert purity(pairs=pairs, co_occurrence_weight=5.0) > 0.9
+
+
+def test_pairs_and_their_weight_come_together():
+    x, _, pairs = two_groups()
+    config = RQVAEConfig({"text": 12}, codebook_sizes=(8,))
+    with pytest.raises(InvalidArgument, match=r"^pairs: .*weight 0\.0"):
+        fit_rqvae(x, config, pairs=pairs)
+    with pytest.raises(InvalidArgument, match=r"^pairs: .*got none"):
+        fit_tokenizer(x, co_occurrence_weight=1.0)
+    model = fit_tokenizer(x, pairs=pairs, epochs=2, codebook_sizes=(8,))
+    assert model.config.co_occurrence_weight == 1.0
+    assert model.history[0]["co_occurrence"] > 0
+    assert sum(v for k, v in model.history[1].items() if k in LOSSES) == pytest.approx(
+        model.history[1]["loss"]
+    )
+
+
+LOSSES = ("reconstruction/text", "reconstruction/image", "commitment", "codebook", "co_occurrence")
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(epoch: int):
+    def progress(done: int, total: int) -> None:
+        if done == epoch:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_a_stopped_training_ends_with_the_same_bits(tmp_path, update):
+    x, _, pairs = two_groups()
+    x["image"] = clusters(200)
+    inputs = {"present": {"image": torch.arange(200) % 3 > 0}, "pairs": pairs}
+    config = RQVAEConfig(
+        {"text": 12, "image": 24},
+        (16,),
+        latent_dim=8,
+        codebook_sizes=(16, 8),
+        update=update,
+        progressive_masking=True,
+        co_occurrence_weight=1.0,
+        # Revivals fall between the evaluations, so the sample for them is saved half full.
+        revive_every=7,
+    )
+    loop = {"epochs": 14, "batch_size": 40, "evaluate_every": 3, "lr": 5e-3, **inputs}
+    whole, history = fit_rqvae(x, config, **loop)
+    folder = tmp_path / "checkpoint"
+    # In the warm-up, before the first evaluation, on one, after one and at the end.
+    for epoch in (1, 2, 6, 10, 14):
+        with pytest.raises(Stop):
+            fit_rqvae(x, config, checkpoint=folder, progress=stop_after(epoch), **loop)
+    epochs = []
+    model, resumed = fit_rqvae(
+        x, config, checkpoint=folder, progress=lambda done, total: epochs.append(done), **loop
+    )
+    assert epochs == [], "a finished training was trained further"
+    assert resumed == history == model.history
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in model.state_dict().items())
+    assert sorted(p.name for p in folder.iterdir()) == ["state.json", "state.safetensors"]
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    x = {"text": clusters(100)}
+    loop = {"epochs": 2, "codebook_sizes": (4,), "latent_dim": 4, "checkpoint": tmp_path / "c"}
+    fit_tokenizer(x, **loop)
+    with pytest.raises(InvalidData, match=r"another lr; continue with the same"):
+        fit_tokenizer(x, lr=1e-3, **loop)
+    other = {"text": x["text"].clone()}
+    other["text"][50, 3] += 1e-6
+    with pytest.raises(InvalidData, match="another embeddings/text"):
+        fit_tokenizer(other, **loop)
+    for damage in (b"", (tmp_path / "c" / "state.safetensors").read_bytes()[:-10]):
+        (tmp_path / "c" / "state.safetensors").write_bytes(damage)
+        with pytest.raises(InvalidData, match=r"state\.safetensors"):
+            fit_tokenizer(x, **loop)
+
+
+def test_patience_stops_after_evaluations_without_a_better_state():
+    # Equal items: no state is better than the first.
+    x = {"text": torch.ones(40, 4)}
+    options = {"codebook_sizes": (4,), "latent_dim": 4, "hidden_dims": (8,), "warmup_epochs": 2}
+    model = fit_tokenizer(x, epochs=50, evaluate_every=3, patience=4, **options)
+    verdicts = [record["best"] for record in model.history if "best" in record]
+    assert verdicts == [True, False, False, False, False]
+    assert len(model.history) == 15
+    with pytest.raises(InvalidArgument, match=r"^patience"):
+        fit_tokenizer(x, patience=0)
+
+
+def test_a_short_training_warms_up_as_well():
+    for epochs, warm in ((1, 0), (2, 1), (5, 1), (30, 3)):
+        model = fit_tokenizer(
+            {"text": clusters(100)}, codebook_sizes=(4,), latent_dim=4, epochs=epochs
+        )
+        assert ["commitment" in record for record in model.history].index(True) == warm
+
+
+def test_usage_in_training_is_that_of_the_batches():
+    model = fit_tokenizer(
+        {"text": clusters()}, codebook_sizes=(8, 8), latent_dim=8, epochs=10, evaluate_every=1
+    )
+    quantized = [record for record in model.history if "usage" in record]
+    assert len(quantized) == 9
+    assert all(max(record["training_usage"]) <= 1 for record in quantized)
+    assert quantized[-1]["training_usage"] == [1.0, 1.0]
+
+
+def test_multi_resolution_sizes():
+    assert multi_resolution_sizes(2048, 8) == (2048, 1024, 512, 256, 128, 64, 32, 16)
+    assert multi_resolution_sizes(7, 1) == (7,)
+    for first, levels, name in ((12, 4, "first"), (0, 1, "first"), (8, 0, "levels")):
+        with pytest.raises(InvalidArgument, match=f"^{name}"):
+            multi_resolution_sizes(first, levels)
+
+
 def test_two_modalities_with_missing_items():
     x = {"text": clusters(), "image": clusters(seed=1)[:, :10]}
     present = {"image": torch.arange(400) % 4 > 0}
@@ -146,7 +294,7 @@ def test_two_modalities_with_missing_items():
 
 def test_fewer_items_than_codes():
     x = {"text": clusters(30)}
-    for kind, options in (("rq-vae", {"epochs": 200}), ("rq-kmeans", {})):
+    for kind, options in (("rq-vae", {"epochs": 200}), ("rq-kmeans", {}), ("r-vq", {})):
         model = fit_tokenizer(x, kind, codebook_sizes=(64, 64), **options)
         codes = model.encode(x)
         assert len(codes.unique(dim=0)) == 30, kind
@@ -155,7 +303,7 @@ def test_fewer_items_than_codes():
 def test_bad_embeddings_name_their_rows():
     x = clusters()
     x[[3, 9], 5] = float("nan")
-    for kind in ("rq-vae", "rq-kmeans"):
+    for kind in KINDS:
         with pytest.raises(InvalidArgument, match=r"text.*NaN or infinity in rows 3, 9"):
             fit_tokenizer({"text": x}, kind)
     x[:50] = float("inf")
@@ -175,6 +323,8 @@ def test_bad_options_are_named():
         fit_tokenizer(x, epoch=3)
     with pytest.raises(InvalidArgument, match=r"^epochs: .*unknown option"):
         fit_tokenizer(x, "rq-kmeans", epochs=3)
+    with pytest.raises(InvalidArgument, match=r"^pairs: .*unknown option"):
+        fit_tokenizer(x, "r-vq", pairs=torch.tensor([[0, 1]]))
     with pytest.raises(InvalidArgument, match="warmup_epochs"):
         fit_tokenizer(x, epochs=3, warmup_epochs=3)
     with pytest.raises(InvalidArgument, match=r"^lr"):
@@ -183,7 +333,9 @@ def test_bad_options_are_named():
         fit_tokenizer(x, lr=1e30, epochs=10, batch_size=16)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("rq-vae", {"epochs": 25}), ("rq-kmeans", {})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("rq-vae", {"epochs": 25}), ("rq-kmeans", {}), ("r-vq", {"epochs": 25})]
+)
 def test_real_posters_use_every_level_and_hardly_collide(shared_data, kind, options):
     archive = np.load(shared_data / "movielens-1m" / "poster_features_handmade.npz")
     x = {"image": torch.from_numpy(archive["features"].astype(np.float32))}

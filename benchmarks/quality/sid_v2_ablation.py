@@ -1,0 +1,180 @@
+"""What each part of PLUM's SID-v2 is worth: multi-resolution, multi-modal, co-occurrence.
+
+Usage: python -m benchmarks.quality.sid_v2_ablation --data DIR [--images FILE.npz] [--tables DIR]
+
+ML-1M with text and posters, three seeds each. ``--images`` takes the features of an image encoder;
+without it, color features stand in for them. ``--tables`` keeps the SID tables, for the recall of
+generators trained on them. Started again, the script makes the runs that are missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.quality.codebook_catalogs import (
+    arguments,
+    movielens_1m,
+    poster_features,
+    text_embeddings,
+)
+from plum.data import co_occurring_pairs, filter_interactions, sequences_of
+from plum.files import read_json, write_json
+from plum.quantize import RQVAE, fit_tokenizer, multi_resolution_sizes
+from plum.sid import SidTable
+
+NAME = "sid_v2_ablation"
+SEEDS = range(3)
+# As many tuples with equal codebooks as with halved ones: 2^26.
+HALVED, EQUAL = multi_resolution_sizes(256, 4), (91, 91, 91, 91)
+# Variant to codebook sizes, posters, co-occurrence loss, progressive masking.
+VARIANTS: dict[str, tuple[tuple[int, ...], bool, bool, bool]] = {
+    "SID-v2": (HALVED, True, True, True),
+    "- multi-resolution": (EQUAL, True, True, True),
+    "- multi-modal": (HALVED, False, True, True),
+    "- co-occurrence": (HALVED, True, False, True),
+    "- progressive masking": (HALVED, True, True, False),
+    "SID-v1": (EQUAL, False, False, False),
+}
+# arXiv 2510.07784, as several write-ups agree: uniqueness and Recall@10.
+PUBLISHED = {
+    "SID-v2": (0.967, 0.144),
+    "- multi-resolution": (0.948, 0.132),
+    "- multi-modal": (0.969, 0.128),
+    "- co-occurrence": (0.918, 0.126),
+    "SID-v1": (0.940, 0.123),
+}
+KEY = ("variant", "epochs", "seed", "images")
+DEFINITIONS = {
+    "unique_sid_ratio": "distinct SIDs per item",
+    "usage": "share of the codes of a level that occur when the whole catalog is encoded once",
+    "unexplained_variance": "squared error of the decoded text embedding over its variance",
+    "prefix_lift": "how many times as often as two random items the validation target of a user and"
+    " the item before it share their first l codes; no target was trained on",
+}
+
+
+def prefix_lift(codes: Tensor, before: Tensor, target: Tensor) -> list[float]:
+    """Lift of sharing the first l codes, for each l; ``before`` and ``target`` int64 ``[n]``."""
+    lifts = []
+    for length in range(1, codes.shape[1] + 1):
+        _, prefix = codes[:, :length].unique(dim=0, return_inverse=True)
+        together = (prefix[before] == prefix[target]).double().mean()
+        # Two items drawn as these are, but apart: what popularity alone explains.
+        shares = [
+            prefix[items].bincount(minlength=len(codes)).double() / len(items)
+            for items in (before, target)
+        ]
+        lifts.append(float(together / (shares[0] * shares[1]).sum()))
+    return lifts
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--images", type=Path, help="npz with movie_id [M] and features [M, D]")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--tables", type=Path, help="folder for the SID tables")
+    options = parser.parse_args()
+    path = options.output / f"{NAME}.json"
+    result = read_json(path) if path.exists() else {"runs": []}
+    images = "color features" if options.images is None else options.images.name
+    result |= {"definitions": DEFINITIONS, "published": PUBLISHED}
+    known = {tuple(run[name] for name in KEY) for run in result["runs"]}
+    whole = movielens_1m(options.data)
+    dataset = filter_interactions(whole, min_user_interactions=5, min_item_interactions=5)
+    item_ids = dataset.items["item_id"].to_list()
+    row_of = {item: row for row, item in enumerate(whole.items["item_id"])}
+    rows = torch.tensor([row_of[item] for item in item_ids])
+    text = text_embeddings("ml-1m", options.data, options.cache)[rows]
+    posters, present = poster_features(options.data, item_ids, options.images)
+    sequences = sequences_of(dataset)
+    pairs = torch.from_numpy(co_occurring_pairs(sequences))
+    validation = sequences.split("validation")
+    before = torch.from_numpy(np.array([h[-1] for h in validation.histories])).long()
+    target = torch.from_numpy(validation.targets).long()
+    for seed in SEEDS:
+        for variant, (sizes, multi_modal, co_occurrence, masking) in VARIANTS.items():
+            if (variant, options.epochs, seed, images) in known:
+                continue
+            start = time.perf_counter()
+            embeddings = {"text": text, "image": posters} if multi_modal else {"text": text}
+            masks = {"image": present} if multi_modal else None
+            model = fit_tokenizer(
+                embeddings,
+                codebook_sizes=sizes,
+                seed=seed,
+                epochs=options.epochs,
+                batch_size=128,
+                hidden_dims=(256,),
+                progressive_masking=masking,
+                present=masks,
+                **({"pairs": pairs, "co_occurrence_weight": 5.0} if co_occurrence else {}),
+            )
+            assert isinstance(model, RQVAE)
+            codes = model.encode(embeddings, masks)
+            error = (model.decode(codes)["text"] - text).square().sum()
+            run = {
+                **dict(zip(KEY, (variant, options.epochs, seed, images), strict=True)),
+                "sizes": sizes,
+                "unique_sid_ratio": len(codes.unique(dim=0)) / len(codes),
+                "usage": [len(codes[:, i].unique()) / size for i, size in enumerate(sizes)],
+                "unexplained_variance": float(error / (text - text.mean(dim=0)).square().sum()),
+                "prefix_lift": prefix_lift(codes, before, target),
+                "seconds": round(time.perf_counter() - start),
+            }
+            if options.tables is not None:
+                name = f"{variant.removeprefix('- ').replace(' ', '-')}-{seed}"
+                SidTable(item_ids, codes.numpy(), sizes).save(options.tables / name)
+            print(run, flush=True)
+            result["runs"].append(run)
+            write_json(path, result)
+    print(render(result))
+
+
+def render(result: dict[str, Any]) -> str:
+    """The section of docs/results.md: means over the seeds beside PLUM's ablation."""
+    lines = [
+        "## SID-v2, part by part",
+        "",
+        "`python -m benchmarks.quality.sid_v2_ablation --data DIR`",
+        "",
+        "| SIDs | epochs | seeds | unique | PLUM | least usage | text unexplained"
+        " | prefix lift by length |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    trained = sorted({run["epochs"] for run in result["runs"]})
+    for epochs, variant in itertools.product(trained, VARIANTS):
+        of = (variant, epochs)
+        runs = [run for run in result["runs"] if (run["variant"], run["epochs"]) == of]
+        if not runs:
+            continue
+        unique = statistics.fmean(run["unique_sid_ratio"] for run in runs)
+        usage = min(min(run["usage"]) for run in runs)
+        lost = statistics.fmean(run["unexplained_variance"] for run in runs)
+        lifts = zip(*(run["prefix_lift"] for run in runs), strict=True)
+        lift = " / ".join(f"{statistics.fmean(level):.3g}" for level in lifts)
+        published = result["published"].get(variant)
+        cells = [variant, epochs, len(runs), f"{unique:.2%}"]
+        cells += [f"{published[0]:.1%}" if published else "", f"{usage:.1%}", f"{lost:.3f}", lift]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    images = ", ".join(sorted({run["images"] for run in result["runs"]}))
+    lines += [
+        "",
+        f"ML-1M, text and posters ({images}). Means over the seeds.",
+        "",
+        *(f"- {name}: {text}." for name, text in result["definitions"].items()),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    main()
