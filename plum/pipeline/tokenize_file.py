@@ -16,7 +16,7 @@ from plum.errors import InvalidArgument
 from plum.files import atomic_path, read_json, write_json
 from plum.pipeline.embedding_file import ROWS_PER_CHUNK, EmbeddingFile
 from plum.quantize import Tokenizer, fit_tokenizer, load_tokenizer
-from plum.quantize.training import KINDS
+from plum.quantize.tokenizer import KINDS
 from plum.sid import SidTable, resolve_collisions
 from plum.sid.collisions import POLICIES
 
@@ -226,7 +226,7 @@ def _encode(
 
 
 def before_last(model: Tokenizer, latents: torch.Tensor, codes: np.ndarray) -> np.ndarray:
-    """Returns what is left of latents ``[N, D]`` before the last level of their codes ``[N, L]``."""
+    """Returns what is left of latents ``[N, D]`` before the last of their codes ``[N, L]``."""
     if codes.shape[1] == 1:
         return latents.numpy()
     before = torch.from_numpy(np.ascontiguousarray(codes[:, :-1]))
