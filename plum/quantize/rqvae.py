@@ -33,7 +33,8 @@ class RQVAEConfig:
         beta: Weight of the commitment loss.
         update: ``"ema"`` or ``"gradient"``, how the codebooks learn.
         gradient: ``"straight-through"`` or ``"rotation"``, how the gradient passes the quantizer.
-        decay: Decay of the moving averages.
+        decay: Decay of the moving averages. A code that is never used falls below a tenth of its
+            share after ``ln(0.1) / ln(decay)`` steps, 230 with 0.99: a short training wants less.
         revive_every: Training steps between revivals of dead codes; 0 for none.
         dead_share: Fraction of the uniform share below which a code is dead.
         progressive_masking: Train on random prefixes of the levels (PLUM, arXiv 2510.07784).
