@@ -40,9 +40,10 @@ def _trie_walk_kernel(
     b_low = tl.load(p_roots + o_m * stride_root, m_m, other=0)
     b_high = tl.load(p_roots + o_m * stride_root + stride_end, m_m, other=0)
     m_ended = m_m & (o_m < 0)
+    p_code = p_prefixes + o_m * stride_prefix
     for level in range(length):
-        b_code = tl.load(p_prefixes + o_m * stride_prefix + level * stride_code, m_m, other=-1)
-        b_code = b_code.to(tl.int64)
+        b_code = tl.load(p_code, m_m, other=-1).to(tl.int64)
+        p_code += stride_code
         m_padding = b_code == -1
         b_child_low, b_child_high = search.child_rows(
             p_table + level * search.FIELDS,

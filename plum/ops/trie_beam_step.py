@@ -219,6 +219,8 @@ def _reference(
         out = _nothing(states, k)
         for each in range(trie.depth):
             here = (levels == each).nonzero().squeeze(1)
+            if len(here) == 0:
+                continue
             some = [logits[here], scores[here], states[here]]
             denied = None if deny is None else deny[here]
             step = _reference(*some, index, each, None, columns, k, valid, filter, denied)
@@ -315,6 +317,37 @@ def _cpu(
     return out
 
 
+def _triton(
+    logits: Tensor,
+    scores: Tensor,
+    states: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
+    k: int,
+    valid: bool,
+    filter: Sequence[Tensor],
+    deny: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from plum.kernels import trie_beam_step as kernel
+
+    if k > kernel.MAX_K:
+        raise InvalidArgument("k", f"at most {kernel.MAX_K} with backend='triton'", k)
+    return kernel.trie_beam_step(
+        logits,
+        scores,
+        states,
+        kernel.search.TrieArrays.of(index[1:]),
+        level if levels is None else levels,
+        columns,
+        k,
+        valid=valid,
+        filter=filter,
+        deny=deny,
+    )
+
+
 def _fake(
     logits: Tensor,
     scores: Tensor,
@@ -339,5 +372,8 @@ _op = Op(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
+    backends=[
+        Backend("cpu", "cpu", _cpu, _native.missing, default=True),
+        Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
+    ],
 )

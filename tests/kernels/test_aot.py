@@ -162,6 +162,7 @@ VARIANTS = {
     "forced_tail": forced_tail,
     "residual_quantize": residual_quantize,
     "trie_advance": trie_advance,
+    "trie_beam_step": trie_beam_step,
     "trie_mask": trie_mask,
     "trie_walk": trie_walk,
 }
