@@ -46,10 +46,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
-# Small sizes in under four minutes; FULL=1 for the sizes that figures are quoted from. Peers that
+# Small sizes in under ten minutes; FULL=1 for the sizes that figures are quoted from. Peers that
 # are not installed are named in the report.
 bench: $(STAMP)
-	$(BIN)/python -c "import faiss, superkmeans, vector_quantize_pytorch" 2>/dev/null || \
+	$(BIN)/python -c "import faiss, marisa_trie, superkmeans, vector_quantize_pytorch, xgrammar" 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet -e ".[bench]"
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest benchmarks -m "not gpu" $(if $(FULL),--full) -q \

@@ -1,10 +1,8 @@
-"""Trie-constrained decoding beside what people use: whole searches, single steps, masks.
+"""Trie-constrained decoding beside what people use: whole searches, single steps, masks, filters.
 
-SIDs are uniform, or skewed: in each level the rank of a code follows a Zipf law of exponent 0.8,
-rotated by a hash of the prefix, so popular prefixes hold many items. 2,048 codes a level; logits
-are random and ready. Answers are asserted before they are timed: scores or masks are equal, and of
-whole searches the share of places with equal SIDs is stated (near ties aside they are). ``--full``
-for full size; on a machine that does other work, processor time of one thread:
+Answers are asserted before they are timed: scores or masks are equal, and of whole searches the
+share of places with equal SIDs is stated (near ties aside they are). ``--full`` for full size; on
+a machine that does other work, processor time of one thread:
 
 python -m pytest benchmarks/bench_trie.py -k 1-thread \
     --benchmark-timer=benchmarks.worker.processor_time
@@ -12,193 +10,294 @@ python -m pytest benchmarks/bench_trie.py -k 1-thread \
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.ceilings import ceiling
 from benchmarks.measure import measure, record
-from plum.ops.trie_beam_step import rank_directory, trie_beam_step
-from plum.ops.trie_mask import trie_mask_
-from plum.ops.trie_walk import trie_walk
-from plum.trie import SidTrie
-
-# In the peers' favor: freed memory is kept (M_MMAP_MAX and M_TRIM_THRESHOLD of mallopt(3)), so that
-# their large temporaries are not mapped anew each time.
-for option, value in ((-4, 0), (-1, (1 << 31) - 1)):
-    ctypes.CDLL(None).mallopt(option, value)
-
-CODES = 2048
-SMALL = 100_000
-BEAMS = {"1x32": (1, 32), "2x70": (2, 70), "8x64": (8, 64), "32x128": (32, 128)}
-CATALOGS = {
-    f"{law} L{levels} {millions}M": (law, levels, millions * 1_000_000)
-    for law in ("uniform", "skew")
-    for levels in (3, 8)
-    for millions in (1, 5)
-}
-# Levels of steps and masks: where a beam has many children, and where it has about one.
-LEVELS = {3: (1, 2), 8: (1, 7)}
-STEPS = {
-    f"{catalog} {beams} level {level}": (catalog, beams, level)
-    for catalog, (_, levels, items) in CATALOGS.items()
-    for beams in BEAMS
-    for level in LEVELS[levels]
-    if items == 1_000_000
-}
-DECODES = {f"{catalog} {beams}": (catalog, beams) for catalog in CATALOGS for beams in BEAMS}
-
-# How many times as fast plum shall be.
-DECODE_TARGETS = {"1x32": 10, "2x70": 10, "8x64": 20, "32x128": 20}
-DECODE_PROVIDERS = ("plum cpu", "plum cpu valid", "plum reference", "STATIC")
-STEP_PROVIDERS = (
-    *("plum cpu", "plum cpu valid", "plum cpu filter", "plum cpu filter and deny"),
-    *("plum reference", "transformers prefix function"),
+from benchmarks.peers import trie_ours
+from benchmarks.trie_catalogs import (
+    BEAMS,
+    CATALOGS,
+    PUBLISHED,
+    Catalog,
+    keep_freed_memory,
+    make_beams,
+    make_catalog,
+    make_logits,
+    published_catalog,
 )
-MASK_PROVIDERS = ("plum cpu", "plum reference", "transformers prefix function", "xgrammar bitmask")
+from plum.ops.trie_beam_step import trie_beam_step
+from plum.ops.trie_mask import trie_mask_
+
+keep_freed_memory()
+
+SMALL_BEAMS = ("1x32", "8x64")
+# Levels of steps and masks: where a beam has many children, and where it has about one.
+WIDE = 1
+STEP_LEVELS = {3: (1, 2), 8: (1, 2, 7)}
+MASK_LEVELS = {3: (1, 2), 8: (1, 7)}
+FILTER_LEVELS = {3: (0, 1, 2), 8: (0, 1, 2, 3, 7)}
+FILTERS = {
+    f"plum cpu, {share}% alive{' and deny' if deny else ''}": (share, deny)
+    for deny in (False, True)
+    for share in (50, 10, 1)
+}
+DENIED = 1000
+
+DECODE_PROVIDERS = ("plum cpu", "plum cpu valid", "STATIC")
+STEP_PROVIDERS = (*DECODE_PROVIDERS, "plum reference", "transformers prefix function")
+MASK_PROVIDERS = (
+    *("plum cpu", "plum cpu new tensor", "plum reference"),
+    *("transformers prefix function", "MiniOneRec processor", "xgrammar bitmask"),
+)
+
+# How many times as fast as the peer plum shall be. Of whole searches: over the sets of catalogs
+# in the geometric mean, and in each.
+DECODE_MEANS = {
+    **{beams: {"plum cpu": 10} for beams in ("1x32", "2x70")},
+    **{beams: {"plum cpu": 20, "plum cpu valid": 30} for beams in ("8x64", "32x128")},
+}
+DECODE_EACH = {
+    **{beams: {"plum cpu": None} for beams in ("1x32", "2x70")},
+    **{beams: {"plum cpu": 8, "plum cpu valid": 18} for beams in ("8x64", "32x128")},
+}
+FORCED_STEP = {"plum cpu": 3.5, "plum cpu valid": 50}
+# How many times the plain step a filtered one may take, without and with denied items.
+FILTER_COSTS = {False: 1.25, True: 2}
 
 
-@dataclass(frozen=True)
-class Catalog:
-    """The distinct SIDs int64 ``[N, L]`` in order, and their trie."""
-
-    sids: Tensor
-    trie: SidTrie
-
-
-@functools.lru_cache(maxsize=1)
-def make_catalog(name: str, full: bool) -> Catalog:
-    law, levels, items = CATALOGS[name]
-    random = np.random.default_rng(levels)
-    items = items if full else SMALL
-    table = np.empty((items, levels), dtype=np.int64)
-    weights = np.arange(1, CODES + 1) ** -0.8
-    cumulative = np.cumsum(weights / weights.sum())
-    turn = np.zeros(items, dtype=np.uint64)
-    for level in range(levels):
-        uniform = random.random(items)
-        if law == "uniform":
-            table[:, level] = uniform * CODES
-            continue
-        rank = np.minimum(np.searchsorted(cumulative, uniform), CODES - 1)
-        table[:, level] = (rank + (turn >> np.uint64(40)).astype(np.int64)) % CODES
-        odd = np.uint64(0x9E3779B97F4A7C15)
-        turn = (turn ^ table[:, level].astype(np.uint64)) * odd + np.uint64(level + 1)
-    trie = SidTrie.from_codes(table, codebook_sizes=[CODES] * levels)
-    return Catalog(trie.codes_at(torch.arange(trie.num_sids)), trie)
+def _at_levels(full: bool, levels: dict[int, tuple[int, ...]], beams: Iterable[str]) -> list[str]:
+    return [
+        f"{catalog} {beam} level {level}"
+        for catalog in _catalogs(full, most=1_000_000)
+        for beam in beams
+        for level in levels[CATALOGS[catalog][1]]
+    ]
 
 
-@functools.lru_cache(maxsize=1)
-def make_logits(beams: str, levels: int) -> list[Tensor]:
-    """One row for each beam of each level; the root is one beam."""
-    torch.manual_seed(0)
-    batch, width = BEAMS[beams]
-    return [torch.randn(batch, width if level else 1, CODES) for level in range(levels)]
+def _catalogs(full: bool, most: int) -> list[str]:
+    """Without ``full`` all catalogs have one size."""
+    most = most if full else 1_000_000
+    return [name for name, (_, _, items) in CATALOGS.items() if items <= most]
 
 
-def make_step(shape: str, full: bool) -> tuple[Catalog, int, Tensor, Tensor, Tensor, Tensor]:
-    """A level, and for beams on random items: prefixes, states, logits and falling scores."""
-    name, beams, level = STEPS[shape]
-    catalog, (batch, width) = make_catalog(name, full), BEAMS[beams]
-    random = np.random.default_rng(level)
-    items = torch.from_numpy(random.integers(0, len(catalog.sids), batch * width))
-    prefixes = catalog.sids[items, :level]
-    states = trie_walk(prefixes, catalog.trie).view(batch, width, 2)
-    scores = torch.from_numpy(-np.sort(random.exponential(2, (batch, width)))).float()
-    return catalog, level, prefixes, states, make_logits(beams, 2)[1], scores
+# Per benchmark its providers, and its shapes at full size or not; a catalog's benchmarks lie
+# together, so that each is built once.
+MATRIX: dict[str, tuple[Iterable[str], Callable[[bool], list[str]]]] = {
+    "bench_trie_decode_cpu": (
+        DECODE_PROVIDERS,
+        lambda full: [f"{name} {beams}" for name in _catalogs(full, 5_000_000) for beams in BEAMS],
+    ),
+    "bench_trie_published_cpu": (
+        DECODE_PROVIDERS,
+        lambda full: [
+            f"{name} {beams}" for name in PUBLISHED for beams in (BEAMS if full else SMALL_BEAMS)
+        ],
+    ),
+    "bench_trie_step_cpu": (
+        STEP_PROVIDERS,
+        lambda full: _at_levels(full, STEP_LEVELS, BEAMS if full else SMALL_BEAMS),
+    ),
+    "bench_trie_mask_cpu": (
+        MASK_PROVIDERS,
+        lambda full: _at_levels(full, MASK_LEVELS, BEAMS if full else SMALL_BEAMS),
+    ),
+    "bench_trie_filter_cpu": (
+        ("plum cpu", *FILTERS),
+        lambda full: _at_levels(full, FILTER_LEVELS, ("8x64", "32x128") if full else ("8x64",)),
+    ),
+}
 
 
-@pytest.mark.parametrize("shape", DECODES)
-@pytest.mark.parametrize("provider", DECODE_PROVIDERS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    providers, shapes = MATRIX[metafunc.function.__name__]
+    pairs = [
+        (provider, shape)
+        for shape in shapes(metafunc.config.getoption("--full"))
+        for provider in providers
+    ]
+    metafunc.parametrize("provider, shape", pairs, ids=[f"{p}-{s}" for p, s in pairs])
+
+
+@pytest.fixture(autouse=True)
+def group(benchmark, threads, shape, request) -> None:
+    op = request.function.__name__.removeprefix("bench_").removesuffix("_cpu")
+    benchmark.group = f"{op}, {shape}, {threads} thread(s)"
+
+
 def bench_trie_decode_cpu(benchmark, prepare, full, budget, threads, provider, shape):
-    name, beams = DECODES[shape]
+    name, _, beams = shape.rpartition(" ")
     catalog = make_catalog(name, full)
-    levels = catalog.trie.depth
-    logits = make_logits(beams, levels)
-    score = "valid" if provider.endswith("valid") else "full"
+    _decode(benchmark, prepare, budget, provider, catalog, beams)
     if provider == "STATIC":
-        job = prepare("static_decoding:decode", catalog.sids, CODES, logits)
+        benchmark.extra_info["over"] = beams
+        benchmark.extra_info["against"] = DECODE_EACH[beams]
+        benchmark.extra_info["mean_against"] = DECODE_MEANS[beams]
+
+
+def bench_trie_published_cpu(benchmark, prepare, budget, threads, provider, shape):
+    name, _, beams = shape.rpartition(" ")
+    try:
+        catalog = published_catalog(name)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    _decode(benchmark, prepare, budget, provider, catalog, beams)
+    if provider == "STATIC":
+        benchmark.extra_info["against"] = {"plum cpu": None, "plum cpu valid": None}
+
+
+def bench_trie_step_cpu(benchmark, prepare, full, budget, threads, provider, shape):
+    name, beams, level = _place(shape)
+    catalog = make_catalog(name, full)
+    trie, at = catalog.trie, make_beams(catalog.trie, beams, level)
+    score = _score(provider)
+    expected = trie_beam_step(
+        at.logits, at.scores, at.states, trie, level, k=at.scores.shape[1], score=score
+    ).scores
+    if provider.startswith("plum"):
+        args = (trie, level, at.states, at.logits, at.scores, score, None, None)
+        job = prepare("trie_ours:step", *args, provider.split()[1])
+    elif provider == "STATIC":
+        args = (catalog.sids, catalog.codes, at.prefixes, at.logits, at.scores)
+        job = prepare("static_decoding:step", *args)
+    else:
+        flat = at.logits.flatten(0, 1)
+        job = prepare("transformers_prefix:step", catalog.sids, at.prefixes, flat, at.scores)
+
+    measure(benchmark, job, budget, functools.partial(_assert_close, expected))
+    _record(benchmark, len(at.prefixes), at.logits.nbytes, provider)
+    forced = beams == "32x128" and level == 7
+    if provider == "STATIC":
+        unasked = {"plum cpu": None, "plum cpu valid": None}
+        benchmark.extra_info["against"] = FORCED_STEP if forced else unasked
+    elif not provider.startswith("plum"):
+        benchmark.extra_info["against"] = {"plum cpu": 15}
+
+
+def bench_trie_mask_cpu(benchmark, prepare, full, budget, threads, provider, shape):
+    name, beams, level = _place(shape)
+    catalog = make_catalog(name, full)
+    trie, at = catalog.trie, make_beams(catalog.trie, beams, level)
+    flat, states = at.logits.flatten(0, 1), at.states.flatten(0, 1)
+    expected = trie_mask_(flat.clone(), states, trie, level, backend="reference")
+    if provider.startswith("plum"):
+        form = "mask_copy" if provider.endswith("new tensor") else "mask"
+        job = prepare(f"trie_ours:{form}", trie, level, states, flat, provider.split()[1])
+    elif provider.startswith("xgrammar"):
+        job = prepare("xgrammar_mask:mask", expected > -torch.inf, flat)
+    elif provider.startswith("MiniOneRec"):
+        job = prepare("minionerec_trie:mask", catalog.sids, at.prefixes, flat, BEAMS[beams][1])
+    else:
+        job = prepare("transformers_prefix:mask", catalog.sids, at.prefixes, flat)
+
+    def check(masked: Tensor) -> None:
+        if not provider.startswith("MiniOneRec"):
+            assert torch.equal(masked, expected)
+            return
+        logprobs = torch.log_softmax(flat, dim=-1)
+        illegal = expected == -torch.inf
+        torch.testing.assert_close(masked, logprobs - 1e6 * illegal, rtol=1e-6, atol=2e-5)
+
+    measure(benchmark, job, budget, check)
+    _record(benchmark, len(at.prefixes), at.logits.nbytes, provider)
+    # xgrammar masks in place, the others into a new tensor: plum does the same.
+    at_512 = beams == "8x64"
+    if provider.startswith("xgrammar"):
+        asked = 30 if at_512 and level != WIDE else 4
+        benchmark.extra_info["against"] = {"plum cpu": asked}
+    elif provider.startswith("transformers"):
+        asked = 300 if at_512 and level == WIDE else 30
+        benchmark.extra_info["against"] = {"plum cpu new tensor": asked}
+    elif provider.startswith("MiniOneRec"):
+        benchmark.extra_info["against"] = {"plum cpu new tensor": 30}
+
+
+def bench_trie_filter_cpu(benchmark, prepare, full, budget, threads, provider, shape):
+    """The cost of a filter over the catalog, and of denied items a request, over the plain step.
+
+    All providers step from the same beams: over SIDs that the narrowest filter leaves and the
+    request does not deny, as beams of a filtered search are.
+    """
+    name, beams, level = _place(shape)
+    trie = make_catalog(name, full).trie
+    # Of 100 rows the first is alive in every filter, the first ten in two.
+    lot = torch.randperm(trie.num_sids, generator=torch.Generator().manual_seed(0)) % 100
+    at = make_beams(trie, beams, level, rows=(lot == 0).nonzero().flatten())
+    share, denies = FILTERS.get(provider, (100, False))
+    filter = deny = None
+    if share < 100:
+        filter = trie_ours.prepare_filter(lot < share, trie)
+    if denies:
+        alive = (lot < share).nonzero().flatten()
+        drawn = torch.Generator().manual_seed(1)
+        denied = alive[torch.randint(len(alive), (len(at.rows), DENIED), generator=drawn)]
+        under_beams = (denied.unsqueeze(2) == at.rows.unsqueeze(1)).any(dim=2)
+        deny = trie_ours.prepare_deny(denied.masked_fill(under_beams, -1))
+    options = {"k": BEAMS[beams][1], "score": "full", "filter": filter, "deny": deny}
+    expected = trie_beam_step(
+        at.logits, at.scores, at.states, trie, level, **options, backend="reference"
+    ).scores
+    args = (trie, level, at.states, at.logits, at.scores, "full", filter, deny)
+    job = prepare("trie_ours:step", *args, "cpu", BEAMS[beams][1])
+
+    measure(benchmark, job, budget, functools.partial(_assert_close, expected))
+    _record(benchmark, len(at.prefixes), at.logits.nbytes, provider)
+    if provider in FILTERS:
+        depth = {0: "root", 1: "level 1"}.get(level, "deeper levels")
+        benchmark.extra_info["over"] = f"{beams} {depth}"
+        benchmark.extra_info["costs"] = {"plum cpu": FILTER_COSTS[denies]}
+
+
+@functools.lru_cache(maxsize=2)
+def _expected(catalog: Catalog, beams: str, score: str) -> Tensor:
+    logits = make_logits(beams, catalog.trie.depth, catalog.codes)
+    return trie_ours.decode(catalog.trie, logits, score, "reference")()
+
+
+def _decode(
+    benchmark: Any, prepare: Any, budget: float, provider: str, catalog: Catalog, beams: str
+) -> None:
+    logits = make_logits(beams, catalog.trie.depth, catalog.codes)
+    if provider == "STATIC":
+        job = prepare("static_decoding:decode", catalog.sids, catalog.codes, logits)
     else:
         backend = provider.split()[1]
-        job = prepare("trie_ours:decode", catalog.trie, logits, score, backend)
-    expected = prepare("trie_ours:decode", catalog.trie, logits, score, "reference")
-    expected()
+        job = prepare("trie_ours:decode", catalog.trie, logits, _score(provider), backend)
+    expected = _expected(catalog, beams, _score(provider))
 
     def check(sids: Tensor) -> float:
-        equal = (sids == expected.result()).all(dim=-1).float().mean().item()
+        equal = (sids == expected).all(dim=-1).float().mean().item()
         assert equal > 0.9, equal
         return equal
 
-    benchmark.group = f"trie decode, {shape}, {threads} thread(s)"
     equal = measure(benchmark, job, budget, check)
     rows = sum(level.shape[0] * level.shape[1] for level in logits)
     nbytes = sum(level.nbytes for level in logits)
-    _record(benchmark, rows, nbytes, share_of_sids_equal=equal)
-    if provider == "STATIC":
-        benchmark.extra_info["target"] = DECODE_TARGETS[beams]
+    _record(benchmark, rows, nbytes, provider, share_of_sids_equal=equal)
 
 
-@pytest.mark.parametrize("shape", STEPS)
-@pytest.mark.parametrize("provider", STEP_PROVIDERS)
-def bench_trie_step_cpu(benchmark, prepare, full, budget, threads, provider, shape):
-    catalog, level, prefixes, states, logits, scores = make_step(shape, full)
-    trie = catalog.trie
-    score = "valid" if provider.endswith("valid") else "full"
-    rank = deny = None
-    if "filter" in provider:
-        random = np.random.default_rng(0)
-        rank = rank_directory(torch.from_numpy(random.random(trie.num_sids) < 0.1), trie)
-        if "deny" in provider:
-            deny = torch.from_numpy(random.integers(0, trie.num_sids, (len(scores), 1000)))
-    options = {"k": scores.shape[1], "score": score, "filter": rank, "deny": deny}
-    expected = trie_beam_step(
-        logits, scores, states, trie, level, **options, backend="reference"
-    ).scores
-    if provider.startswith("plum"):
-        args = (trie, level, states, logits, scores, score, rank, deny)
-        job = prepare("trie_ours:step", *args, provider.split()[1])
-    else:
-        flat = logits.flatten(0, 1)
-        job = prepare("transformers_prefix:step", catalog.sids, prefixes, flat, scores)
-
-    def check(found: Tensor) -> None:
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-
-    benchmark.group = f"trie step, {shape}, {threads} thread(s)"
-    measure(benchmark, job, budget, check)
-    _record(benchmark, len(prefixes), logits.nbytes)
-    if not provider.startswith("plum"):
-        benchmark.extra_info["target"] = 15
+def _place(shape: str) -> tuple[str, str, int]:
+    catalog, beams, _, level = shape.rsplit(" ", 3)
+    return catalog, beams, int(level)
 
 
-@pytest.mark.parametrize("shape", STEPS)
-@pytest.mark.parametrize("provider", MASK_PROVIDERS)
-def bench_trie_mask_cpu(benchmark, prepare, full, budget, threads, provider, shape):
-    catalog, level, prefixes, states, logits, _ = make_step(shape, full)
-    flat, states = logits.flatten(0, 1), states.flatten(0, 1)
-    expected = trie_mask_(flat.clone(), states, catalog.trie, level, backend="reference")
-    if provider.startswith("plum"):
-        backend = provider.split()[1]
-        job = prepare("trie_ours:mask", catalog.trie, level, states, flat, backend)
-    elif provider.startswith("xgrammar"):
-        job = prepare("xgrammar_mask:mask", expected > -torch.inf, flat)
-    else:
-        job = prepare("transformers_prefix:mask", catalog.sids, prefixes, flat)
-
-    def check(masked: Tensor) -> None:
-        assert torch.equal(masked, expected)
-
-    benchmark.group = f"trie mask, {shape}, {threads} thread(s)"
-    measure(benchmark, job, budget, check)
-    _record(benchmark, len(prefixes), logits.nbytes)
-    if not provider.startswith("plum"):
-        benchmark.extra_info["target"] = 4 if provider.startswith("xgrammar") else 30
+def _score(provider: str) -> str:
+    return "valid" if provider.endswith("valid") else "full"
 
 
-def _record(benchmark, rows: int, nbytes: int, **facts: float) -> None:
+def _assert_close(expected: Tensor, found: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def _record(benchmark: Any, rows: int, nbytes: int, provider: str, **facts: float) -> None:
     record(benchmark, rows, operations=0, nbytes=nbytes, ceiling=ceiling("cpu"), **facts)
+    if provider.startswith("plum cpu ") or provider.startswith("plum cpu,"):
+        benchmark.extra_info["against"] = {}
+    elif provider == "plum reference":
+        benchmark.extra_info["against"] = {"plum cpu": None}

@@ -38,11 +38,12 @@ def ceiling(device: str) -> Ceiling:
     """Measures ``"cpu"`` with torch's current threads, or the current GPU; once, in a second."""
     name = "GPU" if device == "cuda" else f"{torch.get_num_threads()} thread(s)"
     if name not in _measured:
-        _measured[name] = Ceiling(
-            _best_product(8192 if device == "cuda" else 1024, torch.float32, device),
-            _best_product(8192 if device == "cuda" else 2048, torch.bfloat16, device),
-            _copy(1 << (32 if device == "cuda" else 27), device),
-        )
+        fp32 = bf16 = _best_product(8192 if device == "cuda" else 1024, torch.float32, device)
+        # A CPU without bf16 arithmetic would take minutes to emulate it, and users would not.
+        if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            bf16 = _best_product(8192 if device == "cuda" else 2048, torch.bfloat16, device)
+        bandwidth = _copy(1 << (32 if device == "cuda" else 27), device)
+        _measured[name] = Ceiling(fp32, bf16, bandwidth)
     return _measured[name]
 
 

@@ -31,12 +31,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="benchmarks at full size, with time for more rounds"
     )
+    parser.addoption(
+        "--huge", action="store_true", help="benchmarks of a trie of 50 million SIDs as well"
+    )
 
 
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether to benchmark at full size."""
     return request.config.getoption("--full")
+
+
+@pytest.fixture(scope="session")
+def huge(request: pytest.FixtureRequest) -> bool:
+    """Whether to benchmark a trie of 50 million SIDs as well."""
+    return request.config.getoption("--huge")
 
 
 @pytest.fixture

@@ -276,33 +276,78 @@ def trie_beam_step_cpu(
     out: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     """Fills ``out``: tokens, parents and scores ``[B, k]``, states ``[B, k, 2]``."""
-    batch, beams, width = logits.shape
-    assert logits.is_cpu and (width < 2 or logits.stride(2) == 1)
-    _check_cpu(scores, torch.float32)
-    _check_cpu(states, torch.int64)
-    assert scores.shape == (batch, beams) and states.shape == (batch, beams, 2)
-    if deny is not None:
-        _check_cpu(deny, torch.int64)
-        assert len(deny) == batch
-    tokens, parents, best, after = out
-    assert tokens.is_contiguous() and tokens.shape == parents.shape == best.shape == (batch, k)
-    assert after.shape == (batch, k, 2)
+    assert out[0].is_contiguous() and out[0].shape == (len(logits), k)
     _C.trie_beam_step_cpu(
-        logits.data_ptr(),
-        _ROW_TYPES.index(logits.dtype),
-        (batch, beams, width, *logits.stride()[:2]),
-        scores.data_ptr(),
-        states.data_ptr(),
+        _beams(logits, scores, states, deny),
         _trie(index),
         _levels(level, levels),
         columns,
         k,
         valid,
         _filter(filter),
-        0 if deny is None else deny.data_ptr(),
-        0 if deny is None else deny.shape[1],
-        (tokens.data_ptr(), parents.data_ptr(), best.data_ptr(), after.data_ptr()),
+        tuple(tensor.data_ptr() for tensor in out),
         torch.get_num_threads(),
+    )
+
+
+def trie_beam_sample_cpu(
+    logits: Tensor,
+    scores: Tensor,
+    keys: Tensor,
+    states: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
+    k: int,
+    seeds: Tensor,
+    temperature: float,
+    filter: Sequence[Tensor],
+    deny: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """Fills ``out``: tokens, parents, scores and keys ``[B, k]``, states ``[B, k, 2]``."""
+    _check_cpu(keys, torch.float64)
+    _check_cpu(seeds, torch.int64)
+    assert keys.shape == scores.shape and seeds.shape == (len(logits),)
+    tokens, parents, best, best_keys, after = out
+    assert tokens.is_contiguous() and tokens.shape == (len(logits), k)
+    _C.trie_beam_sample_cpu(
+        _beams(logits, scores, states, deny),
+        _trie(index),
+        _levels(level, levels),
+        columns,
+        k,
+        keys.data_ptr(),
+        seeds.data_ptr(),
+        temperature,
+        _filter(filter),
+        (tokens.data_ptr(), parents.data_ptr(), best.data_ptr(), after.data_ptr()),
+        best_keys.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def _beams(logits: Tensor, scores: Tensor, states: Tensor, deny: Tensor | None) -> tuple[Any, ...]:
+    batch, beams, width = logits.shape
+    strides = logits.stride()
+    assert logits.is_cpu and (width < 2 or strides[2] == 1)
+    _check_cpu(scores, torch.float32)
+    _check_cpu(states, torch.int64)
+    assert scores.shape == (batch, beams) and states.shape == (batch, beams, 2)
+    rows, denied = 0, 0
+    if deny is not None:
+        _check_cpu(deny, torch.int64)
+        assert deny.shape[0] == batch
+        rows, denied = deny.data_ptr(), deny.shape[1]
+    return (
+        logits.data_ptr(),
+        _ROW_TYPES.index(logits.dtype),
+        (batch, beams, width, strides[0], strides[1]),
+        scores.data_ptr(),
+        states.data_ptr(),
+        rows,
+        denied,
     )
 
 
@@ -370,10 +415,17 @@ def _columns(columns: np.ndarray, roots: Sequence[int]) -> tuple[int, int, int, 
 
 
 def _trie(index: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
-    table, _, *arrays = index
-    _check_cpu(table, torch.int64)
-    assert table.shape[1] == 9 and len(arrays) == 5
-    return (table.data_ptr(), *(array.data_ptr() for array in arrays)), len(table)
+    table, _, codes, starts, begins, ranks, masks = index
+    assert table.is_cpu and codes.is_cpu and table.shape[1] == 9
+    addresses = (
+        table.data_ptr(),
+        codes.data_ptr(),
+        starts.data_ptr(),
+        begins.data_ptr(),
+        ranks.data_ptr(),
+        masks.data_ptr(),
+    )
+    return addresses, table.shape[0]
 
 
 def _levels(level: int, levels: Tensor | None) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from plum.errors import MissingDependency, PlumError
+from plum.errors import InvalidArgument, MissingDependency, PlumError
 
 try:
     import typer
@@ -143,37 +143,149 @@ def _stage_command(name: str, help_text: str) -> None:
 
 _stage_command("data", "Reads a data set into items.parquet and interactions.parquet.")
 _stage_command("embed", "Encodes the text of every item.")
-_stage_command("tokenize", "Trains the quantizer and writes the SID table.")
 _stage_command("index", "Builds the trie of the catalog.")
 _stage_command("finetune", "Trains the generator to write the next item's SID.")
 _stage_command("evaluate", "Scores the generator and the baselines on the test items.")
 
 
 @app.command()
-def report(
-    path: Annotated[Path, typer.Argument(help="A SID table, or a run.")], as_json: AsJson = False
+def tokenize(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run or table.")],
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help="Your own embeddings: Parquet with item_id and columns of lists."),
+    ] = None,
+    sizes: Annotated[str | None, typer.Option(help="Codes a level, e.g. 256,256,256.")] = None,
+    kind: Annotated[str | None, typer.Option(help="rq-kmeans or rq-vae.")] = None,
+    collisions: Annotated[
+        str | None, typer.Option(help="accept, suffix, nearest_free or balanced.")
+    ] = None,
+    modality: Annotated[
+        list[str] | None, typer.Option(help="A column of embeddings; repeatable. Default: all.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A saved tokenizer to encode with; default: fit one.")
+    ] = None,
+    sample_rows: Annotated[int | None, typer.Option(help="Items to fit on.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Give SIDs to the items that the table lacks.")
+    ] = False,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    items: Items = None,
+    interactions: Interactions = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Shows the quality of a SID table: usage, perplexity, dead codes, collisions."""
-    from plum.sid import SidTable, quality_report
+    """Gives items their SIDs: those of a run, or with --embeddings those of your own file."""
+    own: dict[str, Any] = {
+        "codebook_sizes": sizes, "kind": kind, "collisions": collisions, "modalities": modality,
+        "tokenizer": tokenizer, "sample_rows": sample_rows, "seed": seed,
+    }  # fmt: skip
+    of_run = (dataset, data_dir, items, interactions, preset, config, settings)
+    given = {name: value for name, value in own.items() if value is not None}
+    if embeddings is None:
+        if given or append or as_json:
+            raise InvalidArgument("embeddings", "a file, which the other options are for", None)
+        _run(_resolve(output, *of_run), output, ["tokenize"])
+        return
+    if any(value is not None for value in of_run):
+        raise InvalidArgument(
+            "embeddings", "no options of a run beside it", "some", "see plum tokenize --help"
+        )
+    from plum.pipeline.tokenize_file import append_parquet, tokenize_parquet
+    from plum.sid import quality_report
 
-    folder = path / "tokenize" / "table" if (path / "tokenize" / "table").is_dir() else path
-    table = SidTable.load(folder)
-    quality = quality_report(table.codes, table.codebook_sizes)
+    with _progress() as progress_of:
+        if append:
+            if given:
+                raise InvalidArgument(
+                    "append", "no other settings, which are those of the table", sorted(given)
+                )
+            table = append_parquet(embeddings, output, progress_of=progress_of)
+        else:
+            if tokenizer is not None and (sizes is not None or kind is not None):
+                raise InvalidArgument("tokenizer", "no sizes and kind, as it has its own", "some")
+            if sizes is not None:
+                given["codebook_sizes"] = _sizes(sizes)
+            table = tokenize_parquet(embeddings, output, progress_of=progress_of, **given)
+    quality = {"generation": table.generation, **quality_report(table)}
     if as_json:
         print(json.dumps(quality, indent=2))
         return
-    levels = Table("level", "codes", "usage", "perplexity", "dead", title=str(folder))
+    _print_quality(str(output), quality)
+
+
+@app.command()
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            help="SID tables, runs, or files of LC-Rec, LETTER, MiniOneRec, OpenOneRec, GRID.",
+            metavar="TABLE...",
+        ),
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Page to write.")] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Parquet with item_id and columns of lists of numbers.")
+    ] = None,
+    items: Annotated[
+        Path | None, typer.Option(help="Parquet or CSV with item_id and a column --label.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Column that says what an item is.")] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Codes a level of files that do not say, e.g. 256,256,256.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Shows the quality of SID tables, side by side: usage, collisions, purity, what is lost."""
+    from plum.pipeline.quality import assess, open_table, unique_names, write_quality_page
+
+    codebook_sizes = None if sizes is None else _sizes(sizes)
+    sources = [
+        open_table(path, embeddings=embeddings, items=items, label=label,
+                   codebook_sizes=codebook_sizes)
+        for path in paths
+    ]  # fmt: skip
+    names = unique_names(sources, paths)
+    with console.status("measuring"):
+        reports = [
+            {**assess(source), "name": name} for source, name in zip(sources, names, strict=True)
+        ]
+    if output is not None:
+        write_quality_page(reports, output)
+    if as_json:
+        print(json.dumps(reports[0] if len(reports) == 1 else {"tables": reports}, indent=2))
+    else:
+        for quality in reports:
+            _print_quality(quality["name"], quality)
+    if output is not None:
+        console.print(f"page: {output}")
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidArgument("sizes", "numbers such as 256,256,256", repr(text)) from None
+
+
+def _print_quality(title: str, quality: dict[str, Any]) -> None:
+    levels = Table("level", "codes", "usage", "perplexity", "dead", title=title)
     for number, level in enumerate(quality["levels"], 1):
         levels.add_row(
             str(number),
-            str(table.codebook_sizes[number - 1]),
+            str(level["size"]),
             f"{level['usage']:.1%}",
             f"{level['perplexity']:.1f}",
             str(level["dead"]),
         )
     Console().print(levels)
     Console().print(
-        f"unique SIDs {quality['unique_sid_ratio']:.2%}, "
+        f"{quality['num_items']:,} items, unique SIDs {quality['unique_sid_ratio']:.2%}, "
         f"most items on one SID {quality['max_collision']}"
     )
 

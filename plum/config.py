@@ -30,10 +30,18 @@ class DataConfig(_Section):
 
 
 class EmbedConfig(_Section):
-    """How the text of an item becomes a vector."""
+    """How the text and the image of an item become vectors."""
 
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
-    text_template: str | None = None
+    layer: int | None = Field(default=None, ge=0, description="inner layer of the text encoder")
+    template: str | None = Field(
+        default=None, description="columns in braces, or naive, enriched, plots or abstracts"
+    )
+    image: str | None = Field(default=None, description="image encoder; none without it")
+    images: Path | None = Field(
+        default=None, description="folder or tar of <item id>.jpg; the data set's own without it"
+    )
+    corrupt_images: Literal["raise", "missing"] = "raise"
     batch_size: int = Field(default=64, ge=1)
 
 
@@ -70,6 +78,9 @@ class EvaluateConfig(_Section):
     num_beams: int = Field(default=50, ge=1)
     batch_size: int = Field(default=64, ge=1)
     score: Literal["full", "valid"] = "full"
+    filter_seen: bool = Field(
+        default=False, description="leave out items of the history; the baselines do the same"
+    )
 
 
 class RecommendConfig(_Section):
@@ -77,6 +88,9 @@ class RecommendConfig(_Section):
 
     num_users: int = Field(default=8, ge=1)
     num_items: int = Field(default=10, ge=1)
+    filter_seen: bool = Field(
+        default=True, description="leave out items of the history; `plum recommend` does the same"
+    )
 
 
 class Config(_Section):

@@ -35,11 +35,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
     """Yields an empty folder beside ``path``; on success it is synced and takes the place of it.
 
     Whatever was at ``path`` stays until the new folder is whole. A kill between the two renames
-    leaves it set aside; :func:`settle_folder` puts it back.
+    leaves it set aside; :func:`settle_folder` puts it back. Without ``replace`` a folder that
+    holds files is never replaced: OSError.
     """
     path = Path(path)
     settle_folder(path)
@@ -50,7 +51,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             _sync(file)
-        if path.exists():
+        if replace and path.exists():
             # A folder with files cannot be renamed over, so the old one steps aside first.
             os.replace(path, temporary.with_suffix(".old"))
         os.replace(temporary, path)

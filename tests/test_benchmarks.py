@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,11 +14,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench_kmeans, bench_residual_quantize, gpu_run, report
+from benchmarks import (
+    bench_kmeans,
+    bench_residual_quantize,
+    bench_trie,
+    bench_trie_build,
+    gpu_run,
+    report,
+    trie_catalogs,
+)
 from benchmarks.cases import embedding_like, make_case, share_equal
 from benchmarks.ceilings import Ceiling
-from benchmarks.peers import PeerAbsent, checkouts, ours
+from benchmarks.peers import PeerAbsent, checkouts, ours, trie_ours
 from benchmarks.worker import Worker, prepare_here
+from plum.ops.trie_walk import trie_walk
 
 SEARCHES = {
     **bench_residual_quantize.PROVIDERS,
@@ -64,6 +74,114 @@ def test_every_kmeans_ends_where_ours_does(provider):
     tolerance = 0.1 if provider.startswith(bench_kmeans.OTHER_START) else 1e-5
     error = bench_kmeans.squared_error(x, job.result())
     assert error == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.fixture(scope="module")
+def catalog() -> trie_catalogs.Catalog:
+    """Nodes of many children and of one: a third of the items share their first code."""
+    table = trie_catalogs.make_table("skew", 4, 2000) % 128
+    table[::3, 0] = 5
+    return trie_catalogs.Catalog(table, 128)
+
+
+@pytest.mark.parametrize("peer", bench_trie_build.BUILDERS.values())
+def test_every_trie_has_the_codes_of_the_table(catalog, peer):
+    table = catalog.sids.numpy()[::-1].copy()
+    prefixes = trie_catalogs.sample_prefixes(table, each=5)
+    expected = trie_catalogs.children_of(table, prefixes)
+    widths = sorted(len(codes) for codes in expected)
+    assert widths[0] == 1 and widths[-1] > 20
+    try:
+        module = importlib.import_module(f"benchmarks.peers.{peer}")
+    except (ImportError, PeerAbsent) as error:
+        pytest.skip(str(error))
+    index = module.build(table, catalog.codes)
+    assert [sorted(codes) for codes in module.children(index, prefixes)] == expected
+    if hasattr(module, "nbytes"):
+        assert module.nbytes(index) > len(table)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_every_step_and_mask_gives_the_same(catalog, level, monkeypatch):
+    monkeypatch.setitem(trie_catalogs.BEAMS, "2x7", (2, 7))
+    trie, at = catalog.trie, trie_catalogs.make_beams(catalog.trie, "2x7", level)
+    assert torch.equal(
+        trie_walk(catalog.sids[at.rows.flatten()][:, :level], trie), _flat(at.states)
+    )
+    expected = trie_ours.step(trie, level, at.states, at.logits, at.scores, "full")()
+    flat, absent = _flat(at.logits), []
+    legal = trie_ours.mask(trie, level, _flat(at.states), flat, "reference")() > -torch.inf
+    assert legal.any(dim=1).all() and not legal.all()
+    logprobs = torch.log_softmax(flat, dim=1)
+    masks = {
+        "trie_ours:mask_copy": ((trie, level, _flat(at.states), flat, "cpu"), flat),
+        "transformers_prefix:mask": ((catalog.sids, at.prefixes, flat), flat),
+        "minionerec_trie:mask": ((catalog.sids, at.prefixes, flat, 7), logprobs),
+        "xgrammar_mask:mask": ((legal, flat), flat),
+    }
+    for peer, (arguments, values) in masks.items():
+        try:
+            job = prepare_here(peer, *arguments)
+        except PeerAbsent as error:
+            absent.append(str(error))
+            continue
+        masked = _answer(job)
+        torch.testing.assert_close(masked[legal], values[legal], rtol=0, atol=2e-6)
+        assert (masked[~legal] < -1e5).all()
+    steps = {
+        "static_decoding:step": (catalog.sids, 128, at.prefixes, at.logits, at.scores),
+        "transformers_prefix:step": (catalog.sids, at.prefixes, flat, at.scores),
+    }
+    for peer, arguments in steps.items():
+        try:
+            job = prepare_here(peer, *arguments)
+        except PeerAbsent as error:
+            absent.append(str(error))
+            continue
+        torch.testing.assert_close(_answer(job), expected, rtol=0, atol=2e-5)
+    if absent:
+        pytest.skip("; ".join(absent))
+
+
+def test_static_finds_what_plum_finds(catalog, monkeypatch):
+    monkeypatch.setitem(trie_catalogs.BEAMS, "2x7", (2, 7))
+    logits = trie_catalogs.make_logits("2x7", catalog.trie.depth, catalog.codes)
+    expected = trie_ours.decode(catalog.trie, logits, "full", "reference")()
+    found = prepare("static_decoding:decode", catalog.sids, catalog.codes, logits)
+    assert torch.equal(_answer(found), expected)
+
+
+def test_an_index_is_measured_in_a_process_of_its_own():
+    worker = Worker()
+    try:
+        worker.prepare("trie_index:build", "trie_ours", "skew", 3, 50_000)()
+        assert _answer(worker.prepare("trie_index:wrong", "trie_ours")) == []
+        ours_, peak, table = _answer(worker.prepare("trie_index:facts", "trie_ours")).tolist()
+        worker.prepare("trie_index:build", "minionerec_trie", "skew", 3, 50_000)()
+        text, *_ = _answer(worker.prepare("trie_index:facts", "minionerec_trie")).tolist()
+    finally:
+        worker.close()
+    assert table == 50_000 * 3 * 4
+    # A key and its list take more than 200 bytes, and the last level has them for each item.
+    assert 0 < ours_ <= peak and text > 200 * 50_000
+
+
+def test_published_sids_are_read(shared_data, monkeypatch):
+    monkeypatch.setenv("PLUM_TEST_DATA", str(shared_data))
+    beauty = trie_catalogs.published_catalog("LETTER Beauty L4").trie
+    assert (beauty.num_items, beauty.num_sids, beauty.depth) == (12_101, 12_088, 4)
+    office = trie_catalogs.published_catalog("MiniOneRec Office L3").trie
+    assert (office.depth, office.num_items - office.num_sids > 0) == (3, True)
+
+
+def test_shapes_of_the_trie_benchmarks_are_fewer_at_small_size():
+    for name, (_, shapes) in bench_trie.MATRIX.items():
+        assert hasattr(bench_trie, name) and set(shapes(False)) <= set(shapes(True)), name
+    assert len(bench_trie.MATRIX["bench_trie_decode_cpu"][1](True)) == 32
+
+
+def _flat(tensor):
+    return tensor.flatten(0, 1)
 
 
 def test_shares_of_rows_and_of_the_floor():
@@ -162,6 +280,45 @@ def test_report_gives_ratios_targets_and_who_was_absent():
     assert f"| torch | 1 M/s, **3{TIMES}** (asked ≥ 2.5) |" in text
     assert f"| faiss | 2 M/s, **1.5{TIMES}** (asked ≥ 2.5, missed) |" in text
     assert "- GRID (search_cpu); superkmeans (search_cpu): not here" in text
+
+
+def test_report_names_the_forms_of_plum_and_sums_up_over_sets():
+    def bench(provider, shape, rate, **facts):
+        entry = _bench(provider, rate, **facts)
+        entry["params"]["shape"] = shape
+        return entry
+
+    asked = {"over": "1x32", "against": {"plum cpu": 8, "plum cpu valid": None}}
+    asked["mean_against"] = {"plum cpu": 10}
+    sizes = {"bytes_per_item": 80.0, "peak_bytes_per_item": 500.0}
+    text = report.report(
+        {
+            "machine_info": {"cpu": "a CPU"},
+            "benchmarks": [
+                bench("plum cpu", "A", 1.6e6, bytes_per_item=16.0, peak_bytes_per_item=40.0),
+                bench("plum cpu", "B", 9e5),
+                bench("plum cpu valid", "A", 4e6, against={}),
+                bench("plum cpu, half alive", "A", 1e6, over="root", costs={"plum cpu": 1.25}),
+                bench("STATIC", "A", 1e5, **asked),
+                bench("STATIC", "B", 1e5, **asked),
+                bench("dict", "A", 1e5, against={}, bytes_against={"plum cpu": 4.5}, **sizes),
+            ],
+        }
+    )
+    assert "| plum cpu | 1.6 M/s, 16.0 B/item (peak 40), 50% of the floor | 900 k/s," in text
+    assert "| plum cpu valid | 4 M/s | - |" in text
+    slower = f"1.6{TIMES} the time of plum cpu (asked ≤ 1.25, missed)"
+    assert f"| plum cpu, half alive | 1 M/s, {slower} | - |" in text
+    assert (
+        f"| STATIC | 100 k/s, **16{TIMES}** plum cpu (asked ≥ 8), **40{TIMES}** plum cpu valid"
+        f" | 100 k/s, **9{TIMES}** plum cpu (asked ≥ 8) |" in text
+    )
+    assert f"80.0 B/item (peak 500), **5{TIMES}** plum cpu in bytes (asked ≥ 4.5)" in text
+    assert "| search, 1 thread, over sets | root | 1x32 |" in text
+    mean = f"mean 12{TIMES} (asked ≥ 10), worst 9{TIMES} (asked ≥ 8)"
+    assert f"| STATIC to plum cpu | - | {mean} |" in text
+    worst = f"mean 1.6{TIMES}, worst 1.6{TIMES} (asked ≤ 1.25, missed)"
+    assert f"| plum cpu, half alive to plum cpu | {worst} | - |" in text
 
 
 def _step(code, seconds=30.0, **options):

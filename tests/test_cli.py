@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
-from plum.sid import SidTable
+from plum.sid import SidTable, write_sids
 
 
 def plum(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -41,6 +42,43 @@ def test_report_of_a_table(tmp_path):
     assert report["unique_sid_ratio"] == pytest.approx(2 / 3)
 
 
+def test_own_embeddings_become_a_table_and_a_page(tmp_path):
+    x = np.random.default_rng(0).standard_normal((300, 8))
+    ids = [f"i{row}" for row in range(300)]
+    pl.DataFrame({"item_id": ids[:250], "embedding": x[:250].tolist()}).write_parquet(
+        tmp_path / "items.parquet"
+    )
+    pl.DataFrame({"item_id": ids, "embedding": x.tolist()}).write_parquet(tmp_path / "all.parquet")
+    pl.DataFrame({"item_id": ids, "kind": ["a", "b"] * 150}).write_csv(tmp_path / "kinds.csv")
+    made = plum(
+        "tokenize", "--embeddings", tmp_path / "items.parquet", "--output", tmp_path / "table",
+        "--sizes", "8,8,32", "--collisions", "nearest_free", "--json",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    quality = json.loads(made.stdout)
+    assert (quality["num_items"], quality["num_sids"], quality["generation"]) == (250, 250, 0)
+    old = SidTable.load(tmp_path / "table")
+    more = plum(
+        "tokenize", "--embeddings", tmp_path / "all.parquet", "--output", tmp_path / "table",
+        "--append", "--json",
+    )  # fmt: skip
+    assert json.loads(more.stdout)["num_sids"] == 300, more.stderr
+    new = SidTable.load(tmp_path / "table")
+    assert np.array_equal(new.codes_of(ids[:250]), old.codes_of(ids[:250]))
+    write_sids(new, tmp_path / "other.index.json")
+    shown = plum(
+        "report", tmp_path / "table", tmp_path / "other.index.json", "--json",
+        "--embeddings", tmp_path / "all.parquet", "--items", tmp_path / "kinds.csv",
+        "--label", "kind", "--sizes", "8,8,32", "--output", tmp_path / "report.html",
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    ours, other = json.loads(shown.stdout)["tables"]
+    assert (ours["name"], other["name"]) == ("table", "other")
+    assert ours["levels"] == other["levels"] and ours["label_majority"] == 0.5
+    assert 0 < ours["quantization"]["cosine"] < 1
+    assert "Side by side" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -52,6 +90,13 @@ def test_report_of_a_table(tmp_path):
         (["run", "--output", "{}", "--dataset", "ml-1m", "--data-dir", "{}/x"], 1, "{}/x"),
         (["embed", "--output", "{}"], 1, "run: plum data"),
         (["report", "{}/nothing"], 1, "{}/nothing"),
+        (["report", "{}/sids.pkl"], 1, "a pickle"),
+        (["report", "{}", "--sizes", "4,x"], 1, "sizes: expected numbers such as 256,256,256"),
+        (["report", "{}", "--label", "genre"], 1, "items: expected a value, as label is given"),
+        (["tokenize", "--output", "{}", "--sizes", "4,4"], 1, "embeddings: expected a file"),
+        (["tokenize", "-o", "{}", "--embeddings", "e", "--preset", "cpu"], 1, "of a run"),
+        (["tokenize", "-o", "{}", "--embeddings", "e", "--sizes", "4;4"], 1, "sizes: expected"),
+        (["tokenize", "-o", "{}", "--embeddings", "e", "--append", "--seed", "1"], 1, "'seed'"),
         (["recommend", "--run", "{}", "--history", "1"], 1, "config.json: expected a JSON file"),
         (["run", "--oops"], 2, "--oops"),
         (["run"], 2, "--output"),

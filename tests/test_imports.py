@@ -21,7 +21,7 @@ BELOW = {
     "ops": {"_library", "_native", "kernels", "errors"},
     "quantize": {"ops", "files", "errors"},
     "sid": {"ops", "files", "errors"},
-    "trie": {"ops", "files", "errors"},
+    "trie": {"ops", "_native", "files", "errors"},
     "data": {"files", "errors"},
     "embed": {"files", "errors"},
     "eval": {"sid", "trie", "ops", "files", "errors"},

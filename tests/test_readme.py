@@ -10,12 +10,12 @@ from pathlib import Path
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
-def test_python_blocks_run():
+def test_python_blocks_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
         result = subprocess.run(
-            [sys.executable, "-c", block], capture_output=True, text=True, check=False
+            [sys.executable, "-c", block], capture_output=True, text=True, check=False, cwd=tmp_path
         )
         assert result.returncode == 0, result.stderr
 

@@ -1,10 +1,14 @@
-"""youtube/static-constraint-decoding: its index, and its whole search with a model of ours."""
+"""youtube/static-constraint-decoding: its index, its step, its search with a model of ours.
+
+Every child of a beam is considered, which makes it exact.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,21 +17,52 @@ from benchmarks.peers.checkouts import load
 _REPOSITORY = "youtube/static-constraint-decoding"
 _csr = load(_REPOSITORY, "", "static_decoding.csr_utils")
 _search = load(_REPOSITORY, "", "static_decoding.decoding_pt")
+
+
+class Index(NamedTuple):
+    """What ``build_static_index`` returns, as tensors: int32, and bool masks."""
+
+    packed: Tensor
+    starts: Tensor
+    branches: tuple[int, ...]
+    root: Tensor
+    dense_mask: Tensor
+    dense_states: Tensor
+
+
 # The latest index: building one takes longer than searching it.
-_latest: tuple[Tensor | None, tuple[Any, ...]] = (None, ())
+_latest: tuple[Tensor | None, Index | None] = (None, None)
+
+
+def build(table: np.ndarray, size: int) -> Index:
+    """Sorts SIDs ``[N, L]`` of ``size`` codes a level and indexes them, as its README does."""
+    packed, starts, branches, *masks = _csr.build_static_index(
+        table[np.lexsort(table.T[::-1])], vocab_size=size
+    )
+    root, mask, states = (torch.from_numpy(array) for array in masks)
+    return Index(torch.from_numpy(packed), torch.from_numpy(starts), branches, root, mask, states)
+
+
+def nbytes(index: Index) -> int:
+    """Bytes of all its arrays."""
+    return sum(part.nbytes for part in index if isinstance(part, Tensor))
+
+
+def children(index: Index, prefixes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The codes that follow each prefix."""
+    found = []
+    for prefix in prefixes:
+        if len(prefix) == 1:
+            found.append(index.dense_mask[prefix[0]].nonzero().flatten().tolist())
+            continue
+        state = _walk(index, torch.tensor([prefix]))
+        found.append(index.packed[index.starts[state] : index.starts[state + 1], 0].tolist())
+    return found
 
 
 def decode(sids: Tensor, size: int, logits: list[Tensor]) -> Callable[[], Tensor]:
-    """Searches ``sids`` ``[N, L]`` (sorted, distinct) with prepared logits ``[B, W, V]`` a level.
-
-    Every child of a beam is considered, which makes it exact.
-    """
-    global _latest
-    if _latest[0] is not sids:
-        packed, starts, branches, *dense = _csr.build_static_index(sids.numpy(), vocab_size=size)
-        tables = [torch.from_numpy(table) for table in (packed, starts, *dense)]
-        _latest = sids, (branches, *tables)
-    branches, packed, starts, *dense = _latest[1]
+    """Searches ``sids`` ``[N, L]`` (distinct) with prepared logits ``[B, W, V]`` a level."""
+    index = _index(sids, size)
     batch, width = logits[-1].shape[:2]
     rows = [level.flatten(0, 1).unsqueeze(1) for level in logits]
 
@@ -41,11 +76,76 @@ def decode(sids: Tensor, size: int, logits: list[Tensor]) -> Callable[[], Tensor
             0,
             len(rows),
             size,
-            branches,
-            packed,
-            starts,
-            *dense,
+            index.branches,
+            index.packed,
+            index.starts,
+            index.root,
+            index.dense_mask,
+            index.dense_states,
             torch.device("cpu"),
         )
 
     return run
+
+
+def step(
+    sids: Tensor, size: int, prefixes: Tensor, logits: Tensor, scores: Tensor
+) -> Callable[[], Tensor]:
+    """One step of its search below the root, which is no function of its own there.
+
+    Its log-softmax, its mask (or, after one code, its dense table), the best W and their states.
+    """
+    index = _index(sids, size)
+    states = _walk(index, prefixes)
+    batch, width = scores.shape
+    flat, level = logits.flatten(0, 1), prefixes.shape[1]
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        logprobs = torch.log_softmax(flat, dim=-1)
+        if level == 1:
+            parents = states - 1
+            barred = torch.tensor(-float("inf"))
+            logprobs = torch.where(index.dense_mask[parents], logprobs, barred)
+            logprobs, codes = logprobs.topk(size, dim=-1)
+            after = index.dense_states[parents.unsqueeze(1), codes]
+        else:
+            logprobs, codes, after = _search.generate_and_apply_logprobs_mask(
+                logprobs,
+                states,
+                index.packed,
+                index.starts,
+                index.branches[level],
+                size,
+                logits.device,
+            )
+        total = (scores.unsqueeze(2) + logprobs.view(batch, width, -1)).flatten(1)
+        best, chosen = total.topk(width, dim=-1)
+        for part in (codes, after):
+            _search._gather_beams(part.view(batch, -1), chosen)
+        return best
+
+    return run
+
+
+def _index(sids: Tensor, size: int) -> Index:
+    global _latest
+    if _latest[0] is not sids:
+        _latest = sids, build(sids.numpy(), size)
+    index: Any = _latest[1]
+    return index
+
+
+def _walk(index: Index, prefixes: Tensor) -> Tensor:
+    """The states int64 ``[M]`` after ``prefixes`` ``[M, P]``, which the catalog has."""
+    states = prefixes[:, 0] + 1
+    if prefixes.shape[1] > 1:
+        states = index.dense_states[prefixes[:, 0], prefixes[:, 1]].long()
+    for level in range(2, prefixes.shape[1]):
+        slots = index.starts[states].unsqueeze(1) + torch.arange(index.branches[level])
+        hit = slots < index.starts[states + 1].unsqueeze(1)
+        slots = slots.clamp(max=len(index.packed) - 1)
+        hit &= index.packed[slots, 0] == prefixes[:, level].unsqueeze(1)
+        slot = slots.gather(1, hit.int().argmax(dim=1, keepdim=True)).squeeze(1)
+        states = index.packed[slot, 1].long()
+    return states

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 
-_latest: tuple[Tensor | None, dict[int, Any]] = (None, {})
+Node = dict[int, Any]
+_latest: tuple[Tensor | None, Node] = (None, {})
+
+
+def build(table: np.ndarray, size: int) -> Node:
+    """Nests the codes of SIDs ``[N, L]``: a dict a node."""
+    root: Node = {}
+    for sid in table.tolist():
+        node = root
+        for code in sid:
+            node = node.setdefault(code, {})
+    return root
+
+
+def children(root: Node, prefixes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The codes that follow each prefix."""
+    return [list(_find(root, prefix)) for prefix in prefixes]
 
 
 def mask(sids: Tensor, prefixes: Tensor, logits: Tensor) -> Callable[[], Tensor]:
@@ -34,18 +51,16 @@ def step(sids: Tensor, prefixes: Tensor, logits: Tensor, scores: Tensor) -> Call
 def _processor(sids: Tensor) -> PrefixConstrainedLogitsProcessor:
     global _latest
     if _latest[0] is not sids:
-        root: dict[int, Any] = {}
-        for sid in sids.tolist():
-            node = root
-            for code in sid:
-                node = node.setdefault(code, {})
-        _latest = sids, root
+        _latest = sids, build(sids.numpy(), 0)
     root = _latest[1]
 
     def allowed(batch: int, prefix: Tensor) -> list[int]:
-        node = root
-        for code in prefix.tolist():
-            node = node[code]
-        return list(node)
+        return list(_find(root, prefix.tolist()))
 
     return PrefixConstrainedLogitsProcessor(allowed, num_beams=1)
+
+
+def _find(root: Node, prefix: Sequence[int]) -> Node:
+    for code in prefix:
+        root = root[code]
+    return root

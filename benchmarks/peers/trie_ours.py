@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,38 @@ from benchmarks.peers.ours import require
 from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_beam_step import trie_beam_step
 from plum.ops.trie_mask import trie_mask_
-from plum.trie import SidTrie
+from plum.ops.trie_walk import trie_walk
+from plum.trie import SidFilter, SidTrie
+
+
+def build(table: np.ndarray, size: int) -> SidTrie:
+    """Indexes SIDs ``[N, L]`` of ``size`` codes a level; the items are numbered."""
+    return SidTrie.from_codes(table, codebook_sizes=[size] * table.shape[1])
+
+
+def nbytes(trie: SidTrie) -> int:
+    """Bytes of the index, apart from which items are on a SID: peers do not keep that."""
+    return trie.nbytes
+
+
+def children(trie: SidTrie, prefixes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The codes that follow each prefix."""
+    found = []
+    for prefix in prefixes:
+        state, level = trie_walk(torch.tensor([prefix]), trie), len(prefix)
+        masked = trie_mask_(torch.zeros(1, trie.codebook_sizes[level]), state, trie, level)
+        found.append((masked[0] == 0).nonzero().flatten().tolist())
+    return found
+
+
+def prepare_filter(allowed: Tensor, trie: SidTrie) -> SidFilter:
+    """What a service does once with a filter, bool ``[num_sids]``, before it takes requests."""
+    return trie.filter(allowed)
+
+
+def prepare_deny(rows: Tensor) -> Tensor:
+    """What a service does once a request with its denied rows ``[B, D]``, before the search."""
+    return rows.sort(dim=1).values
 
 
 def decode(trie: SidTrie, logits: list[Tensor], score: str, backend: str) -> Callable[[], Tensor]:
@@ -39,14 +71,20 @@ def step(
     logits: Tensor,
     scores: Tensor,
     score: str,
-    filter: Tensor | None = None,
+    filter: SidFilter | None = None,
     deny: Tensor | None = None,
     backend: str = "cpu",
+    k: int | None = None,
 ) -> Callable[[], Tensor]:
-    """One step, as wide as there are beams; gives the scores ``[B, W]``."""
+    """One step, to as many beams as there are by default; gives the scores ``[B, k]``."""
     require("trie_beam_step", backend)
-    width = scores.shape[1]
-    options = {"k": width, "score": score, "filter": filter, "deny": deny, "backend": backend}
+    options = {
+        "k": k or scores.shape[1],
+        "score": score,
+        "filter": filter,
+        "deny": deny,
+        "backend": backend,
+    }
     return lambda: trie_beam_step(logits, scores, states, trie, level, **options).scores
 
 
@@ -57,3 +95,11 @@ def mask(
     require("trie_mask_", backend)
     logits = logits.clone()
     return lambda: trie_mask_(logits, states, trie, level, backend=backend)
+
+
+def mask_copy(
+    trie: SidTrie, level: int, states: Tensor, logits: Tensor, backend: str
+) -> Callable[[], Tensor]:
+    """Masks into a new tensor and leaves ``logits`` ``[M, V]`` as they are."""
+    require("trie_mask_", backend)
+    return lambda: trie_mask_(logits.clone(), states, trie, level, backend=backend)

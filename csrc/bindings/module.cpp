@@ -15,6 +15,7 @@
 #include "plum/forced_tail.h"
 #include "plum/residual_quantize.h"
 #include "plum/trie_advance.h"
+#include "plum/trie_beam_sample.h"
 #include "plum/trie_beam_step.h"
 #include "plum/trie_build.h"
 #include "plum/trie_mask.h"
@@ -160,12 +161,16 @@ void forced_tail_cpu(uintptr_t states, int64_t count, const TrieArgs& trie, int6
                          level, pointer<int64_t>(tail), pointer<bool>(forced), threads);
 }
 
-void trie_beam_step_cpu(uintptr_t logits, int type, const std::array<int64_t, 5>& shape,
-                        uintptr_t scores, uintptr_t states, const TrieArgs& trie,
-                        const LevelArgs& levels, const std::vector<int64_t>& columns, int64_t k,
-                        bool valid, const FilterArgs& filter, uintptr_t deny, int64_t denied,
-                        const std::array<uintptr_t, 4>& out, int threads) {
-  py::gil_scoped_release release;
+// Address and type of the logits; requests, beams, width, and elements from request to request and
+// from beam to beam; addresses of scores and states; the address and width of the deny list.
+using BeamArgs =
+    std::tuple<uintptr_t, int, std::array<int64_t, 5>, uintptr_t, uintptr_t, uintptr_t, int64_t>;
+// Addresses of tokens, parents, scores and states.
+using BeamOut = std::array<uintptr_t, 4>;
+
+plum::cpu::BeamStepInput beam_input(const BeamArgs& args, const LevelArgs& levels,
+                                    const std::vector<int64_t>& columns, bool valid) {
+  const auto& [logits, type, shape, scores, states, deny, denied] = args;
   plum::cpu::BeamStepInput input{};
   input.logits = pointer<const void>(logits);
   input.type = static_cast<plum::cpu::LogitType>(type);
@@ -181,10 +186,33 @@ void trie_beam_step_cpu(uintptr_t logits, int type, const std::array<int64_t, 5>
   input.valid = valid;
   input.deny = pointer<const int64_t>(deny);
   input.denied = denied;
-  plum::cpu::trie_beam_step(input, plum::make_trie(trie_arrays(trie)), trie_filter(trie, filter), k,
-                            {pointer<int64_t>(out[0]), pointer<int64_t>(out[1]),
-                             pointer<float>(out[2]), pointer<int64_t>(out[3])},
-                            threads);
+  return input;
+}
+
+plum::cpu::BeamStepOutput beam_output(const BeamOut& out) {
+  return {pointer<int64_t>(out[0]), pointer<int64_t>(out[1]), pointer<float>(out[2]),
+          pointer<int64_t>(out[3])};
+}
+
+void trie_beam_step_cpu(const BeamArgs& beams, const TrieArgs& trie, const LevelArgs& levels,
+                        const std::vector<int64_t>& columns, int64_t k, bool valid,
+                        const FilterArgs& filter, const BeamOut& out, int threads) {
+  py::gil_scoped_release release;
+  plum::cpu::trie_beam_step(beam_input(beams, levels, columns, valid),
+                            plum::make_trie(trie_arrays(trie)), trie_filter(trie, filter), k,
+                            beam_output(out), threads);
+}
+
+void trie_beam_sample_cpu(const BeamArgs& beams, const TrieArgs& trie, const LevelArgs& levels,
+                          const std::vector<int64_t>& columns, int64_t k, uintptr_t keys,
+                          uintptr_t seeds, double temperature, const FilterArgs& filter,
+                          const BeamOut& out, uintptr_t out_keys, int threads) {
+  py::gil_scoped_release release;
+  const plum::cpu::BeamSampleInput input{beam_input(beams, levels, columns, true),
+                                         pointer<const double>(keys), pointer<const int64_t>(seeds),
+                                         temperature};
+  plum::cpu::trie_beam_sample(input, plum::make_trie(trie_arrays(trie)), trie_filter(trie, filter),
+                              k, {beam_output(out), pointer<double>(out_keys)}, threads);
 }
 
 int64_t sort_sids(uintptr_t codes, int type, int64_t items, const std::vector<int64_t>& sizes,
@@ -259,6 +287,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("trie_walk_cpu", &trie_walk_cpu);
   module.def("forced_tail_cpu", &forced_tail_cpu);
   module.def("trie_beam_step_cpu", &trie_beam_step_cpu);
+  module.def("trie_beam_sample_cpu", &trie_beam_sample_cpu);
   module.def("sort_sids", &sort_sids);
   module.def("count_runs", &count_runs);
   module.def("fill_trie", &fill_trie);

@@ -41,7 +41,7 @@ constexpr int64_t kSpare = 64;
 constexpr float kReach = 32;
 constexpr int kHalvings = 10;
 
-const beam::Kernels& kernels() {
+const beam::Kernels& active_kernels() {
 #ifdef PLUM_X86
   switch (active_isa()) {
     case Isa::kAmxBf16:
@@ -132,7 +132,7 @@ class Step {
         trie_(trie),
         out_(output),
         k_(k),
-        kernels_(kernels()),
+        kernels_(active_kernels()),
         limits_(trie, filter),
         ranges_(input.beams),
         nodes_(input.beams) {}
@@ -298,22 +298,12 @@ class Step {
     if (!limited && (level_->starts != nullptr || count == 1)) return count;
     uint16_t* list = room(list_, count);
     int64_t found = 0;
-    for (int64_t i = 0, next; i < count; i = next) {
-      next = i + 1;
-      if (level_->starts == nullptr) {
-        while (next < count && codes[next] == codes[i]) ++next;
-      }
-      list[found] = codes[i];
-      found += !limited || limits_.leaves(rows_of(node, i, next));
-    }
+    visit_children(*level_, node, [&](int64_t code, Rows rows) {
+      list[found] = static_cast<uint16_t>(code);
+      found += !limited || limits_.leaves(rows);
+    });
     codes_ = list;
     return found;
-  }
-
-  // The rows of the child at [i, next) of a node's codes.
-  Rows rows_of(Node node, int64_t i, int64_t next) const {
-    if (level_->starts == nullptr) return {node.first + i, node.first + next};
-    return {level_->starts[node.first + i], level_->starts[node.first + next]};
   }
 
   void push(int64_t beam, int64_t code, float score) {
@@ -404,6 +394,15 @@ class Step {
 };
 
 }  // namespace
+
+float beam::logit(const BeamStepInput& input, int64_t at) {
+  if (input.type == LogitType::kFp32) return static_cast<const float*>(input.logits)[at];
+  const auto* half = static_cast<const uint16_t*>(input.logits) + at;
+  float value;
+  const Kernels& kernels = active_kernels();
+  (input.type == LogitType::kBf16 ? kernels.widen_bf16 : kernels.widen_fp16)(half, 1, &value);
+  return value;
+}
 
 void trie_beam_step(const BeamStepInput& input, const Trie& trie, const TrieFilter& filter,
                     int64_t k, const BeamStepOutput& output, int threads) {

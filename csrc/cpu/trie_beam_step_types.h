@@ -1,7 +1,9 @@
-// What trie_beam_step.cpp and the kernel variants exchange: plain data, nothing inline.
+// What the beam ops and their kernel variants exchange.
 #pragma once
 
 #include <cstdint>
+
+#include "plum/trie_beam_step.h"
 
 namespace plum::cpu::beam {
 
@@ -19,5 +21,8 @@ struct Kernels {
 
 // What sort_few takes at most, and the vector that find_above writes beyond its last hit.
 constexpr int64_t kFew = 256, kHitPadding = 16;
+
+// One logit as fp32, by its place in elements.
+float logit(const BeamStepInput& input, int64_t at);
 
 }  // namespace plum::cpu::beam

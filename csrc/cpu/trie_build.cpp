@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <tuple>
 #include <utility>
@@ -16,7 +17,7 @@ constexpr int kDigit = 11;
 // Leading bits sorted by radix beyond those that count the items: few SIDs are left equal.
 constexpr int kSpareBits = 8;
 // Rows whose codes are fetched ahead of their turn.
-constexpr int64_t kAhead = 16;
+constexpr int64_t kAhead = 32;
 
 int bits_of(int64_t count) {
   int bits = 0;
@@ -27,13 +28,13 @@ int bits_of(int64_t count) {
 template <typename Code>
 class Sorter {
  public:
-  Sorter(const Catalog& catalog, uint32_t* order)
+  explicit Sorter(const Catalog& catalog)
       : codes_(static_cast<const Code*>(catalog.codes)),
         catalog_(catalog),
-        order_(order),
-        keys_(catalog.items),
-        other_keys_(catalog.items),
-        other_order_(catalog.items) {
+        keys_(new uint64_t[catalog.items]),
+        other_keys_(new uint64_t[catalog.items]),
+        order_(new uint32_t[catalog.items]),
+        other_order_(new uint32_t[catalog.items]) {
     // As many leading levels as fit go into the key.
     for (; packed_ < catalog.depth; ++packed_) {
       const int bits = bits_of(catalog.sizes[packed_]);
@@ -55,8 +56,9 @@ class Sorter {
     return -1;
   }
 
-  int64_t write(uint16_t* columns, int64_t* item_starts) const {
+  int64_t write(uint16_t* columns, uint32_t* order, int64_t* item_starts) const {
     const int64_t items = catalog_.items, depth = catalog_.depth;
+    std::memcpy(order, order_.get(), items * sizeof *order);
     int64_t rows = 0;
     for (int64_t i = 0; i < items; ++i) {
       if (packed_ < depth && i + kAhead < items) __builtin_prefetch(row(order_[i + kAhead]));
@@ -120,7 +122,7 @@ class Sorter {
       other_order_[at] = order_[i];
     }
     keys_.swap(other_keys_);
-    std::memcpy(order_, other_order_.data(), catalog_.items * sizeof *order_);
+    order_.swap(other_order_);
   }
 
   // Sorts the items whose keys are equal but for their `low` last bits.
@@ -151,9 +153,9 @@ class Sorter {
 
   const Code* codes_;
   const Catalog& catalog_;
-  uint32_t* order_;
-  std::vector<uint64_t> keys_, other_keys_;
-  std::vector<uint32_t> other_order_;
+  // Not vectors: they would be filled with zeros first.
+  std::unique_ptr<uint64_t[]> keys_, other_keys_;
+  std::unique_ptr<uint32_t[]> order_, other_order_;
   std::vector<int64_t> counts_;
   int64_t packed_ = 0;  // levels in the key
   int total_ = 0;       // bits of the key
@@ -162,9 +164,9 @@ class Sorter {
 
 template <typename Code>
 int64_t sort_as(const Catalog& catalog, uint16_t* columns, uint32_t* order, int64_t* item_starts) {
-  Sorter<Code> sorter(catalog, order);
+  Sorter<Code> sorter(catalog);
   const int64_t bad = sorter.sort();
-  return bad >= 0 ? -1 - bad : sorter.write(columns, item_starts);
+  return bad >= 0 ? -1 - bad : sorter.write(columns, order, item_starts);
 }
 
 void set_bit(uint64_t* bits, int64_t at) { bits[at / 64] |= uint64_t{1} << (at % 64); }
@@ -251,21 +253,10 @@ void fill_filter(const Trie& trie, const TrieFilter& filter, const TrieArrays& a
                              ? Rows{0, trie.rows}
                              : Rows{trie.levels[l - 1].starts[n], trie.levels[l - 1].starts[n + 1]};
       uint64_t* mask = masks + at + n * level.words;
-      const Node node = node_of(level, range);
-      for (int64_t i = node.first, next; i < node.last; i = next) {
-        next = i + 1;
-        Rows rows{i, next};
-        if (level.starts == nullptr) {
-          while (next < node.last && level.codes[next] == level.codes[i]) ++next;
-          rows.high = next;
-        } else {
-          rows = {level.starts[i], level.starts[next]};
-        }
-        if (rank(filter.bits, filter.ranks, rows.high) >
-            rank(filter.bits, filter.ranks, rows.low)) {
-          set_bit(mask, level.codes[i]);
-        }
-      }
+      visit_children(level, node_of(level, range), [&](int64_t code, Rows rows) {
+        const int64_t before = rank(filter.bits, filter.ranks, rows.low);
+        if (rank(filter.bits, filter.ranks, rows.high) > before) set_bit(mask, code);
+      });
     }
   }
 }

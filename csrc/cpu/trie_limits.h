@@ -33,10 +33,10 @@ class Limits {
   // Looks at the denied rows of one beam from here on.
   void enter(Rows range) {
     begin_ = end_ = denied_.data();
-    if (denied_.empty()) return;
-    end_ += denied_.size();
-    begin_ = std::lower_bound(begin_, end_, range.low);
-    end_ = std::lower_bound(begin_, end_, range.high);
+    if (denied_.empty() || denied_.back() < range.low || range.high <= denied_.front()) return;
+    const int64_t* stop = end_ + denied_.size();
+    begin_ = end_ = first_from(begin_, stop, range.low);
+    if (begin_ != stop && *begin_ < range.high) end_ = first_from(begin_, stop, range.high);
   }
 
   bool filtered() const { return filter_.bits != nullptr; }
@@ -46,8 +46,8 @@ class Limits {
   bool leaves(Rows child) const {
     int64_t left = reachable(child);
     if (left > 0 && denied()) {
-      const int64_t* from = std::lower_bound(begin_, end_, child.low);
-      left -= std::lower_bound(from, end_, child.high) - from;
+      const int64_t* from = first_from(begin_, end_, child.low);
+      while (left > 0 && from != end_ && *from < child.high) ++from, --left;
     }
     return left > 0;
   }
@@ -65,20 +65,49 @@ class Limits {
         ++at;
         continue;
       }
-      const int64_t code = level.codes[level.starts == nullptr ? *at : edge_of(level, *at)];
-      const Rows child = child_rows(level, node, code);
-      const int64_t* after =
-          std::lower_bound(at, std::min(end_, at + (child.high - *at)), child.high);
-      if (after - at == reachable(child)) mask_[code / 64] &= ~(uint64_t{1} << (code % 64));
-      at = std::max(after, at + 1);
+      int64_t code;
+      const Rows child = child_at(level, node, *at, &code);
+      const int64_t* after = at;
+      while (after != end_ && *after < child.high) ++after;
+      // With one, all that may be reached are only if none lies before the first that is denied.
+      if (!(filtered() && any_bit(child.low, *at)) && after - at == reachable(child)) {
+        mask_[code / 64] &= ~(uint64_t{1} << (code % 64));
+      }
+      at = after;
     }
     return mask_.data();
   }
 
  private:
+  // The first of a rising list that is not below a value; without branches to guess.
+  static const int64_t* first_from(const int64_t* begin, const int64_t* end, int64_t value) {
+    int64_t count = end - begin;
+    while (count > 1) {
+      const int64_t half = count / 2;
+      begin += begin[half - 1] < value ? half : 0;
+      count -= half;
+    }
+    return begin + (count == 1 && *begin < value);
+  }
+
+  // The bits of the word that holds `low`, from `low` on and before `high`.
+  uint64_t bits_of_word(int64_t low, int64_t high) const {
+    const uint64_t bits = filter_.bits[low / 64] >> (low % 64);
+    return high - low < 64 ? bits & ((uint64_t{1} << (high - low)) - 1) : bits;
+  }
+
+  bool any_bit(int64_t low, int64_t high) const {
+    for (; low < high; low = (low / 64 + 1) * 64) {
+      if (bits_of_word(low, high)) return true;
+    }
+    return false;
+  }
+
   int64_t reachable(Rows child) const {
     if (!filtered()) return child.high - child.low;
-    if (child.high - child.low == 1) return bit(filter_.bits, child.low);
+    if (child.low / 64 == (child.high - 1) / 64) {
+      return __builtin_popcountll(bits_of_word(child.low, child.high));
+    }
     return rank(filter_.bits, filter_.ranks, child.high) -
            rank(filter_.bits, filter_.ranks, child.low);
   }
@@ -86,6 +115,20 @@ class Limits {
   static bool begins(const TrieLevel& level, Node node, int64_t row) {
     if (level.starts != nullptr) return bit(level.begins, row);
     return row == node.first || level.codes[row] != level.codes[row - 1];
+  }
+
+  // The child whose rows hold `row`, and its code.
+  static Rows child_at(const TrieLevel& level, Node node, int64_t row, int64_t* code) {
+    if (level.starts != nullptr) {
+      const int64_t edge = edge_of(level, row);
+      *code = level.codes[edge];
+      return {level.starts[edge], level.starts[edge + 1]};
+    }
+    *code = level.codes[row];
+    Rows rows{row, row + 1};
+    while (rows.low > node.first && level.codes[rows.low - 1] == *code) --rows.low;
+    while (rows.high < node.last && level.codes[rows.high] == *code) ++rows.high;
+    return rows;
   }
 
   const Trie& trie_;

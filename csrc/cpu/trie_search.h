@@ -82,6 +82,20 @@ inline Rows child_rows(const TrieLevel& level, Node node, int64_t code) {
   return {level.starts[edge], level.starts[edge + 1]};
 }
 
+// Calls visit(code, rows) for each child of a node; codes rise.
+template <typename Visit>
+void visit_children(const TrieLevel& level, Node node, const Visit& visit) {
+  for (int64_t i = node.first, next; i < node.last; i = next) {
+    next = i + 1;
+    if (level.starts != nullptr) {
+      visit(level.codes[i], Rows{level.starts[i], level.starts[next]});
+    } else {
+      while (next < node.last && level.codes[next] == level.codes[i]) ++next;
+      visit(level.codes[i], Rows{i, next});
+    }
+  }
+}
+
 // Writes the state that follows `state` by a code, [0, 0) where none does.
 inline void advance(const Trie& trie, const TrieLevel& level, const int64_t* state, int64_t code,
                     int64_t* after) {

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from plum.data.amazon import read_amazon
-from plum.data.dataset import Dataset, filter_interactions
+from plum.data.dataset import Dataset, filter_interactions, render_texts
 from plum.data.download import download_movielens
-from plum.data.movielens import MOVIELENS, read_movielens
+from plum.data.movielens import MOVIELENS, find_template, read_movielens, read_movies
 from plum.data.split import Sequences, Split, sequences_of
 from plum.data.synthetic import synthetic_dataset
 from plum.data.tables import read_tables
@@ -23,10 +23,13 @@ __all__ = [
     "Split",
     "download_movielens",
     "filter_interactions",
+    "find_template",
     "load_dataset",
     "read_amazon",
     "read_movielens",
+    "read_movies",
     "read_tables",
+    "render_texts",
     "sequences_of",
     "synthetic_dataset",
 ]
@@ -54,7 +57,8 @@ def load_dataset(
         data_dir: Folder of the files; needed for amazon. MovieLens is downloaded without it.
         items: The catalog, Parquet or CSV; for tables only.
         interactions: The log, Parquet or CSV; for tables only.
-        text_template: Takes the place of the data set's own :attr:`Dataset.text_template`.
+        text_template: Takes the place of the data set's own :attr:`Dataset.text_template`; see
+            :func:`find_template` for what has a name.
         cache_dir: Where downloads go; ``plum`` in the user's cache folder when None.
         num_items: Size of the synthetic catalog; other data sets have their own.
         num_users: Users of the synthetic log; other data sets have their own.
@@ -68,6 +72,8 @@ def load_dataset(
     """
     if name not in DATASETS:
         raise InvalidArgument("name", f"one of {', '.join(DATASETS)}", repr(name))
+    if text_template is not None:
+        text_template = find_template(text_template)
     unused = {"items": items, "interactions": interactions} if name != "tables" else {}
     if name in ("tables", "synthetic"):
         unused["data_dir"] = data_dir

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import string
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ class Dataset:
             order they came in. An item may occur more than once for a user.
         text_template: How the text of an item is put together: its columns' names in braces,
             parts joined by `` | ``, as in ``{title} ({year}) | {genres}``.
+        images: Folder or tar of the items' images, see :class:`plum.embed.ImageFiles`; None when
+            there are none.
 
     Rows named in messages count from 0.
 
@@ -48,6 +51,7 @@ class Dataset:
     items: pl.DataFrame
     interactions: pl.DataFrame
     text_template: str
+    images: Path | None = None
 
     def __post_init__(self) -> None:
         check_items(f"{self.name}: items", self.items)
@@ -64,14 +68,8 @@ class Dataset:
                 )
 
     def texts(self) -> list[str]:
-        """Returns the text of every item, in catalog order, by :attr:`text_template`.
-
-        A missing value counts as empty. A part between `` | `` whose columns are all empty is
-        left out, and so are brackets with nothing in them: ``unknown ()`` becomes ``unknown``.
-        """
-        parts = _parse_template(self.text_template, self.items.columns)
-        rows = self.items.with_columns(pl.exclude("item_id").fill_null("").str.strip_chars())
-        return [_render(parts, row) for row in rows.iter_rows(named=True)]
+        """Returns the text of every item, in catalog order; see :func:`render_texts`."""
+        return render_texts(self.items, self.text_template)
 
     def save(self, folder: str | Path) -> None:
         """Writes items.parquet, interactions.parquet and, last, dataset.json."""
@@ -81,6 +79,10 @@ class Dataset:
         with atomic_path(folder / "interactions.parquet") as path:
             self.interactions.write_parquet(path)
         summary = {"name": self.name, "text_template": self.text_template, **self._counts()}
+        if self.images is not None:
+            # What reads dataset.json runs again when an image has changed.
+            images = self.images.resolve()
+            summary["images"] = {"path": str(images), "fingerprint": _fingerprint(images)}
         write_json(folder / "dataset.json", summary)
 
     @classmethod
@@ -98,11 +100,17 @@ class Dataset:
         for key in ("name", "text_template"):
             if not isinstance(summary.get(key), str):
                 raise InvalidData(f"{path}, key {key!r}", "a string", repr(summary.get(key)))
+        images = summary.get("images")
+        if images is not None and not (
+            isinstance(images, dict) and isinstance(images.get("path"), str)
+        ):
+            raise InvalidData(f"{path}, key 'images'", "an object with a path", repr(images))
         dataset = cls(
             summary["name"],
             read_parquet(folder / "items.parquet"),
             read_parquet(folder / "interactions.parquet"),
             summary["text_template"],
+            None if images is None else Path(images["path"]),
         )
         for key, count in dataset._counts().items():
             if summary.get(key) != count:
@@ -116,6 +124,24 @@ class Dataset:
             "num_users": self.interactions["user_id"].n_unique(),
             "num_interactions": self.interactions.height,
         }
+
+
+def render_texts(items: pl.DataFrame, template: str) -> list[str]:
+    """Returns the text of every item by a template, see :attr:`Dataset.text_template`.
+
+    A missing value counts as empty. A part between `` | `` whose columns are all empty is left
+    out, and so are brackets with nothing in them: ``unknown ()`` becomes ``unknown``.
+
+    Args:
+        items: ``item_id`` and text columns.
+        template: Columns in braces.
+
+    Raises:
+        InvalidArgument: The template names no column, or one that is not there.
+    """
+    parts = _parse_template(template, items.columns)
+    rows = items.with_columns(pl.exclude("item_id").fill_null("").str.strip_chars())
+    return [_render(parts, row) for row in rows.iter_rows(named=True)]
 
 
 def filter_interactions(
@@ -224,6 +250,15 @@ def check_interactions(where: str, interactions: pl.DataFrame, items: pl.DataFra
             f"{interactions['item_id'][row]!r} ({unknown.sum()} such rows)",
             "add the item or drop the rows",
         )
+
+
+def _fingerprint(path: Path) -> str:
+    """Returns a digest of names, sizes and times of a file or of all files in a folder."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        status = file.stat()
+        digest.update(f"{file.relative_to(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _check_columns(where: str, frame: pl.DataFrame, types: dict[str, type[pl.DataType]]) -> None:

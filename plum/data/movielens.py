@@ -6,6 +6,7 @@ brings none of it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,35 @@ from plum.data.text_files import decode, find_file, find_optional, read_bytes, r
 from plum.errors import InvalidArgument, InvalidData
 
 TEMPLATE = "{title} ({year}) | {genres}"
+# Texts of an item by name, from the least to the most said about it.
+TEMPLATES = {
+    "naive": "{title} | {genres}",
+    "enriched": "{title} | released in {year} | {genres} | {genre_descriptions}",
+    "plots": "{title} ({year}) | {genres} | {plot}",
+    "abstracts": "{title} ({year}) | {genres} | {abstract}",
+}
+GENRE_DESCRIPTIONS = {
+    "Action": "fights, chases and daring stunts against the clock",
+    "Adventure": "a journey to far places full of discovery and peril",
+    "Animation": "drawn, modeled or computer-made characters come to life",
+    "Children": "lighthearted and safe for young viewers and their families",
+    "Children's": "lighthearted and safe for young viewers and their families",
+    "Comedy": "jokes, mishaps and absurd situations played for laughs",
+    "Crime": "gangsters, detectives and the price of breaking the law",
+    "Documentary": "real people and real events, filmed as they are",
+    "Drama": "serious conflicts and feelings of believable people",
+    "Fantasy": "magic, myths and creatures of imagined worlds",
+    "Film-Noir": "cynical heroes, shadows and betrayal in black and white",
+    "Horror": "monsters, killers and dread meant to frighten",
+    "IMAX": "spectacular pictures shot for giant screens",
+    "Musical": "a story told in songs and dance numbers",
+    "Mystery": "a riddle or a murder to be solved clue by clue",
+    "Romance": "two people falling in love and what keeps them apart",
+    "Sci-Fi": "future technology, space travel and alien life",
+    "Thriller": "suspense, conspiracies and rising danger",
+    "War": "soldiers and civilians in the middle of battle",
+    "Western": "cowboys, outlaws and sheriffs on the American frontier",
+}
 
 _ML_100K_GENRES = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary",
@@ -61,7 +91,9 @@ def read_movielens(name: str, data_dir: str | Path) -> Dataset:
     Every rating counts as an interaction, whatever its stars. Titles lose their year and get
     their article back ("Matrix, The (1999)" is "The Matrix", 1999). A file
     ``movies_extrainfos.dat`` beside the ratings, as MeLU (Lee et al., KDD 2019) publishes it for
-    MovieLens-1M, adds the columns plot, director and actors.
+    MovieLens-1M, adds the columns plot, director and actors; ``dbpedia_abstracts.json``, an object
+    of movie ids and texts, the column abstract. A folder ``posters`` or a tar ``posters.tar`` or
+    ``posters_<size>.tar`` with images ``<movie id>.jpg`` gives the items their images.
 
     Args:
         name: ml-100k, ml-1m, ml-10m, ml-20m, ml-25m or ml-32m.
@@ -72,23 +104,62 @@ def read_movielens(name: str, data_dir: str | Path) -> Dataset:
         InvalidArgument: ``name`` is not a release.
         InvalidData: A file is missing or cut off, or a line of it cannot be read.
     """
-    if name not in _LAYOUTS:
-        raise InvalidArgument("name", f"one of {', '.join(_LAYOUTS)}", repr(name))
-    layout = _LAYOUTS[name]
+    layout = _layout(name)
     interactions = _read_ratings(find_file(data_dir, layout.ratings), layout)
-    path = find_file(data_dir, layout.movies)
-    movies = layout.parse(path, read_text(path, layout.encoding))
-    columns: dict[str, list[str | None]] = {"item_id": [], "title": [], "year": [], "genres": []}
-    for item_id, raw_title, genres in movies:
-        title, year = split_title(raw_title)
-        shown = ", ".join(genre for genre in genres.split("|") if genre not in _NO_GENRES)
-        for column, value in zip(columns, (item_id, title, year, shown or None), strict=True):
-            columns[column].append(value)
-    items = pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String))
+    items = read_movies(name, find_file(data_dir, layout.movies))
     extra = find_optional(data_dir, "movies_extrainfos.dat")
     if extra is not None:
         items = items.join(_read_extra(extra), on="item_id", how="left", maintain_order="left")
-    return Dataset(name, items, interactions, TEMPLATE)
+    abstracts = find_optional(data_dir, "dbpedia_abstracts.json")
+    if abstracts is not None:
+        read = _read_abstracts(abstracts)
+        items = items.join(read, on="item_id", how="left", maintain_order="left")
+    return Dataset(name, items, interactions, TEMPLATE, _find_posters(Path(data_dir)))
+
+
+def read_movies(name: str, path: str | Path) -> pl.DataFrame:
+    """Reads the movies of a release, without its ratings.
+
+    Args:
+        name: As for :func:`read_movielens`.
+        path: The u.item, movies.dat or movies.csv of the release.
+
+    Returns:
+        ``item_id, title, year, genres, genre_descriptions``, each str; null where unknown.
+
+    Raises:
+        InvalidArgument: ``name`` is not a release.
+        InvalidData: The file is missing or cut off, or a line of it cannot be read.
+    """
+    layout, path = _layout(name), Path(path)
+    names = ("item_id", "title", "year", "genres", "genre_descriptions")
+    rows = []
+    for item_id, raw_title, listed in layout.parse(path, read_text(path, layout.encoding)):
+        title, year = split_title(raw_title)
+        genres = [genre for genre in listed.split("|") if genre not in _NO_GENRES]
+        described = [GENRE_DESCRIPTIONS[genre] for genre in genres if genre in GENRE_DESCRIPTIONS]
+        rows.append((item_id, title, year, ", ".join(genres) or None, "; ".join(described) or None))
+    return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
+
+
+def find_template(template: str) -> str:
+    """Returns the template of a name in :data:`TEMPLATES`; what holds a column stays as it is.
+
+    Raises:
+        InvalidArgument: It is neither.
+    """
+    if "{" in template:
+        return template
+    if template not in TEMPLATES:
+        expected = f"columns in braces or one of {', '.join(TEMPLATES)}"
+        raise InvalidArgument("text_template", expected, repr(template))
+    return TEMPLATES[template]
+
+
+def _layout(name: str) -> _Layout:
+    if name not in _LAYOUTS:
+        raise InvalidArgument("name", f"one of {', '.join(_LAYOUTS)}", repr(name))
+    return _LAYOUTS[name]
 
 
 def split_title(raw: str) -> tuple[str, str | None]:
@@ -164,6 +235,22 @@ def _read_extra(path: Path) -> pl.DataFrame:
     if not repeated.is_empty():
         raise InvalidData(path, "one line per movie", f"{repeated[0]!r} repeated")
     return frame
+
+
+def _read_abstracts(path: Path) -> pl.DataFrame:
+    try:
+        abstracts = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InvalidData(path, "a JSON object", str(error), "copy it again") from None
+    if not isinstance(abstracts, dict) or not all(isinstance(v, str) for v in abstracts.values()):
+        raise InvalidData(path, "an object of movie ids and texts", "something else")
+    texts = {"item_id": list(abstracts), "abstract": [text or None for text in abstracts.values()]}
+    return pl.DataFrame(texts, schema=dict.fromkeys(texts, pl.String))
+
+
+def _find_posters(folder: Path) -> Path | None:
+    candidates = [folder / "posters", folder / "posters.tar", *sorted(folder.glob("posters_*.tar"))]
+    return next((path for path in candidates if path.exists()), None)
 
 
 def _lines(text: str) -> list[tuple[int, str]]:

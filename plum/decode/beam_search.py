@@ -12,16 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plum.decode.model_step import ReplayStep, TreeStep, check_tree_attention, check_window
+from plum.decode.model_step import (
+    ATTENTION,
+    Runner,
+    check_attention,
+    check_masks,
+    check_window,
+    head_can_be_split,
+)
 from plum.errors import InvalidArgument, InvalidData
-from plum.ops.trie_beam_step import SCORES, trie_beam_step
+from plum.ops.forced_tail import forced_tail
+from plum.ops.trie_beam_step import SCORES, BeamStep, trie_beam_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from plum.trie import SidFilter, SidTrie
 
-ATTENTION: dict[str, type[TreeStep | ReplayStep]] = {"tree": TreeStep, "replay": ReplayStep}
+# Bytes of logits that are held at once; a single request may take more.
+_LOGITS_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -34,19 +43,46 @@ class SearchResult:
         sids: int64 ``[B, W, L]``, codes; -1 where there is no W-th SID.
         scores: fp32 ``[B, W]``, sums of log-probabilities; -inf where there is no SID.
         states: int64 ``[B, W, 2]``, rows of the SID table; dead where there is no SID.
+        model_steps: How often the model ran, one after the other, the prompts included; the
+            trie's depth where no tail was forced.
     """
 
     item_ids: list[list[Any]]
     sids: Tensor
     scores: Tensor
     states: Tensor
+    model_steps: int
 
 
 class SidBeamSearch:
-    """Constrained beam search with any causal language model of transformers.
+    """Constrained beam search with any language model of transformers.
 
     A search gives min(W, legal SIDs) distinct SIDs of the catalog, each with its sum of
-    log-probabilities and without a length penalty.
+    log-probabilities and without a length penalty. The prompt goes to a causal model as it is; to
+    an encoder-decoder model (T5, BART) as the encoder's input, and its decoder begins with
+    ``decoder_start_token_id``.
+
+    **Forced tails.** As soon as every live beam of every request has a single SID left, the beams
+    can no longer change, only their scores can. ``score="valid"`` gives a forced code probability
+    1, so the model need not run again; ``"full"`` takes one more run, for the whole rest of every
+    beam at once. The answer is the same. A batch goes on step by step until its last request is
+    that far: to take requests out would copy the cache of all others. This asks the device for
+    one flag a level; with ``forced_tails=False`` nothing in the loop waits for the device, where
+    the model and the trie op's backend do not either.
+
+    **The head.** ``"valid"`` needs the logits of the level's codes only, so only their rows of the
+    head are multiplied. ``"full"`` needs the sum over the vocabulary, to which every row belongs:
+    the full head is the cheapest way to it. It is multiplied for as many requests at once as keep
+    their logits below 256 MiB, so that wide beams over a large vocabulary fit into memory.
+
+    Attributes:
+        model: The model.
+        trie: The trie, on the model's device.
+        attention: How the beams are run.
+        splits_head: Whether the head is multiplied here. A model whose logits are more than a
+            linear map of its last hidden states (scaled, capped, quantized, adapted) and an
+            encoder-decoder model run their own head in full; with ``"full"`` their forced tails
+            are skipped only if the logits of all their tokens stay below 256 MiB.
     """
 
     def __init__(
@@ -55,28 +91,35 @@ class SidBeamSearch:
         trie: SidTrie,
         *,
         score: str = "full",
-        attention: str = "tree",
+        attention: str | None = None,
+        forced_tails: bool = True,
     ) -> None:
         """Takes a model and a trie, and tries out that they fit.
 
         Args:
-            model: A causal language model; its dropout is off during a search.
+            model: A causal or encoder-decoder language model; its dropout is off during a search.
             trie: The catalog's trie with ``token_offsets``; it is copied to the model's device if
                 it is elsewhere.
             score: ``"full"`` takes log-probabilities over the vocabulary, ``"valid"`` over the
                 legal codes only.
-            attention: ``"tree"`` encodes each prompt once and lets the beams share its cache;
-                ``"replay"`` runs every hypothesis in full, for models that cannot do that. Both
-                give the same result.
+            attention: ``"tree"``, for causal models, encodes each prompt once and lets the beams
+                share its cache; ``"rows"``, for encoder-decoder models, encodes each prompt once
+                and gives every beam a row of the decoder's batch; ``"replay"`` runs every
+                hypothesis in full, for models that cannot do that. All give the same result. By
+                default the first that is for such a model.
+            forced_tails: Skip the model steps of tails that are forced.
 
         Raises:
             InvalidArgument: an option is unknown, the trie has no token offsets or tokens beyond
-                the vocabulary, or the model cannot do tree attention.
+                the vocabulary, or the model cannot be run in the way of ``attention``.
         """
         if score not in SCORES:
             raise InvalidArgument("score", "'full' or 'valid'", repr(score))
-        if attention not in ATTENTION:
-            raise InvalidArgument("attention", "'tree' or 'replay'", repr(attention))
+        fitting = "rows" if model.config.is_encoder_decoder else "tree"
+        attention = attention or fitting
+        if attention not in (fitting, "replay"):
+            expected = f"'{fitting}' or 'replay' for {type(model).__name__}"
+            raise InvalidArgument("attention", expected, repr(attention))
         if trie.token_offsets is None:
             expected = "a trie that knows the model's token ids"
             hint = "build it with SidTrie.from_codes(..., token_offsets=...)"
@@ -84,18 +127,24 @@ class SidBeamSearch:
         embeddings: Any = model.get_input_embeddings()
         vocabulary = embeddings.weight.shape[0]
         spans = zip(trie.token_offsets, trie.codebook_sizes, strict=True)
-        last = max(offset + size for offset, size in spans) - 1
+        tokens = [slice(offset, offset + size) for offset, size in spans]
+        last = max(codes.stop for codes in tokens) - 1
         if last >= vocabulary:
             hint = "add the SID tokens with resize_token_embeddings"
             expected = f"a vocabulary with token {last}, the trie's last"
             raise InvalidArgument("model", expected, f"{vocabulary} tokens", hint)
         self.model, self.trie = model, trie.to(model.device)
-        self.score, self.attention = score, attention
-        self._offsets = trie.token_offsets
+        self.score, self.attention, self.forced_tails = score, attention, forced_tails
+        self._offsets = torch.tensor(trie.token_offsets, device=model.device)
+        self._tokens = tokens
+        probe = torch.arange(trie.codebook_sizes[0], device=model.device) + self._offsets[0]
         if attention == "tree":
-            probe = torch.arange(trie.codebook_sizes[0], device=model.device)
-            with _evaluating(model):
-                check_tree_attention(model, probe + trie.token_offsets[0])
+            check_masks(model)
+        with _evaluating(model):
+            self.splits_head = head_can_be_split(model, probe)
+            self._run = Runner(model, split_head=self.splits_head)
+            if attention != "replay":
+                check_attention(attention, self._run, probe)
 
     @torch.no_grad()
     def search(
@@ -110,7 +159,8 @@ class SidBeamSearch:
         """Finds the best SIDs after each prompt.
 
         Args:
-            input_ids: int64 ``[B, P]``, token ids, padded on the left.
+            input_ids: int64 ``[B, P]``, token ids; padded on the left, for an encoder-decoder
+                model on the side it was trained with.
             attention_mask: ``[B, P]``, 0 on the padding and 1 elsewhere; all 1 by default.
             num_beams: W, the width of the beam and the most SIDs a request gets.
             deny: For each request the ids of items it must not get, for example those already
@@ -134,31 +184,86 @@ class SidBeamSearch:
         items = _ItemLimits(trie, batch, deny, allow)
         states, scores = trie.root_states(batch), torch.zeros(batch, 1, device=trie.device)
         broken = torch.zeros(batch, dtype=torch.bool, device=trie.device)
+        level, model_steps = 0, 1
         with _evaluating(self.model):
-            steps = ATTENTION[self.attention](self.model, input_ids, attention_mask)
-            for level in range(trie.depth):
-                broken |= steps.logits.amax(dim=(1, 2)).isnan()
-                best = trie_beam_step(
-                    steps.logits,
-                    scores,
-                    states,
-                    trie,
-                    level,
-                    k=num_beams,
-                    score=self.score,
-                    filter=items.rank,
-                    deny=items.denied_rows,
-                )
+            steps = ATTENTION[self.attention](self._run, input_ids, attention_mask)
+            ahead = steps.outputs
+            while True:
+                best = self._choose(ahead[:, :, 0], scores, states, level, num_beams, items, broken)
+                place, level = best.parents, level + 1
+                # A forced tail has the outputs of several levels; its beams may change places.
+                for outputs in ahead.unbind(2)[1:]:
+                    outputs = outputs.take_along_dim(place.unsqueeze(2), dim=1)
+                    last = best.scores, best.states
+                    best = self._choose(outputs, *last, level, num_beams, items, broken)
+                    place, level = place.gather(1, best.parents), level + 1
                 states, scores = best.states, best.scores
-                if level + 1 < trie.depth:
-                    # A beam that found no child feeds code 0; none can descend from it.
-                    steps.advance(best.tokens.clamp(min=0) + self._offsets[level], best.parents)
+                if level == trie.depth:
+                    break
+                # A beam that found no child feeds code 0; none can descend from it.
+                tokens = (best.tokens.clamp(min=0) + self._offsets[level - 1]).unsqueeze(2)
+                if self._is_forced(states, level):
+                    if self.score == "valid":
+                        break
+                    tail = forced_tail(states, trie, level).codes[..., :-1].clamp(min=0)
+                    tokens = torch.cat((tokens, tail + self._offsets[level:-1]), dim=2)
+                ahead = steps.advance(tokens, best.parents)
+                model_steps += 1
         if broken.any():
             request = int(broken.nonzero()[0])
             raise InvalidData("model", "numbers as logits", f"NaN in request {request}")
         dead = (states[..., 0] == states[..., 1]).unsqueeze(-1)
         sids = trie.codes_at(states[..., 0]).masked_fill(dead, -1)
-        return SearchResult(items.expand(states), sids, scores, states)
+        return SearchResult(items.expand(states), sids, scores, states, model_steps)
+
+    def _choose(
+        self,
+        outputs: Tensor,
+        scores: Tensor,
+        states: Tensor,
+        level: int,
+        k: int,
+        items: _ItemLimits,
+        broken: Tensor,
+    ) -> BeamStep:
+        """Takes one beam step from outputs ``[B, W, H]``; marks requests with NaN as broken."""
+        batch, beams, _ = outputs.shape
+        tokens = self._tokens[level] if self.score == "valid" else slice(None)
+        at_once = batch
+        if self.splits_head and self.score == "full":
+            head: Any = self.model.get_output_embeddings()
+            a_request = beams * head.weight.shape[0] * outputs.element_size()
+            at_once = max(1, _LOGITS_BYTES // a_request)
+        found = []
+        for first in range(0, batch, at_once):
+            part = slice(first, first + at_once)
+            logits = self._run.logits(outputs[part], tokens)
+            broken[part] |= logits.amax(dim=(1, 2)).isnan()
+            deny = None if items.denied_rows is None else items.denied_rows[part]
+            step = trie_beam_step(
+                logits,
+                scores[part],
+                states[part],
+                self.trie,
+                level,
+                k=k,
+                score=self.score,
+                filter=items.rank,
+                deny=deny,
+            )
+            found.append(step)
+        return found[0] if len(found) == 1 else BeamStep(*map(torch.cat, zip(*found, strict=True)))
+
+    def _is_forced(self, states: Tensor, level: int) -> bool:
+        """Says whether every beam has one SID left or none, where that saves a model step."""
+        left = self.trie.depth - level
+        saves = left > (self.score == "full")
+        if self.score == "full" and not self.splits_head:
+            # The model's own head gives the logits of the whole rest at once.
+            embeddings: Any = self.model.get_input_embeddings()
+            width = embeddings.weight.shape[0] * embeddings.weight.element_size()
+            saves &= left * states.shape[:2].numel() * width <= _LOGITS_BYTES
+        return self.forced_tails and saves and bool((states.diff(dim=-1) <= 1).all())
 
     def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Returns the mask, int64 ``[B, P]``, after checking the prompts."""
@@ -174,12 +279,17 @@ class SidBeamSearch:
         if mask.shape != input_ids.shape:
             expected = f"the shape of input_ids, {list(input_ids.shape)}"
             raise InvalidArgument("attention_mask", expected, list(mask.shape))
-        left = ((mask == 0) | (mask == 1)).all() and (mask.diff(dim=1) >= 0).all()
-        if not left or not mask[:, -1].all():
+        encoder = self.model.config.is_encoder_decoder
+        binary = ((mask == 0) | (mask == 1)).all()
+        if encoder and not (binary and mask.any(dim=1).all()):
+            raise InvalidArgument("attention_mask", "zeros and ones, a one in each row", "others")
+        left = binary and (mask.diff(dim=1) >= 0).all() and mask[:, -1].all()
+        if not encoder and not left:
             expected = "zeros, then ones, in each row"
             hint = "pad on the left (tokenizer.padding_side = 'left'); no prompt may be empty"
             raise InvalidArgument("attention_mask", expected, "another order", hint)
-        length = int(mask.sum(dim=1).max()) + self.trie.depth - 1
+        length = int(mask.sum(dim=1).max())
+        length = max(length, self.trie.depth) if encoder else length + self.trie.depth - 1
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and length > limit:
             expected = f"at most {limit} positions, codes included, as the model has"

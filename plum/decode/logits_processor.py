@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,19 @@ class SidLogitsProcessor:
     the last code only the end token is left; the same holds for a row whose codes are not in the
     catalog, so that it ends at once instead of continuing to nowhere.
 
+    ``generate`` takes what its call leaves open from the ``generation_config`` that the base model
+    was published with: Qwen's samples, penalizes repetitions and keeps 20 tokens. Whatever is set,
+    what comes out is items of the catalog; but a beam search is one only with
+    :meth:`beam_arguments`.
+
     Example:
-        ``model.generate(**prompts, logits_processor=[SidLogitsProcessor(trie, end_token_id=eos,
-        prompt_length=prompts["input_ids"].shape[1])])``
+        For a causal model the SID begins after the prompt, for an encoder-decoder model after the
+        decoder's start token (``prompt_length=1``)::
+
+            length = prompts["input_ids"].shape[1]
+            processor = SidLogitsProcessor(trie, end_token_id=eos, prompt_length=length)
+            sampled = model.generate(**prompts, do_sample=True, logits_processor=[processor])
+            best = model.generate(**prompts, **processor.beam_arguments(num_beams=50))
     """
 
     def __init__(
@@ -42,6 +52,7 @@ class SidLogitsProcessor:
             trie: The catalog's trie with ``token_offsets``, on the model's device.
             end_token_id: The token after a SID, usually the model's end-of-sequence token.
             prompt_length: The SID begins at this place in every row of the (left-padded) batch.
+                The host then knows the level and need not ask the device for it.
             begin_token_id: The SID begins after the last token of this id; a row without one, or
                 past the end of its SID, is left as it is.
 
@@ -81,20 +92,21 @@ class SidLogitsProcessor:
                 raise InvalidArgument("input_ids", expected, width)
             begin = torch.full_like(input_ids[:, 0], self.prompt_length)
             taken = (width - begin).clamp(max=depth)
+            levels = [min(width - self.prompt_length, depth)]
         else:
             after = torch.arange(1, width + 1, device=input_ids.device)
             begin = ((input_ids == self.begin_token_id) * after).amax(dim=1)
             taken = width - begin
             taken[(begin == 0) | (taken > depth)] = -1
+            levels = [level for level in taken.unique().tolist() if level >= 0]
 
         states = trie_walk(self._codes(input_ids, begin, taken), trie)
         masked = scores.clone()
-        levels = [level for level in taken.unique().tolist() if level >= 0]
         for level in levels:
-            rows = taken == level
+            rows = taken == level if self.prompt_length is None else slice(None)
             if level == depth:
                 masked[rows] = float("-inf")
-            elif rows.all():
+            elif self.prompt_length is not None:
                 trie_mask_(masked, states, trie, level)
             else:
                 masked[rows] = trie_mask_(masked[rows], states[rows], trie, level)
@@ -102,6 +114,47 @@ class SidLogitsProcessor:
         end = self.end_token_id
         masked[:, end] = torch.where(ends, scores[:, end], masked[:, end])
         return masked
+
+    def beam_arguments(self, num_beams: int) -> dict[str, Any]:
+        """Gives arguments of ``generate`` for the beam search that ``SidBeamSearch`` does.
+
+        They say everything, so that nothing comes from the model's ``generation_config``. Where
+        there are fewer SIDs than beams, ``generate`` repeats some; SidBeamSearch does not.
+
+        Args:
+            num_beams: W, the width of the beam and how many sequences come back.
+
+        Returns:
+            Keyword arguments, this processor among them; ``sequences_scores`` are then sums of
+            log-probabilities over the vocabulary.
+        """
+        off = (
+            *("bad_words_ids", "begin_suppress_tokens", "constraints", "eos_token_id"),
+            *("epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty"),
+            *("forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "min_new_tokens"),
+            *("min_p", "sequence_bias", "suppress_tokens", "typical_p"),
+        )
+        return {
+            **dict.fromkeys(off),
+            "logits_processor": [self],
+            "num_beams": num_beams,
+            "num_return_sequences": num_beams,
+            "max_new_tokens": self.trie.depth,
+            "min_length": 0,
+            "do_sample": False,
+            "temperature": 1.0,
+            "top_k": 50,
+            "top_p": 1.0,
+            "length_penalty": 0.0,
+            "early_stopping": False,
+            "repetition_penalty": 1.0,
+            "encoder_repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "encoder_no_repeat_ngram_size": 0,
+            "renormalize_logits": False,
+            "return_dict_in_generate": True,
+            "output_scores": True,
+        }
 
     def _codes(self, input_ids: Tensor, begin: Tensor, taken: Tensor) -> Tensor:
         """Returns the codes from each row's begin on, int64 ``[R, L]``, padded with -1."""

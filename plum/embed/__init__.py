@@ -1,8 +1,19 @@
-"""Embeddings of item texts, and how similar they are to each other."""
+"""Embeddings of item texts and images, and how similar they are to each other."""
 
 from __future__ import annotations
 
-from plum.embed.encoder import encode_texts, find_encoder
-from plum.embed.similarity import similarity_report
+from plum.embed.image_features import colors_and_textures
+from plum.embed.images import ImageFiles, encode_images
+from plum.embed.models import find_encoder
+from plum.embed.similarity import plot_similarity, similarity_report
+from plum.embed.texts import encode_texts
 
-__all__ = ["encode_texts", "find_encoder", "similarity_report"]
+__all__ = [
+    "ImageFiles",
+    "colors_and_textures",
+    "encode_images",
+    "encode_texts",
+    "find_encoder",
+    "plot_similarity",
+    "similarity_report",
+]

@@ -4,14 +4,60 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from plum.files import atomic_path
 
+SHARD_SIZE = 512
 _KEY_BYTES = 32
+
+Encode = Callable[[list[int]], tuple[list[int], np.ndarray]]
+
+
+def encode_cached(
+    keys: Sequence[bytes],
+    encode: Encode,
+    folder: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> dict[bytes, np.ndarray]:
+    """Encodes what the cache does not hold, shard by shard, and returns everything.
+
+    Keys that are not there keep their order and are cut into shards of :data:`SHARD_SIZE`; a
+    shard is encoded as a whole and written as a whole, so a run that was killed, or whose cache
+    lost a shard, makes the same calls as one that was not.
+
+    Args:
+        keys: SHA-256 of each distinct input, in the order to encode them in.
+        encode: Takes positions in ``keys``; returns those that it could encode, and their
+            embeddings, float32 ``[len(...), D]``.
+        folder: The cache of this very encoder; None keeps nothing.
+        progress: Called with (distinct inputs done, distinct inputs).
+
+    Returns:
+        Key to embedding, float32 ``[D]``; what could not be encoded is not in it.
+    """
+    cache = None if folder is None else ShardCache(folder)
+    known = {} if cache is None else cache.load(set(keys))
+    missing = [row for row, key in enumerate(keys) if key not in known]
+    done = len(keys) - len(missing)
+    if progress is not None:
+        progress(done, len(keys))
+    for start in range(0, len(missing), SHARD_SIZE):
+        shard = missing[start : start + SHARD_SIZE]
+        rows, embeddings = encode(shard)
+        shard_keys = [keys[row] for row in rows]
+        if cache is not None and rows:
+            cache.save(shard_keys, embeddings)
+        known.update(zip(shard_keys, embeddings, strict=True))
+        done += len(shard)
+        if progress is not None:
+            progress(done, len(keys))
+    if cache is not None:
+        cache.drop_corrupt()
+    return known
 
 
 class ShardCache:
@@ -36,9 +82,9 @@ class ShardCache:
             except _Corrupt as error:
                 self._corrupt.add(path)
                 warnings.warn(
-                    f"{path}: corrupt embedding cache ({error}); its texts are encoded again",
+                    f"{path}: corrupt embedding cache ({error}); what was in it is encoded again",
                     RuntimeWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 continue
             for key, embedding in zip(keys, embeddings, strict=True):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, MissingDependency
+from plum.files import atomic_path
 
 HISTOGRAM_BINS = 80
 # 4,000,000 bins of 5e-7 over [-1, 1]: a median from them is as good as a float32 cosine.
@@ -105,6 +107,51 @@ def similarity_report(
         chosen = [labels[row] for row in sample]
         report["neighbor_agreement"] = _agreement(chosen, neighbors, rng)
     return report
+
+
+def plot_similarity(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """Draws the histograms of several reports over each other, raw on the left, centered right.
+
+    Args:
+        reports: Name in the legend to what :func:`similarity_report` returned.
+        path: The file to write; its suffix decides the format (svg, png, pdf).
+
+    Raises:
+        InvalidArgument: there are no reports, or the format is unknown.
+        MissingDependency: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError:
+        raise MissingDependency("matplotlib", "pipeline", "the plot of similarities") from None
+    if not reports:
+        raise InvalidArgument("reports", "at least one report", "none")
+    path = Path(path)
+    with rc_context({"svg.hashsalt": "plum", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+        known = FigureCanvasAgg(figure).get_supported_filetypes()
+        if path.suffix[1:] not in known:
+            raise InvalidArgument("path", f"one of the suffixes {', '.join(known)}", path.name)
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, kind in zip(axes, ("raw", "centered"), strict=True):
+            for name, report in reports.items():
+                counts = np.asarray(report["histogram"][kind])
+                edges = report["histogram"]["edges"]
+                axis.stairs(counts / counts.sum(), edges, label=name, linewidth=1.5)
+            axis.set_title(kind, loc="left")
+            axis.set_xlabel("cosine of two items")
+            axis.set_xlim(-1, 1)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel("share of pairs")
+        axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes[0].legend(frameon=False, loc="upper left")
+        # Without a date the same figures give the same bytes.
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=150, metadata=metadata)
 
 
 def _normalized(embeddings: np.ndarray, sample: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from plum.ops.forced_tail import ForcedTail, forced_tail
 from plum.ops.residual_quantize import ResidualCodes, residual_quantize
 from plum.ops.revive_codes import RevivedCodes, revive_codes
 from plum.ops.trie_advance import trie_advance
+from plum.ops.trie_beam_sample import SampleStep, trie_beam_sample
 from plum.ops.trie_beam_step import BeamStep, trie_beam_step
 from plum.ops.trie_mask import trie_mask_
 from plum.ops.trie_walk import trie_walk
@@ -23,6 +24,7 @@ __all__ = [
     "Reservoir",
     "ResidualCodes",
     "RevivedCodes",
+    "SampleStep",
     "code_usage",
     "codebook_sums",
     "dead_codes",
@@ -33,6 +35,7 @@ __all__ = [
     "residual_quantize",
     "revive_codes",
     "trie_advance",
+    "trie_beam_sample",
     "trie_beam_step",
     "trie_mask_",
     "trie_walk",

@@ -95,25 +95,14 @@ def trie_beam_step(
     Raises:
         InvalidArgument: a shape, dtype, device, the level, k or ``score`` does not fit.
     """
-    check_states(states, trie)
-    check_logits(logits, trie)
-    if states.dim() != 3 or logits.dim() != 3 or logits.shape[:2] != states.shape[:2]:
-        got = f"logits {list(logits.shape)}, states {list(states.shape)}"
-        raise InvalidArgument("logits, states", "shapes [B, W, V] and [B, W, 2]", got)
-    if scores.shape != states.shape[:2] or not scores.is_floating_point():
-        got = f"{scores.dtype} {list(scores.shape)}"
-        raise InvalidArgument("scores", f"a float tensor {list(states.shape[:2])}", got)
-    check_device("scores", scores, trie)
-    batch, beams = states.shape[:2]
-    if beams > MAX_BEAMS:
-        raise InvalidArgument("states", f"at most {MAX_BEAMS} beams a request", beams)
+    check_beams(logits, scores, states, trie)
     every, each = check_level(level, trie, states.shape[:1])
     if k < 1:
         raise InvalidArgument("k", "at least 1", k)
     if score not in SCORES:
         raise InvalidArgument("score", "'full' or 'valid'", repr(score))
     if deny is not None:
-        check_deny(deny, trie, batch)
+        check_deny(deny, trie, states.shape[0])
     return BeamStep(
         *_op(
             logits,
@@ -130,6 +119,21 @@ def trie_beam_step(
             backend=backend,
         )
     )
+
+
+def check_beams(logits: Tensor, scores: Tensor, states: Tensor, trie: SidTrie) -> None:
+    """Raises InvalidArgument unless they fit: ``[B, W, V]``, ``[B, W]`` and ``[B, W, 2]``."""
+    check_states(states, trie)
+    check_logits(logits, trie)
+    if states.dim() != 3 or logits.dim() != 3 or logits.shape[:2] != states.shape[:2]:
+        got = f"logits {list(logits.shape)}, states {list(states.shape)}"
+        raise InvalidArgument("logits, states", "shapes [B, W, V] and [B, W, 2]", got)
+    if scores.shape != states.shape[:2] or not scores.is_floating_point():
+        got = f"{scores.dtype} {list(scores.shape)}"
+        raise InvalidArgument("scores", f"a float tensor {list(states.shape[:2])}", got)
+    check_device("scores", scores, trie)
+    if states.shape[1] > MAX_BEAMS:
+        raise InvalidArgument("states", f"at most {MAX_BEAMS} beams a request", states.shape[1])
 
 
 def filter_tensors(filter: SidFilter | Tensor | None, trie: SidTrie) -> list[Tensor]:
@@ -221,9 +225,19 @@ def _reference(
             here = (levels == each).nonzero().squeeze(1)
             if len(here) == 0:
                 continue
-            some = [logits[here], scores[here], states[here]]
-            denied = None if deny is None else deny[here]
-            step = _reference(*some, index, each, None, columns, k, valid, filter, denied)
+            step = _reference(
+                logits[here],
+                scores[here],
+                states[here],
+                index,
+                each,
+                None,
+                columns,
+                k,
+                valid,
+                filter,
+                None if deny is None else deny[here],
+            )
             for whole, part in zip(out, step, strict=True):
                 whole[here] = part
         return out

@@ -63,9 +63,8 @@ def trie_mask_(
         raise InvalidArgument(
             "logits", "a tensor without gradient", "one with it", "call it under torch.no_grad()"
         )
-    if any(
-        stride == 0 < size - 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)
-    ):
+    shape, strides = logits.shape, logits.stride()
+    if 0 in strides and any(n > 1 and not s for n, s in zip(shape, strides, strict=True)):
         got = f"strides {list(logits.stride())} of shape {list(logits.shape)}"
         raise InvalidArgument("logits", "rows with memory of their own", got, "clone it")
     columns = first_columns(trie, level, logits.shape[-1])

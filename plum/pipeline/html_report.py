@@ -53,7 +53,7 @@ def write_html_report(run_dir: Path) -> Path:
     """
     if not run_dir.is_dir():
         raise InvalidData(run_dir, "the folder of a run", "no such folder", "run: plum run")
-    template = _template()
+    template = page_template("report.html")
     # Everything is read before anything is drawn: a bad file is reported at once.
     files = {
         name: _read(run_dir / f"{name}.json", form)
@@ -61,7 +61,7 @@ def write_html_report(run_dir: Path) -> Path:
             ("config", dict[str, Any]),
             ("metrics", dict[str, dict[str, Any]]),
             ("data/dataset", dict[str, Any]),
-            ("embed/similarity", _Similarity),
+            ("embed/similarity", dict[str, _Similarity]),
             ("tokenize/history", _History),
             ("report/report", _Report),
             ("finetune/history", _History),
@@ -264,10 +264,13 @@ def _metric_order(key: str) -> tuple[int, int]:
 
 
 @_present
-def _similarity(report: _Similarity) -> dict[str, Any]:
-    histogram = report.histogram
-    plot = report_plots.similarity_histogram(histogram.edges, histogram.raw, histogram.centered)
-    return {"report": report, "plot": plot}
+def _similarity(reports: dict[str, _Similarity]) -> dict[str, Any]:
+    views = {}
+    for modality, report in reports.items():
+        histogram = report.histogram
+        plot = report_plots.similarity_histogram(histogram.edges, histogram.raw, histogram.centered)
+        views[modality] = {"report": report, "plot": plot}
+    return views
 
 
 @_present
@@ -397,7 +400,12 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _template() -> jinja2.Template:
+def page_template(name: str) -> jinja2.Template:
+    """Returns a template of this folder.
+
+    Raises:
+        MissingDependency: jinja2 is not installed.
+    """
     try:
         import jinja2
     except ImportError:
@@ -410,5 +418,6 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["duration"] = _duration
+    environment.filters["percent"] = lambda share, digits=1: f"{share:.{digits}%}"
     environment.filters["thousands"] = lambda n: f"{n:,}" if isinstance(n, int) else str(n)
-    return environment.get_template("report.html")
+    return environment.get_template(name)

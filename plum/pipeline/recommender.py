@@ -77,7 +77,12 @@ class Recommender:
         return cls(Dataset.load(run_dir / "data"), table, trie, generator, config)
 
     def rank(
-        self, histories: Sequence[NDArray[np.int32]], k: int, requests: Sequence[int] | None = None
+        self,
+        histories: Sequence[NDArray[np.int32]],
+        k: int,
+        requests: Sequence[int] | None = None,
+        *,
+        filter_seen: bool = False,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Ranks the catalog for a batch of histories of item indices.
 
@@ -86,6 +91,8 @@ class Recommender:
             k: Number of items wanted.
             requests: What identifies each request over all batches; seeds the order of the items
                 of a shared SID.
+            filter_seen: Leave out the items of each history. The search itself denies them, so
+                the rest of the catalog fills their places.
 
         Returns:
             ``(items, scores)``: item indices int32 and log-probabilities fp32 ``[B, k]``, best
@@ -93,24 +100,37 @@ class Recommender:
         """
         input_ids, attention_mask = self.format.pad_prompts(histories)
         device = self.generator.model.device
+        seen = [np.unique(history) for history in histories] if filter_seen else []
+        deny = [[self.table.item_ids[item] for item in known] for known in seen]
         found = self._search.search(
             input_ids.to(device),
             attention_mask.to(device),
             num_beams=max(k, self.config.evaluate.num_beams),
+            deny=deny if filter_seen else None,
         )
         rows = found.states[..., 0].masked_fill(found.scores.isneginf(), -1)
-        return expand_sids(
+        # A SID that seen and other items share is not denied: its seen items are taken out here.
+        items, scores = expand_sids(
             rows.cpu().numpy(),
             found.scores.cpu().numpy(),
             self.trie.item_starts,
             self._items,
-            k=k,
+            k=k + max(map(len, seen), default=0),
             seed=self.config.seed,
             requests=requests,
         )
+        for row, known in enumerate(seen):
+            out = np.isin(items[row], known)
+            order = np.argsort(out, kind="stable")
+            items[row] = np.where(out, -1, items[row])[order]
+            scores[row] = np.where(out, -np.inf, scores[row])[order]
+        return items[:, :k], scores[:, :k]
 
     def recommend(self, history: Sequence[str], k: int) -> list[Recommendation]:
         """Recommends items to someone with this history of item ids, oldest first.
+
+        Items of the history are left out unless ``recommend.filter_seen`` of the configuration
+        is false.
 
         Raises:
             InvalidArgument: an item id is not in the catalog, or ``k`` is below 1.
@@ -126,7 +146,7 @@ class Recommender:
                     "the ids are in data/items.parquet of the run",
                 )
         rows = np.array([self._index[item] for item in history], dtype=np.int32)
-        items, scores = self.rank([rows], k)
+        items, scores = self.rank([rows], k, filter_seen=self.config.recommend.filter_seen)
         return [
             self.describe(int(item), float(score))
             for item, score in zip(items[0], scores[0], strict=True)

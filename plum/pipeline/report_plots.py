@@ -154,6 +154,74 @@ def level_usage(usage: Sequence[float], counts: Sequence[Sequence[int] | None]) 
         return _svg(figure, "Usage of the codes per level")
 
 
+def grouped_bars(
+    series: Sequence[str],
+    groups: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    title: str,
+) -> Markup:
+    """Draws shares from 0 to 1, one bar per series in each group.
+
+    Args:
+        series: What is compared.
+        groups: Under which each group of bars stands.
+        values: A list per group with one share per series; None draws no bar.
+        title: What the shares are of.
+    """
+    with _figure(4.7, 3.1, 1) as (figure, (axis,)):
+        width = 0.8 / len(series)
+        for i, name in enumerate(series):
+            offset = (i - (len(series) - 1) / 2) * width
+            shown = [(x + offset, v) for x, by in enumerate(values) if (v := by[i]) is not None]
+            axis.bar(
+                [x for x, _ in shown], [v for _, v in shown], width * 0.92,
+                label=name, color=_SERIES[i % len(_SERIES)],
+            )  # fmt: skip
+            if len(series) * len(groups) <= 8:
+                for x, share in shown:
+                    axis.annotate(
+                        f"{share:.0%}", (x, share), (0, 2), ha="center", fontsize=8,
+                        color=_MUTED, textcoords="offset points",
+                    )  # fmt: skip
+        axis.set_ylim(0, 1.1)
+        axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        axis.yaxis.set_major_formatter(_percent())
+        axis.set_xticks(range(len(groups)), groups)
+        axis.set_title(title)
+        if len(series) > 1:
+            figure.legend(loc="outside lower center", ncols=_legend_columns(series))
+        return _svg(figure, title)
+
+
+def collision_bars(collisions: Sequence[tuple[int, int]]) -> Markup:
+    """Draws how many SIDs hold 1, 2, 3, ... items.
+
+    Args:
+        collisions: Pairs of a number of items and how many SIDs hold that many.
+    """
+    most = 12
+    heights = dict(collisions)
+    names = [str(n) for n in range(1, min(most, max(heights)) + 1)]
+    shown = [heights.get(n, 0) for n in range(1, len(names) + 1)]
+    if max(heights) > most:
+        names[-1] = f"{most}+"
+        shown[-1] = sum(count for n, count in heights.items() if n >= most)
+    with _figure(9.6, 2.6, 1) as (figure, (axis,)):
+        axis.bar(names, shown, 0.6, color=[_SERIES[0], *[_SERIES[1]] * (len(names) - 1)])
+        for x, count in enumerate(shown):
+            axis.annotate(
+                f"{count:,}", (x, count), (0, 3), ha="center", fontsize=9,
+                textcoords="offset points",
+            )  # fmt: skip
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylim(0, max(shown) * 4)
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.set_xlim(-0.6, max(3.5, len(names) - 0.4))
+        axis.set_xlabel("items on one SID")
+        axis.set_title("SIDs that hold one item, and several")
+        return _svg(figure, "Number of SIDs by how many items they hold")
+
+
 def lines(
     series: Mapping[str, Points],
     x_label: str,
@@ -199,8 +267,13 @@ def lines(
         axis.set_xlabel(x_label)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         if len(drawn) > 1:
-            figure.legend(loc="outside lower center", ncols=3)
+            figure.legend(loc="outside lower center", ncols=_legend_columns(list(drawn)))
         return _svg(figure, f"{title} by {x_label}")
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Returns how many columns of labels fit under half a page."""
+    return max(1, min(3, 75 // (max(map(len, labels)) + 5)))
 
 
 @contextmanager

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from plum.config import load_config
-from plum.data import Dataset, filter_interactions, load_dataset, sequences_of
-from plum.embed import encode_texts, similarity_report
+from plum.config import DataConfig, EmbedConfig, load_config
+from plum.data import Dataset, filter_interactions, find_template, load_dataset, sequences_of
+from plum.embed import encode_images, encode_texts, similarity_report
+from plum.errors import InvalidArgument
 from plum.eval import ItemKNN, Popularity, ranking_metrics
 from plum.files import atomic_path, write_json
 from plum.lm import FinetuneConfig, finetune, load_generator
@@ -33,12 +34,23 @@ DEPTHS = (1, 5, 10, 20, 50)
 _USERS_PER_PART = 512
 
 
-def _files(*paths: Path | str | None) -> list[Path]:
+def _files(*paths: Path | str | None, pattern: str = "*") -> list[Path]:
     """Returns the files at these paths and in the folders among them; what is not there is not."""
     found = []
     for path in [Path(path) for path in paths if path is not None]:
-        found += sorted(path.iterdir()) if path.is_dir() else [path]
+        found += sorted(path.glob(pattern)) if path.is_dir() else [path]
     return [path for path in found if path.is_file()]
+
+
+def _data_files(settings: DataConfig) -> list[Path]:
+    posters = settings.data_dir and settings.data_dir / "posters"
+    tables = _files(settings.data_dir, settings.items, settings.interactions)
+    return tables + _files(posters, pattern="**/*")
+
+
+def _embed_files(settings: EmbedConfig) -> list[Path]:
+    models = _files(settings.encoder, settings.image)
+    return models + _files(settings.images, pattern="**/*")
 
 
 def _data(work: Workspace) -> None:
@@ -62,28 +74,66 @@ def _data(work: Workspace) -> None:
 
 
 def _embed(work: Workspace) -> None:
+    settings = work.settings
     dataset = Dataset.load(work.input("data"))
-    if work.settings.text_template is not None:
-        dataset = replace(dataset, text_template=work.settings.text_template)
-    embeddings = encode_texts(
-        dataset.texts(),
-        encoder=work.settings.encoder,
-        # Beside the stages, so that it outlives a change of the catalog.
-        cache_dir=work.run_dir / "cache" / "embeddings",
-        batch_size=work.settings.batch_size,
-        progress=work.progress,
-    )
+    if settings.template is not None:
+        dataset = replace(dataset, text_template=find_template(settings.template))
+    # Beside the stages, so that it outlives a change of the catalog.
+    cache = work.run_dir / "cache" / "embeddings"
+    vectors = {
+        "text": encode_texts(
+            dataset.texts(),
+            encoder=settings.encoder,
+            layer=settings.layer,
+            cache_dir=cache,
+            batch_size=settings.batch_size,
+            progress=work.progress,
+        )
+    }
+    present = {"text": np.ones(dataset.items.height, dtype=bool)}
+    if settings.image is not None:
+        images = settings.images or dataset.images
+        if images is None:
+            raise InvalidArgument(
+                "embed.images", "a folder or tar of <item id>.jpg", None,
+                f"the data set {dataset.name!r} brings none",
+            )  # fmt: skip
+        vectors["image"], present["image"] = encode_images(
+            dataset.items["item_id"].to_list(),
+            images=images,
+            encoder=settings.image,
+            cache_dir=cache,
+            corrupt=settings.corrupt_images,
+            batch_size=settings.batch_size,
+            progress=work.progress,
+        )
+    tensors = {name: torch.from_numpy(rows) for name, rows in vectors.items()}
+    for name, mask in present.items():
+        if not mask.all():
+            tensors[f"{name}_present"] = torch.from_numpy(mask)
     with atomic_path(work.folder / "embeddings.safetensors") as path:
-        save_file({"text": torch.from_numpy(embeddings)}, path)
-    report = similarity_report(embeddings, labels=_labels(dataset), seed=work.seed)
-    write_json(work.folder / "similarity.json", report)
+        save_file(tensors, path)
+    labels = _labels(dataset)
+    reports = {}
+    for name, rows in vectors.items():
+        have = np.flatnonzero(present[name])
+        chosen = [labels[row] for row in have] if labels else []
+        # One item alone has no pair.
+        if len(have) > 1:
+            reports[name] = similarity_report(
+                rows[have], labels=chosen if any(chosen) else None, seed=work.seed
+            )
+    write_json(work.folder / "similarity.json", reports)
 
 
 def _labels(dataset: Dataset) -> list[set[str]] | None:
     """Returns what each item is labeled with, if the catalog has genres or categories."""
     for column in ("genres", "categories"):
         if column in dataset.items.columns:
-            return [set(re.split(r"\s*[,;>]\s*", value or "")) for value in dataset.items[column]]
+            return [
+                {label for label in re.split(r"\s*[,;>]\s*", value or "") if label}
+                for value in dataset.items[column]
+            ]
     return None
 
 
@@ -171,9 +221,10 @@ def _evaluate(work: Workspace) -> None:
     users = [sequences.user_ids[user] for user in test.users]
     ranked = {"generator": _rank_in_parts(recommender, users, test.histories, k, work)}
     # The baselines may use all that is known before the test item.
-    known = list(test.histories)
+    known, seen = list(test.histories), work.settings.filter_seen
     for name, baseline in (("popularity", Popularity()), ("item_knn", ItemKNN())):
-        ranked[name] = baseline.fit(known, sequences.num_items).recommend(known, k)
+        fitted = baseline.fit(known, sequences.num_items)
+        ranked[name] = fitted.recommend(known, k, exclude_seen=seen)
     metrics = {
         name: ranking_metrics(items, test.targets, ks=DEPTHS, num_items=sequences.num_items)
         for name, items in ranked.items()
@@ -185,14 +236,14 @@ def _rank_in_parts(
     recommender: Recommender, users: list[str], histories: list[Items], k: int, work: Workspace
 ) -> Items:
     """Ranks for every test user, part by part; parts that an earlier try wrote are kept."""
-    batch = work.settings.batch_size
+    batch, seen = work.settings.batch_size, work.settings.filter_seen
     parts = []
     for start in range(0, len(users), _USERS_PER_PART):
         path = work.folder / "recommendations" / f"{start:08d}.parquet"
         stop = min(start + _USERS_PER_PART, len(users))
         if not path.exists():
             found = [
-                recommender.rank(histories[row:end], k, requests=range(row, end))
+                recommender.rank(histories[row:end], k, requests=range(row, end), filter_seen=seen)
                 for row in range(start, stop, batch)
                 for end in [min(row + batch, stop)]
             ]
@@ -219,7 +270,9 @@ def _recommend(work: Workspace) -> None:
     samples = []
     for row in np.sort(rng.choice(len(test.users), size=size, replace=False)):
         history = test.histories[row]
-        items, scores = recommender.rank([history], work.settings.num_items)
+        items, scores = recommender.rank(
+            [history], work.settings.num_items, filter_seen=work.settings.filter_seen
+        )
         samples.append(
             {
                 "user_id": sequences.user_ids[test.users[row]],
@@ -245,8 +298,8 @@ def _plain(item: Recommendation) -> dict[str, Any]:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("data", (), _data, lambda s: _files(s.data_dir, s.items, s.interactions)),
-        Stage("embed", ("data",), _embed, lambda s: _files(s.encoder)),
+        Stage("data", (), _data, _data_files),
+        Stage("embed", ("data",), _embed, _embed_files, version=2),
         Stage("tokenize", ("data", "embed"), _tokenize),
         Stage("report", ("tokenize", "embed"), _report),
         Stage("index", ("tokenize",), _index),

@@ -25,6 +25,8 @@ def quality_report(
     latents: Tensor | npt.ArrayLike | None = None,
     quantized: Tensor | npt.ArrayLike | None = None,
     labels: Sequence[str] | None = None,
+    training_usage: Sequence[float] | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Measures a SID table; every value can be written as JSON.
 
@@ -36,20 +38,27 @@ def quality_report(
         latents: ``[N, D_z]``, the vectors z before quantization; needs ``quantized``.
         quantized: ``[N, D_z]``, the sums of their codewords.
         labels: A category of each item, for the purity of prefixes.
+        training_usage: Per level, the share of the codes in use while the codebooks were trained,
+            to hold beside ``usage``, which is that of the table.
+        seed: Seed of the shuffled labels.
 
     Returns:
         - ``num_items``, ``num_sids``, ``unique_sid_ratio`` (SIDs per item), ``max_collision``
-          (items on the fullest SID), ``colliding_items`` (items that share their SID).
+          (items on the fullest SID), ``colliding_items`` (items that share their SID), and
+          ``collisions``: pairs of a number of items and how many SIDs hold that many.
         - ``levels``: per level ``size``, ``counts`` (items on each code), ``used`` and ``usage``
           (number and share of its codes that occur), ``dead`` (number that do not), ``entropy`` in
-          nats, ``perplexity`` (e to the entropy), ``gini`` (0: all codes equally often).
+          nats, ``perplexity`` (e to the entropy), ``gini`` (0: all codes equally often), and
+          ``training_usage``, if given.
         - ``reconstruction``, if given: ``mse`` (mean over rows and features), ``squared_error``
           (sum over features, mean over rows) and ``unexplained_variance`` (the share of the
           variance of the embeddings that is lost; None if they have none).
         - ``quantization``, if given: ``squared_error`` and ``cosine``, the mean of cos(z, ẑ).
-        - ``prefixes``, if labels are given: per prefix length ``groups`` (distinct prefixes) and
-          ``purity`` (share of the items that carry the commonest label of their prefix), and
-          ``label_majority``, the purity of one group with everything in it.
+        - ``prefixes``: per prefix length ``groups`` (distinct prefixes) and, if labels are given,
+          ``purity`` (share of the items that carry the commonest label of their prefix) and
+          ``shuffled`` (the purity of the same groups with the labels dealt anew: small groups are
+          pure by chance). With labels also ``label_majority``, the purity of one group with
+          everything in it.
 
     Raises:
         InvalidArgument: an argument is missing or does not fit the table.
@@ -62,7 +71,14 @@ def quality_report(
         codes, sizes = as_codes(table, codebook_sizes), tuple(codebook_sizes)
     if not len(codes):
         raise InvalidArgument("table", "at least one item", "none")
+    if training_usage is not None and (
+        len(training_usage) != len(sizes) or not all(0 <= share <= 1 for share in training_usage)
+    ):
+        raise InvalidArgument(
+            "training_usage", f"{len(sizes)} shares in [0, 1]", list(training_usage)
+        )
     counts = group_by_sid(codes).counts
+    sizes_of_sids, frequency = np.unique(counts, return_counts=True)
     usage = code_usage(torch.from_numpy(codes), sizes).split(list(sizes))
     report: dict[str, Any] = {
         "num_items": len(codes),
@@ -70,8 +86,12 @@ def quality_report(
         "unique_sid_ratio": len(counts) / len(codes),
         "max_collision": int(counts.max()),
         "colliding_items": int(counts[counts > 1].sum()),
+        "collisions": np.stack([sizes_of_sids, frequency], axis=1).tolist(),
         "levels": [_level(level.numpy()) for level in usage],
     }
+    if training_usage is not None:
+        for level, share in zip(report["levels"], training_usage, strict=True):
+            level["training_usage"] = float(share)
     pair = _pair("embeddings", embeddings, "reconstruction", reconstruction, len(codes))
     if pair is not None:
         report["reconstruction"] = _reconstruction(*pair)
@@ -81,8 +101,7 @@ def quality_report(
             "squared_error": float((pair[0] - pair[1]).square().sum(dim=1).mean()),
             "cosine": float(torch.cosine_similarity(*pair, dim=1).mean()),
         }
-    if labels is not None:
-        report.update(_purity(codes, labels))
+    report.update(_prefixes(codes, labels, seed))
     return report
 
 
@@ -132,18 +151,33 @@ def _reconstruction(x: Tensor, decoded: Tensor) -> dict[str, float | None]:
     }
 
 
-def _purity(codes: Codes, labels: Sequence[str]) -> dict[str, Any]:
+def _prefixes(codes: Codes, labels: Sequence[str] | None, seed: int) -> dict[str, Any]:
+    if labels is None:
+        lengths = range(1, codes.shape[1] + 1)
+        return {"prefixes": [{"groups": len(group_by_sid(codes[:, :n]).counts)} for n in lengths]}
     if len(labels) != len(codes):
         raise InvalidArgument("labels", f"{len(codes)} labels", len(labels))
     _, label = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+    shuffled = np.random.default_rng(seed).permutation(label)
     prefixes = []
-    for length in range(codes.shape[1] + 1):
+    for length in range(1, codes.shape[1] + 1):
         order, starts = group_by_sid(codes[:, :length])
         counts = np.diff(starts)
         group = np.empty(len(codes), dtype=np.int64)
         group[order] = np.repeat(np.arange(len(counts)), counts)
-        pairs, size = np.unique(np.stack([group, label]), axis=1, return_counts=True)
-        commonest = np.zeros(len(counts), dtype=np.int64)
-        np.maximum.at(commonest, pairs[0], size)
-        prefixes.append({"groups": len(counts), "purity": float(commonest.sum() / len(codes))})
-    return {"label_majority": prefixes[0]["purity"], "prefixes": prefixes[1:]}
+        prefixes.append(
+            {
+                "groups": len(counts),
+                "purity": _purity(group, label),
+                "shuffled": _purity(group, shuffled),
+            }
+        )
+    return {"label_majority": _purity(np.zeros_like(label), label), "prefixes": prefixes}
+
+
+def _purity(group: npt.NDArray[np.int64], label: npt.NDArray[np.int64]) -> float:
+    """Returns the share of the rows that carry the commonest label of their group."""
+    pairs, size = np.unique(group * (int(label.max()) + 1) + label, return_counts=True)
+    commonest = np.zeros(int(group.max()) + 1, dtype=np.int64)
+    np.maximum.at(commonest, pairs // (int(label.max()) + 1), size)
+    return float(commonest.sum() / len(group))

@@ -86,14 +86,10 @@ class SidTrie:
             InvalidData: a code is out of range, or an item id occurs twice.
         """
         table = _code_matrix(codes)
-        ids = (
-            ItemIds.from_list(np.arange(len(table)))
-            if item_ids is None
-            else ItemIds.from_list(item_ids)
-        )
-        if len(ids) != len(table):
-            raise InvalidArgument("item_ids", f"{len(table)} ids, one a row of codes", len(ids))
-        if item_ids is not None:
+        ids = None if item_ids is None else ItemIds.from_list(item_ids)
+        if ids is not None:
+            if len(ids) != len(table):
+                raise InvalidArgument("item_ids", f"{len(table)} ids, one a row of codes", len(ids))
             _check_distinct(ids)
         levels = table.shape[1]
         if codebook_sizes is None:
@@ -108,11 +104,11 @@ class SidTrie:
     def _from_distinct(
         cls,
         table: np.ndarray,
-        ids: ItemIds,
+        ids: ItemIds | None,
         sizes: Sequence[int],
         token_offsets: Sequence[int] | None,
     ) -> SidTrie:
-        """Builds from codes ``[N, L]`` and as many distinct ids."""
+        """Builds from codes ``[N, L]`` and as many distinct ids, or the numbers of the rows."""
         found = sort_sids(table, sizes)
         if isinstance(found, int):
             row, level = divmod(found, table.shape[1])
@@ -120,7 +116,8 @@ class SidTrie:
             raise InvalidData(f"codes row {row}, level {level}", expected, table[row, level])
         roots = (0, found.columns.shape[1])
         index = build_index(found.columns, sizes, roots)
-        return cls(index, sizes, token_offsets, roots, found.item_starts, ids.select(found.order))
+        placed = ItemIds.from_list(found.order) if ids is None else ids.select(found.order)
+        return cls(index, sizes, token_offsets, roots, found.item_starts, placed)
 
     @classmethod
     def join(cls, tries: Sequence[SidTrie]) -> SidTrie:
@@ -160,7 +157,7 @@ class SidTrie:
     @property
     def depth(self) -> int:
         """L, the number of levels."""
-        return self.index.depth
+        return len(self.codebook_sizes)
 
     @property
     def num_sids(self) -> int:

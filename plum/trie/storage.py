@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def check_index(
         raise InvalidData(path, f"a table [{len(sizes)}, 9]", list(index.table.shape))
     rows = index.rows
     rising = len(roots) >= 2 and roots[0] == 0 and roots[-1] == rows > 0
-    if not rising or any(a >= b for a, b in zip(roots, roots[1:], strict=False)):
+    if not rising or any(a >= b for a, b in itertools.pairwise(roots)):
         raise InvalidData(path, f"roots rising from 0 to {rows}", roots)
     columns = np.empty((len(sizes), rows), dtype=np.uint16)
     for level, size in enumerate(sizes):

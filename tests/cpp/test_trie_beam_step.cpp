@@ -27,20 +27,23 @@ struct Result {
 struct Case {
   std::vector<float> logits, scores;
   std::vector<uint16_t> halves;
-  std::vector<int64_t> states, rank, deny;
+  std::vector<int64_t> states, deny, columns;
+  std::vector<bool> kept;
+  std::vector<uint64_t> bits, masks;
+  std::vector<uint32_t> ranks;
+  plum::TrieFilter filter{nullptr, nullptr, {}};
   plum::cpu::BeamStepInput input{};
-  int64_t level, k;
+  int64_t level, offset, k;
 };
 
 // Small logits whose values are the same in fp32 and bf16.
-Case make_case(const TrieTable& trie, std::mt19937_64& random) {
-  Case c;
+void make_case(const TrieTable& trie, std::mt19937_64& random, Case& c) {
   auto& in = c.input;
-  const auto rows = static_cast<int64_t>(trie.table.size());
+  const int64_t rows = trie.rows;
   in.batch = 1 + random() % 3;
   in.beams = 1 + random() % 20;
-  in.offset = random() % 2 * 5;
-  in.width = in.offset + trie.size + random() % 3;
+  c.offset = random() % 2 * 5;
+  in.width = c.offset + trie.size + random() % 3;
   in.beam_stride = in.width + random() % 2;
   in.batch_stride = in.beams * in.beam_stride + random() % 2;
   in.valid = random() % 2;
@@ -55,49 +58,40 @@ Case make_case(const TrieTable& trie, std::mt19937_64& random) {
   }
   for (int64_t i = 0; i < in.batch * in.beams; ++i) {
     c.scores.push_back(-static_cast<float>(random() % 100) / 10);
-    // The range of a random row's prefix of `level` codes.
-    const auto& sid = trie.table[random() % rows];
-    int64_t low = rows, high = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      if (!std::equal(sid.begin(), sid.begin() + c.level, trie.table[r].begin())) continue;
-      low = std::min(low, r);
-      high = r + 1;
-    }
+    // The range of a random row's prefix.
+    auto prefix = trie.table[random() % rows];
+    prefix.resize(c.level);
+    const auto range = trie.range_of(prefix);
     const bool dead = random() % 10 == 0;
-    c.states.insert(c.states.end(), {dead ? 0 : low, dead ? 0 : high});
+    c.states.insert(c.states.end(), {dead ? 0 : range[0], dead ? 0 : range[1]});
   }
+  c.kept.assign(rows, true);
   if (random() % 2) {
-    c.rank.push_back(0);
-    for (int64_t r = 0; r < rows; ++r) c.rank.push_back(c.rank.back() + random() % 2);
+    for (int64_t r = 0; r < rows; ++r) c.kept[r] = random() % 2;
+    c.filter = trie.filter(c.kept, c.bits, c.ranks, c.masks);
   }
   if (random() % 2) {
     in.denied = random() % (rows + 3);
-    for (int64_t b = 0; b < in.batch; ++b) {
-      std::vector<int64_t> list;
-      for (int64_t d = 0; d < in.denied; ++d) {
-        const int64_t row = random() % (rows + 1);
-        const bool outside = row < rows && !c.rank.empty() && c.rank[row + 1] == c.rank[row];
-        const bool repeated = std::find(list.begin(), list.end(), row) != list.end();
-        list.push_back(outside || repeated ? rows : row);
-      }
-      std::sort(list.begin(), list.end());
-      c.deny.insert(c.deny.end(), list.begin(), list.end());
+    for (int64_t d = 0; d < in.batch * in.denied; ++d) {
+      c.deny.push_back(static_cast<int64_t>(random() % (rows + 2)) - 1);
     }
+    if (random() % 2) std::sort(c.deny.begin(), c.deny.end());
   }
   in.scores = c.scores.data();
   in.states = c.states.data();
-  in.rank = c.rank.empty() ? nullptr : c.rank.data();
+  c.columns.assign(trie.depth, c.offset);
+  in.levels = {c.level, nullptr};
   in.deny = in.denied == 0 ? nullptr : c.deny.data();
-  return c;
 }
 
 Result run(const TrieTable& trie, Case& c, bool bf16, int threads) {
+  c.input.columns = c.columns.data();
   c.input.logits = bf16 ? static_cast<const void*>(c.halves.data()) : c.logits.data();
   c.input.type = bf16 ? plum::cpu::LogitType::kBf16 : plum::cpu::LogitType::kFp32;
   const int64_t places = c.input.batch * c.k;
   Result r{std::vector<int64_t>(places, -7), std::vector<int64_t>(places, -7),
            std::vector<int64_t>(2 * places, -7), std::vector<float>(places, -7)};
-  plum::cpu::trie_beam_step(c.input, trie.levels[c.level], c.k,
+  plum::cpu::trie_beam_step(c.input, trie.trie, c.filter, c.k,
                             {r.tokens.data(), r.parents.data(), r.scores.data(), r.states.data()},
                             threads);
   return r;
@@ -105,36 +99,32 @@ Result run(const TrieTable& trie, Case& c, bool bf16, int threads) {
 
 struct Child {
   double score;
-  int64_t beam, edge;
+  int64_t beam, code, low, high;
 };
 
 void check(const TrieTable& trie, const Case& c, const Result& r) {
   const auto& in = c.input;
-  const plum::TrieLevel& level = trie.levels[c.level];
   for (int64_t b = 0; b < in.batch; ++b) {
     std::vector<Child> children;
     for (int64_t w = 0; w < in.beams; ++w) {
       const float* row = c.logits.data() + b * in.batch_stride + w * in.beam_stride;
       const int64_t* state = c.states.data() + 2 * (b * in.beams + w);
-      std::vector<int64_t> legal;
-      for (int64_t e = 0; e < level.edges; ++e) {
-        if (level.starts[e] < state[0] || level.starts[e] >= state[1]) continue;
+      const int64_t* list = c.deny.data() + b * in.denied;
+      std::vector<Child> legal;
+      for (int64_t low = state[0], high; low < state[1]; low = high) {
+        const int64_t code = trie.table[low][c.level];
         bool left = false;
-        for (int64_t r2 = level.starts[e]; r2 < level.starts[e + 1]; ++r2) {
-          const bool kept = in.rank == nullptr || in.rank[r2 + 1] > in.rank[r2];
-          const int64_t* list = c.deny.data() + b * in.denied;
-          left |= kept && (in.deny == nullptr || !std::count(list, list + in.denied, r2));
+        for (high = low; high < state[1] && trie.table[high][c.level] == code; ++high) {
+          left |= c.kept[high] && (in.deny == nullptr || !std::count(list, list + in.denied, high));
         }
-        if (left) legal.push_back(e);
+        if (left) legal.push_back({row[c.offset + code], w, code, low, high});
       }
       double sum = 0;
       for (int64_t v = 0; !in.valid && v < in.width; ++v) sum += std::exp(double(row[v]));
-      for (int64_t e : legal) {
-        if (in.valid) sum += std::exp(double(row[in.offset + level.codes[e]]));
-      }
-      for (int64_t e : legal) {
-        const double log_probability = row[in.offset + level.codes[e]] - std::log(sum);
-        children.push_back({in.scores[b * in.beams + w] + log_probability, w, e});
+      for (const Child& child : legal) sum += in.valid ? std::exp(child.score) : 0;
+      for (Child child : legal) {
+        child.score += in.scores[b * in.beams + w] - std::log(sum);
+        children.push_back(child);
       }
     }
     const auto found = std::min<int64_t>(c.k, children.size());
@@ -151,11 +141,11 @@ void check(const TrieTable& trie, const Case& c, const Result& r) {
       // Scores lie within 2e-5: a few fp32 roundings of numbers below 32.
       CHECK(std::fabs(r.scores[at] - scores[j]) < 2e-5);
       const auto child = std::find_if(children.begin(), children.end(), [&](const Child& each) {
-        return each.beam == r.parents[at] && level.starts[each.edge] == r.states[2 * at];
+        return each.beam == r.parents[at] && each.low == r.states[2 * at];
       });
       CHECK(child != children.end() && std::fabs(child->score - r.scores[at]) < 2e-5);
-      CHECK(r.tokens[at] == level.codes[child->edge]);
-      CHECK(r.states[2 * at + 1] == level.starts[child->edge + 1]);
+      CHECK(r.tokens[at] == child->code);
+      CHECK(r.states[2 * at + 1] == child->high);
       if (j == 0 || r.scores[at] < r.scores[at - 1]) continue;
       CHECK(r.scores[at] == r.scores[at - 1]);
       CHECK(r.parents[at - 1] < r.parents[at] ||
@@ -171,7 +161,8 @@ int main() {
   for (int round = 0; round < 400; ++round) {
     const int64_t size = std::vector<int64_t>{1, 2, 17, 90, 1100}[random() % 5];
     const TrieTable trie(1 + random() % 300, 1 + random() % 4, size, random);
-    Case c = make_case(trie, random);
+    Case c;
+    make_case(trie, random, c);
     Result first;
     for (const std::string& isa : plum::cpu::available_isas()) {
       plum::cpu::set_isa(isa);

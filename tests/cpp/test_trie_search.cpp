@@ -16,15 +16,6 @@ namespace {
 
 using Sid = std::vector<int64_t>;
 
-std::vector<int64_t> range_of(const std::vector<Sid>& table, const Sid& prefix) {
-  const auto has_prefix = [&](const Sid& sid) {
-    return std::equal(prefix.begin(), prefix.end(), sid.begin());
-  };
-  const auto first = std::find_if(table.begin(), table.end(), has_prefix);
-  if (first == table.end()) return {0, 0};
-  return {first - table.begin(), std::find_if_not(first, table.end(), has_prefix) - table.begin()};
-}
-
 void check_walks(const TrieTable& trie, std::mt19937_64& random, int threads) {
   const int64_t depth = trie.depth;
   std::vector<int64_t> prefixes, expected, next, after_next;
@@ -33,13 +24,15 @@ void check_walks(const TrieTable& trie, std::mt19937_64& random, int threads) {
     Sid prefix = trie.table[random() % trie.table.size()];
     prefix.resize(random() % (depth + 1));
     if (!prefix.empty() && random() % 3 == 0) prefix.back() = random() % trie.size;
-    const auto state = range_of(trie.table, prefix);
+    const auto state = trie.range_of(prefix);
     expected.insert(expected.end(), state.begin(), state.end());
     prefix.resize(depth, -1);
     prefixes.insert(prefixes.end(), prefix.begin(), prefix.end());
   }
-  std::vector<int64_t> states(2 * count, -7);
-  plum::cpu::trie_walk(prefixes.data(), count, depth, trie.levels, states.data(), threads);
+  std::vector<int64_t> states(2 * count, -7), roots;
+  for (int64_t i = 0; i < count; ++i) roots.insert(roots.end(), {0, trie.rows});
+  plum::cpu::trie_walk(roots.data(), prefixes.data(), count, depth, trie.trie, states.data(),
+                       threads);
   CHECK(states == expected);
 
   for (int64_t level = 0; level < depth; ++level) {
@@ -47,20 +40,20 @@ void check_walks(const TrieTable& trie, std::mt19937_64& random, int threads) {
     for (int64_t token = -1; token <= trie.size; ++token) {
       Sid longer = prefix;
       longer.push_back(token);
-      const std::vector<int64_t> state = range_of(trie.table, prefix);
+      const std::vector<int64_t> state = trie.range_of(prefix);
       std::vector<int64_t> after(2, -7);
-      plum::cpu::trie_advance(state.data(), &token, 1, trie.levels[level], after.data(), threads);
-      CHECK(after == range_of(trie.table, longer));
+      plum::cpu::trie_advance(state.data(), &token, 1, trie.trie, {level, nullptr}, after.data(),
+                              threads);
+      CHECK(after == trie.range_of(longer));
     }
-    const std::vector<plum::TrieLevel> rest(trie.levels.begin() + level, trie.levels.end());
-    const auto rows = static_cast<int64_t>(trie.table.size());
+    const int64_t rows = trie.rows;
     std::vector<int64_t> ranges, tail(rows * (depth - level), -7);
     for (const Sid& sid : trie.table) {
-      const auto state = range_of(trie.table, Sid(sid.begin(), sid.begin() + level));
+      const auto state = trie.range_of(Sid(sid.begin(), sid.begin() + level));
       ranges.insert(ranges.end(), state.begin(), state.end());
     }
     std::vector<char> forced(rows);
-    plum::cpu::forced_tail(ranges.data(), rows, rest, tail.data(),
+    plum::cpu::forced_tail(ranges.data(), rows, trie.trie, level, tail.data(),
                            reinterpret_cast<bool*>(forced.data()), threads);
     for (int64_t i = 0; i < rows; ++i) {
       const bool lone = ranges[2 * i + 1] - ranges[2 * i] == 1;
@@ -84,7 +77,7 @@ void check_mask(const TrieTable& trie, std::mt19937_64& random, int64_t offset, 
     for (int64_t row = 0; row < rows; ++row) {
       Sid prefix = trie.table[random() % trie.table.size()];
       prefix.resize(level);
-      const auto state = row == 3 ? std::vector<int64_t>{0, 0} : range_of(trie.table, prefix);
+      const auto state = row == 3 ? std::vector<int64_t>{0, 0} : trie.range_of(prefix);
       states.insert(states.end(), state.begin(), state.end());
       for (int64_t v = 0; v < width; ++v) {
         bool legal = false;
@@ -92,8 +85,9 @@ void check_mask(const TrieTable& trie, std::mt19937_64& random, int64_t offset, 
         if (!legal) expected[row * stride + v] = fill;
       }
     }
-    plum::cpu::trie_mask(logits.data(), fill, rows, width, stride, states.data(),
-                         trie.levels[level], offset, threads);
+    const std::vector<int64_t> columns(trie.depth, offset);
+    plum::cpu::trie_mask(logits.data(), fill, rows, width, stride, states.data(), trie.trie,
+                         {level, nullptr}, columns.data(), threads);
     CHECK(logits == expected);
   }
 }

@@ -156,6 +156,26 @@ def test_save_and_load_give_the_same(tmp_path) -> None:
     }
 
 
+def test_images_are_remembered_with_what_tells_that_one_changed(tmp_path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "1.jpg").write_bytes(b"x")
+    saved = replace(dataset(), images=images)
+    saved.save(tmp_path / "data")
+    assert Dataset.load(tmp_path / "data").images == images
+    before = (tmp_path / "data/dataset.json").read_text()
+    saved.save(tmp_path / "data")
+    assert (tmp_path / "data/dataset.json").read_text() == before
+    (images / "1.jpg").write_bytes(b"xy")
+    saved.save(tmp_path / "data")
+    assert (tmp_path / "data/dataset.json").read_text() != before
+    (tmp_path / "data/dataset.json").write_text(
+        '{"name": "shop", "text_template": "{title}", "images": "there"}'
+    )
+    with pytest.raises(InvalidData, match=r"key 'images'.*got 'there'"):
+        Dataset.load(tmp_path / "data")
+
+
 def test_load_refuses_files_that_do_not_belong_together(tmp_path) -> None:
     dataset().save(tmp_path)
     log(LOG[:3]).write_parquet(tmp_path / "interactions.parquet")

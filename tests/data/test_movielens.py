@@ -10,8 +10,16 @@ import numpy as np
 import polars as pl
 import pytest
 
-from plum.data import filter_interactions, load_dataset, read_movielens, sequences_of
-from plum.data.movielens import split_title
+from plum.data import (
+    filter_interactions,
+    find_template,
+    load_dataset,
+    read_movielens,
+    read_movies,
+    render_texts,
+    sequences_of,
+)
+from plum.data.movielens import TEMPLATES, split_title
 from plum.errors import InvalidArgument, InvalidData
 
 
@@ -55,7 +63,7 @@ def test_titles(raw: str, title: str, year: str | None) -> None:
 
 
 def test_ml_1m_counts_and_text(ml_1m) -> None:
-    assert ml_1m.items.shape == (3883, 7)
+    assert ml_1m.items.shape == (3883, 9)
     assert ml_1m.interactions.height == 1_000_209
     assert ml_1m.interactions["user_id"].n_unique() == 6040
     assert ml_1m.interactions["item_id"].n_unique() == 3706
@@ -67,6 +75,34 @@ def test_ml_1m_counts_and_text(ml_1m) -> None:
     assert "Keanu Reeves" in matrix["actors"]
     assert "Wachowski" in matrix["director"]
     assert ml_1m.items["plot"].null_count() == 3883 - 3845
+    assert ml_1m.items["abstract"].null_count() == 3883 - 3301
+    assert ml_1m.images is not None and ml_1m.images.name == "posters_64x96.tar"
+
+
+def test_named_templates_say_more_and_more(ml_1m) -> None:
+    said = {name: render_texts(ml_1m.items, find_template(name))[0] for name in TEMPLATES}
+    assert said["naive"] == "Toy Story | Animation, Children's, Comedy"
+    assert said["enriched"].startswith(
+        "Toy Story | released in 1995 | Animation, Children's, Comedy | drawn, modeled"
+    )
+    assert said["plots"].startswith("Toy Story (1995) | Animation, Children's, Comedy | A little")
+    beauty = ml_1m.items.filter(item_id="781")
+    assert render_texts(beauty, find_template("abstracts"))[0].startswith(
+        "Stealing Beauty (1996) | Drama | Stealing Beauty (French: Beauté volée;"
+    )
+    assert find_template("{title}") == "{title}"
+    with pytest.raises(
+        InvalidArgument, match="one of naive, enriched, plots, abstracts, got 'rich'"
+    ):
+        find_template("rich")
+
+
+def test_every_genre_of_the_releases_is_described(ml_1m, shared_data) -> None:
+    path = shared_data / "movielens-catalogs/ml-25m_movies.csv.xz"
+    for items in (ml_1m.items, read_movies("ml-25m", path)):
+        listed = items["genres"].str.split(", ").list.len().fill_null(0)
+        described = items["genre_descriptions"].str.split("; ").list.len().fill_null(0)
+        assert listed.equals(described)
 
 
 def test_ml_1m_equals_sasrecs_canonical_sequences(ml_1m, shared_data) -> None:
@@ -97,7 +133,7 @@ def test_ml_1m_equals_sasrecs_canonical_sequences(ml_1m, shared_data) -> None:
 
 def test_ml_100k(shared_data) -> None:
     dataset = load_dataset("ml-100k", data_dir=shared_data / "movielens-100k")
-    assert dataset.items.columns == ["item_id", "title", "year", "genres"]
+    assert dataset.items.columns == ["item_id", "title", "year", "genres", "genre_descriptions"]
     assert dataset.items.height == 1682
     assert dataset.interactions.height == 100_000
     assert dataset.interactions["user_id"].n_unique() == 943
@@ -213,6 +249,24 @@ def test_extra_texts_of_the_wrong_shape_are_named(tmp_path) -> None:
         read_movielens("ml-1m", tmp_path)
     (tmp_path / "movies_extrainfos.dat").write_text(whole * 2)
     with pytest.raises(InvalidData, match=r"one line per movie, got '7' repeated"):
+        read_movielens("ml-1m", tmp_path)
+
+
+def test_abstracts_and_posters_are_found_beside_the_ratings(tmp_path) -> None:
+    write_dat(tmp_path, MOVIES, RATINGS)
+    assert read_movielens("ml-1m", tmp_path).images is None
+    (tmp_path / "dbpedia_abstracts.json").write_text('{"9": "A film.", "11": "Elsewhere."}')
+    (tmp_path / "posters_8x8.tar").write_bytes(b"")
+    dataset = read_movielens("ml-1m", tmp_path)
+    assert dataset.items["abstract"].to_list() == [None, "A film."]
+    assert dataset.images == tmp_path / "posters_8x8.tar"
+    (tmp_path / "posters").mkdir()
+    assert read_movielens("ml-1m", tmp_path).images == tmp_path / "posters"
+    (tmp_path / "dbpedia_abstracts.json").write_text('{"9": ["A film."]}')
+    with pytest.raises(InvalidData, match=r"dbpedia_abstracts\.json: expected an object"):
+        read_movielens("ml-1m", tmp_path)
+    (tmp_path / "dbpedia_abstracts.json").write_text('{"9": ')
+    with pytest.raises(InvalidData, match=r"dbpedia_abstracts\.json: expected a JSON object"):
         read_movielens("ml-1m", tmp_path)
 
 

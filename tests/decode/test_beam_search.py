@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import numpy as np
@@ -205,18 +206,18 @@ def test_a_search_leaves_the_model_as_it_was_and_repeats_exactly():
 
 def test_each_prompt_is_encoded_once_and_the_cache_is_not_repeated_per_beam(monkeypatch):
     model, trie = tiny("llama").eval(), catalog()
-    search = SidBeamSearch(model, trie)
-    shapes, forward = [], model.forward
+    search = SidBeamSearch(model, trie, forced_tails=False)
+    shapes, forward = [], model.model.forward
 
     def spy(*args, **options):
         result = forward(*args, **options)
-        keys = result.past_key_values.layers[0].keys
-        shapes.append((tuple(options["input_ids"].shape), result.logits.shape[1], keys.shape[::2]))
+        keys = options["cache"].layers[0].keys
+        shapes.append((tuple(options["input_ids"].shape), keys.shape[::2]))
         return result
 
-    monkeypatch.setattr(model, "forward", spy)
+    monkeypatch.setattr(model.model, "forward", spy)
     search.search(*prompts([9, 4]), num_beams=5)
-    assert shapes == [((2, 9), 1, (2, 9)), ((2, 5), 5, (2, 14)), ((2, 5), 5, (2, 19))]
+    assert shapes == [((2, 9), (2, 9)), ((2, 5), (2, 14)), ((2, 5), (2, 19))]
 
 
 def test_bfloat16_agrees_with_replay():
@@ -242,13 +243,15 @@ def test_a_model_that_cannot_do_tree_attention_is_refused(monkeypatch):
 
     # Ordinary initialization: small logits, a barely visible context.
     deaf = tiny("gpt2", initializer_range=0.02)
-    forward = deaf.forward
+    forward = deaf.transformer.forward
 
-    def ignores_masks(*args, attention_mask, **options):
-        given = attention_mask if attention_mask.dim() == 2 else None
+    def ignores_masks(*args, attention_mask=None, **options):
+        given = attention_mask if attention_mask is None or attention_mask.dim() == 2 else None
         return forward(*args, attention_mask=given, **options)
 
-    monkeypatch.setattr(deaf, "forward", ignores_masks)
+    ignores_masks.__signature__ = inspect.signature(forward)
+
+    monkeypatch.setattr(deaf.transformer, "forward", ignores_masks)
     with pytest.raises(InvalidArgument, match="logits then differ by"):
         SidBeamSearch(deaf, trie)
 
@@ -291,8 +294,9 @@ def test_refuses_what_does_not_fit():
         search.search(*prompts([31, 4]))
     with pytest.raises(InvalidArgument, match="score: expected 'full' or 'valid'"):
         SidBeamSearch(model, trie, score="raw")
-    with pytest.raises(InvalidArgument, match="attention: expected 'tree' or 'replay'"):
-        SidBeamSearch(model, trie, attention="fast")
+    for attention in ("fast", "rows"):
+        with pytest.raises(InvalidArgument, match="expected 'tree' or 'replay' for GPT2LMHeadMod"):
+            SidBeamSearch(model, trie, attention=attention)
     with pytest.raises(InvalidArgument, match="no token_offsets"):
         SidBeamSearch(model, SidTrie.from_codes([[0]]))
     with pytest.raises(InvalidArgument, match=r"a vocabulary with token 60, .* got 60 tokens"):

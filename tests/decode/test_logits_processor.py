@@ -8,6 +8,8 @@ from plum.decode import SidBeamSearch, SidLogitsProcessor
 from plum.errors import InvalidArgument
 from plum.trie import SidTrie
 
+from .tiny_models import tiny
+
 INF = float("inf")
 VOCABULARY, END, BEGIN = 30, 2, 3
 OFFSETS = [10, 15, 20]
@@ -113,25 +115,94 @@ def test_sampling_only_ever_gives_items():
     assert len({tuple(row) for row in generated}) > 10
 
 
-def test_beams_of_generate_are_those_of_the_search():
+def spoiling() -> dict:
+    """A published generation_config that would spoil a beam search in every way it can."""
+    return {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 3,
+        "top_p": 0.5,
+        "min_p": 0.2,
+        "typical_p": 0.7,
+        "repetition_penalty": 1.7,
+        "no_repeat_ngram_size": 1,
+        "length_penalty": 2.0,
+        "suppress_tokens": [11, 12],
+        "bad_words_ids": [[13]],
+        "early_stopping": True,
+        "max_length": 7,
+        "renormalize_logits": True,
+        "forced_eos_token_id": END,
+        "exponential_decay_length_penalty": (1, 1.5),
+    }
+
+
+@pytest.mark.parametrize("published", [{}, spoiling()], ids=["plain", "published"])
+def test_beams_of_generate_are_those_of_the_search(published):
     model, trie, inputs = tiny_model(), catalog(), prompts()
-    output = model.generate(
-        **inputs,
-        num_beams=5,
-        num_return_sequences=5,
-        do_sample=False,
-        max_new_tokens=3,
-        length_penalty=0.0,
-        eos_token_id=None,
-        logits_processor=[SidLogitsProcessor(trie, end_token_id=END, prompt_length=6)],
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    result = SidBeamSearch(model, trie).search(**inputs, num_beams=5)
+    expected = SidBeamSearch(model, trie).search(**inputs, num_beams=5)
+    model.generation_config.update(**published)
+    processor = SidLogitsProcessor(trie, end_token_id=END, prompt_length=6)
+    output = model.generate(**inputs, **processor.beam_arguments(5))
     sequences = output.sequences[:, 6:].view(3, 5, 3) - torch.tensor(OFFSETS)
-    assert sequences.tolist() == result.sids.tolist()
+    assert sequences.tolist() == expected.sids.tolist()
     scores = output.sequences_scores.view(3, 5)
-    torch.testing.assert_close(scores, result.scores, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scores, expected.scores, atol=1e-4, rtol=0)
+
+
+def test_sampling_with_a_published_configuration_gives_items():
+    model, trie, inputs = tiny_model(), catalog(), prompts()
+    qwen = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    model.generation_config.update(**qwen, repetition_penalty=1.05)
+    processor = SidLogitsProcessor(trie, end_token_id=END, prompt_length=6)
+    table = (trie.codes_at(torch.arange(trie.num_sids)) + torch.tensor(OFFSETS)).tolist()
+    torch.manual_seed(3)
+    for beams in (1, 4):
+        output = model.generate(
+            **inputs,
+            num_beams=beams,
+            num_return_sequences=beams,
+            max_new_tokens=4,
+            logits_processor=[processor],
+        )
+        generated = output[:, 6:].tolist()
+        assert len(generated) == 3 * beams
+        assert all(row[:3] in table and row[3:] == [END] for row in generated)
+
+
+def test_samples_follow_the_probabilities_of_the_model():
+    model, trie, inputs = tiny_model(), catalog(), prompts()
+    one = {name: tensor[:1] for name, tensor in inputs.items()}
+    expected = SidBeamSearch(model, trie, score="valid").search(**one, num_beams=trie.num_sids)
+    processor = SidLogitsProcessor(trie, end_token_id=END, prompt_length=6)
+    torch.manual_seed(5)
+    draws = 4000
+    output = model.generate(
+        **one,
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=draws,
+        max_new_tokens=3,
+        logits_processor=[processor],
+    )
+    found = output[:, 6:] - torch.tensor(OFFSETS)
+    probability = expected.scores[0].exp()
+    share = (found.unsqueeze(1) == expected.sids[0]).all(dim=2).float().mean(dim=0)
+    assert float(share.sum()) == 1
+    # Five standard deviations of a share of that many draws.
+    assert ((share - probability).abs() <= 5 * (probability / draws).sqrt() + 1e-3).all()
+
+
+def test_beams_of_an_encoder_decoder_model_are_those_of_the_search():
+    model = tiny("t5", VOCABULARY).eval()
+    trie, inputs = catalog(), prompts()
+    processor = SidLogitsProcessor(trie, end_token_id=END, prompt_length=1)
+    output = model.generate(**inputs, **processor.beam_arguments(5))
+    expected = SidBeamSearch(model, trie).search(**inputs, num_beams=5)
+    sequences = output.sequences[:, 1:].view(3, 5, 3) - torch.tensor(OFFSETS)
+    assert sequences.tolist() == expected.sids.tolist()
+    scores = output.sequences_scores.view(3, 5)
+    torch.testing.assert_close(scores, expected.scores, atol=1e-4, rtol=1e-5)
 
 
 def test_refuses_what_does_not_fit():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plum.embed import encode_texts, similarity_report
+from plum.embed import encode_texts, plot_similarity, similarity_report
 from plum.errors import InvalidArgument, InvalidData
 
 
@@ -131,6 +131,21 @@ def test_bad_arguments() -> None:
         similarity_report(rows(5)[0])
     with pytest.raises(InvalidArgument, match="labels"):
         similarity_report(rows(3), labels=[set(), set(), set()])
+
+
+def test_the_plot_shows_every_report_and_repeats_its_bytes(tmp_path: Path) -> None:
+    reports = {"one": similarity_report(rows(50)), "another": similarity_report(rows(60, seed=1))}
+    for name in ("a.svg", "b.svg", "a.png"):
+        plot_similarity(reports, tmp_path / name)
+    text = (tmp_path / "a.svg").read_text()
+    assert all(word in text for word in ("one", "another", "raw", "centered"))
+    assert text == (tmp_path / "b.svg").read_text()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InvalidArgument, match=r"one of the suffixes .*got a\.txt"):
+        plot_similarity(reports, tmp_path / "a.txt")
+    with pytest.raises(InvalidArgument, match="reports"):
+        plot_similarity({}, tmp_path / "a.svg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg", "b.svg"]
 
 
 def _movies(shared_data: Path, step: int) -> tuple[np.ndarray, list[set[str]]]:

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plum.errors import InvalidArgument
+from plum.ops.trie_advance import trie_advance
 from plum.ops.trie_beam_step import BeamStep, trie_beam_step
+from plum.ops.trie_mask import trie_mask_
 from plum.ops.trie_walk import trie_walk
 from plum.trie import SidTrie
 
@@ -411,3 +413,80 @@ def test_opcheck_and_compile(limited):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(logits, scores, states)
     for a, b in zip(compiled, step(logits, scores, states), strict=True):
         assert torch.equal(a, b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([2, 9, 70]), limited=st.booleans())
+def test_requests_at_different_depths_of_different_tries(seed, size, limited):
+    random = np.random.default_rng(seed)
+    offsets = (5 + size * np.arange(3)).tolist()
+    parts = [
+        SidTrie.from_codes(
+            random.integers(0, size, (int(random.integers(1, 300)), 3)),
+            codebook_sizes=[size] * 3,
+            token_offsets=offsets,
+        )
+        for _ in range(3)
+    ]
+    joined = SidTrie.join(parts)
+    roots = np.asarray(joined.roots)
+    assert roots[-1] == joined.num_sids == sum(part.num_sids for part in parts)
+    # The last request is behind the last level: nothing follows.
+    levels, which = [0, 1, 2, 1, 3], random.integers(0, 3, 5)
+    width = 6 + size * 3
+    logits = torch.from_numpy(random.normal(0, 2, (5, 4, width))).float()
+    scores = torch.from_numpy(random.normal(0, 1, (5, 4))).float()
+    states = torch.zeros(5, 4, 2, dtype=torch.int64)
+    for request, (level, part) in enumerate(zip(levels, which, strict=True)):
+        trie = parts[part]
+        picks = torch.from_numpy(random.integers(0, trie.num_sids, 4))
+        found = trie.root_states(1)[0]
+        if level:
+            found = trie_walk(torch.unique(trie.codes_at(picks)[:, :level], dim=0), trie)
+        states[request, : len(found)] = found + int(roots[part])
+    keep = torch.from_numpy(random.random(joined.num_sids) < 0.5) if limited else None
+    deny = torch.from_numpy(random.integers(-1, joined.num_sids, (5, 30))) if limited else None
+    level = torch.tensor(levels)
+    for how in ("full", "valid"):
+        options = {"k": 9, "score": how}
+        for runner in RUNNERS:
+            with running(runner) as backend:
+                step = trie_beam_step(
+                    logits, scores, states, joined, level,
+                    filter=keep, deny=deny, **options, backend=backend,
+                )  # fmt: skip
+            for b, part in enumerate(which):
+                low, high = roots[part], roots[part + 1]
+                if levels[b] == 3:
+                    assert step.tokens[b].tolist() == [-1] * 9
+                    continue
+                alone = trie_beam_step(
+                    logits[b : b + 1],
+                    scores[b : b + 1],
+                    (states[b : b + 1] - low).clamp(min=0),
+                    parts[part],
+                    levels[b],
+                    filter=None if keep is None else keep[low:high],
+                    deny=None if deny is None else (deny[b : b + 1] - low),
+                    **options,
+                    backend=backend,
+                )
+                shifted = torch.where(alone.tokens.unsqueeze(2) < 0, 0, alone.states + int(low))
+                assert torch.equal(step.tokens[b], alone.tokens[0])
+                assert torch.equal(step.parents[b], alone.parents[0])
+                assert torch.equal(step.states[b], shifted[0])
+                torch.testing.assert_close(step.scores[b], alone.scores[0], rtol=0, atol=1e-6)
+    for runner in RUNNERS:
+        with running(runner) as backend:
+            each = level.unsqueeze(1).expand(5, 4)
+            masked = trie_mask_(logits.clone(), states, joined, each, backend=backend)
+            tokens = torch.from_numpy(random.integers(0, size, (5, 4)))
+            after = trie_advance(states, tokens, joined, each, backend=backend)
+            for b, depth in enumerate(levels):
+                if depth == 3:
+                    assert (masked[b] == -INF).all()
+                    assert (after[b] == 0).all()
+                    continue
+                args = (states[b], joined, depth)
+                assert torch.equal(masked[b], trie_mask_(logits[b].clone(), *args))
+                assert torch.equal(after[b], trie_advance(states[b], tokens[b], joined, depth))

@@ -109,12 +109,14 @@ def synthetic_run() -> dict[str, Any]:
             "name": "synthetic", "num_users": 4321, "num_items": 1234, "num_interactions": 56789,
         },
         "embed/similarity.json": {
-            "num_rows": 1234, "dim": 384, "sampled_rows": 1000, "num_pairs": 499500,
-            "mean": 0.28314, "median": 0.27159, "std": 0.1,
-            "centered": {"mean": -0.00026, "median": -0.01123, "std": 0.11},
-            "histogram": {"edges": edges, "raw": bell(0.28, 0.1), "centered": bell(0, 0.11)},
-            "neighbor_agreement": {
-                "neighbors": 0.577, "random": 0.162, "num_neighbors": 10, "num_rows": 1234,
+            "text": {
+                "num_rows": 1234, "dim": 384, "sampled_rows": 1000, "num_pairs": 499500,
+                "mean": 0.28314, "median": 0.27159, "std": 0.1,
+                "centered": {"mean": -0.00026, "median": -0.01123, "std": 0.11},
+                "histogram": {"edges": edges, "raw": bell(0.28, 0.1), "centered": bell(0, 0.11)},
+                "neighbor_agreement": {
+                    "neighbors": 0.577, "random": 0.162, "num_neighbors": 10, "num_rows": 1234,
+                },
             },
         },
         "tokenize/history.json": tokenizer,
@@ -240,6 +242,20 @@ def test_similarity(page: _Page) -> None:
     for value in ("0.2831", "0.2716", "-0.0003", "-0.0112", "0.577", "random: 0.162"):
         assert value in text
     assert "a sample of 1,000 of 1,234 items" in text
+    # One modality needs no title.
+    assert "Text" not in text
+
+
+def test_similarity_by_modality(tmp_path: Path) -> None:
+    run = synthetic_run()
+    reports = run["embed/similarity.json"]
+    reports["image"] = {**reports["text"], "mean": 0.64, "neighbor_agreement": None}
+    page = _Page(write(tmp_path, run))
+    text, _, image = page.text["similarity"].partition("Image")
+    assert "Text" in text and "0.2831" in text and "random: 0.162" in text
+    assert "0.6400" in image and "random" not in image
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert labels.count("Histogram of the cosine similarities of all pairs of items") == 2
 
 
 def test_levels(page: _Page) -> None:
@@ -353,7 +369,7 @@ def test_optional_keys_and_unfinished_stages(tmp_path: Path) -> None:
         for key in ("counts", "gini", "entropy", "dead"):
             del level[key]
     run["report/report.json"]["training_usage"] = [1.0, 0.98, 0.9]
-    del run["embed/similarity.json"]["neighbor_agreement"]
+    del run["embed/similarity.json"]["text"]["neighbor_agreement"]
     run["evaluate.partial/manifest.json"] = {"seconds": 1e9}
     for sample in run["recommend/samples.json"]:
         del sample["target"]
@@ -371,7 +387,7 @@ def test_optional_keys_and_unfinished_stages(tmp_path: Path) -> None:
     [
         ("metrics.json", "{", "a JSON file"),
         ("metrics.json", "[1]", "the file"),
-        ("embed/similarity.json", '{"mean": 0.1, "median": 0.2}', "centered"),
+        ("embed/similarity.json", '{"text": {"mean": 0.1, "median": 0.2}}', "text.centered"),
         ("report/report.json", '{"levels": [{"size": 8, "usage": "much"}]}', "levels.0.usage"),
         ("recommend/samples.json", '[{"user_id": "u"}]', "0.recommendations"),
         ("tokenize/history.json", '{"loss": 1}', "the file"),

@@ -11,10 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
 from plum.config import resolve_config
+from plum.data import sequences_of
 from plum.errors import InvalidArgument, InvalidData
 from plum.pipeline.recommender import Recommender
 from plum.pipeline.run import finish, run_stages
@@ -101,6 +103,55 @@ def test_recommender_of_a_run(finished):
         recommender.recommend([history[0], "no-such-item"], 5)
     with pytest.raises(InvalidData, match="no finetune/model"):
         Recommender.load(finished / "data", config)
+
+
+def test_seen_items_are_left_out_and_others_take_their_places(finished, encoder, tmp_path):
+    config = resolve_config(base=json.loads((finished / "config.json").read_text()))
+    recommender = Recommender.load(finished, config)
+    # Every item of some SIDs and one item of a shared SID, as far as there is one.
+    _, first, counts = np.unique(
+        recommender.table.codes, axis=0, return_index=True, return_counts=True
+    )
+    assert counts.max() > 1
+    seen = np.concatenate((first[counts == 1][:6], first[counts > 1][:3])).astype(np.int32)
+    short = seen[:2]
+    every = recommender.rank([seen, short], 120, requests=[7, 8])
+    left = recommender.rank([seen, short], 120, requests=[7, 8], filter_seen=True)
+    for row, known in enumerate((seen, short)):
+        keep = ~np.isin(every[0][row], known)
+        assert keep.sum() == 120 - len(known)
+        assert left[0][row, : keep.sum()].tolist() == every[0][row][keep].tolist()
+        assert left[1][row, : keep.sum()] == pytest.approx(every[1][row][keep], abs=1e-4)
+        assert (left[0][row, keep.sum() :] == -1).all()
+        assert np.isneginf(left[1][row, keep.sum() :]).all()
+    # Ten are asked for and ten are found, whatever was seen.
+    narrow = recommender.rank([seen, short], 10, requests=[7, 8], filter_seen=True)
+    assert narrow[0].shape == (2, 10) and (narrow[0] >= 0).all()
+    assert not np.isin(narrow[0][0], seen).any() and not np.isin(narrow[0][1], short).any()
+
+    history = [recommender.table.item_ids[item] for item in seen]
+    found = [item.item_id for item in recommender.recommend(history, 10)]
+    assert len(found) == 10 and not set(found) & set(history)
+    settings = {"filter_seen": False}
+    recommender.config = config.model_copy(
+        update={"recommend": config.recommend.model_copy(update=settings)}
+    )
+    assert set(history) <= {item.item_id for item in recommender.recommend(history, 120)}
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    changed = run(folder, encoder, "evaluate.filter_seen=true")
+    assert changed == ["evaluate", "recommend"]
+    frame = pl.read_parquet(folder / "evaluate" / "recommendations" / "*.parquet")
+    sequences = sequences_of(recommender.dataset)
+    test = sequences.split("test")
+    users = [sequences.user_ids[user] for user in test.users]
+    assert frame["user_id"].to_list() == users
+    for items, known in zip(frame["items"].to_list(), test.histories, strict=True):
+        assert min(items) >= 0 and not set(items) & set(known.tolist())
+    for sample in json.loads((folder / "recommend" / "samples.json").read_text()):
+        known = {item["item_id"] for item in sample["history"]}
+        assert not known & {item["item_id"] for item in sample["recommendations"]}
 
 
 @pytest.mark.parametrize("stage", ["finetune", "evaluate"])

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import gzip
-import json
-import re
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 
-from plum.errors import InvalidArgument
-from plum.sid import quality_report, resolve_collisions
+from plum.errors import InvalidArgument, InvalidData
+from plum.sid import quality_report, read_sids, resolve_collisions
 
 CODES = np.array([[1, 0], [0, 1], [1, 0], [1, 1], [1, 0]])
 
@@ -53,6 +51,131 @@ def test_bad_arguments_are_named():
         resolve_collisions(CODES, (2, 2), "suffix", keys=["a"] * 5)
 
 
+EVERY_POLICY = ("suffix", "nearest_free", "balanced")
+
+
+def case(seed, count=160, sizes=(3, 4, 32), dim=3):
+    """Codes of few prefixes with many collisions, ids in no order, residuals and a codebook."""
+    draw = np.random.default_rng(seed)
+    prefixes = draw.integers(0, sizes[:-1], (count, len(sizes) - 1))
+    residuals = draw.standard_normal((count, dim))
+    codebook = draw.standard_normal((sizes[-1], dim))
+    last = np.square(residuals[:, None] - codebook).sum(axis=2).argmin(axis=1)
+    keys = [f"item {n}" for n in draw.permutation(count)]
+    return np.column_stack([prefixes, last]), list(sizes), keys, residuals, codebook
+
+
+@pytest.mark.parametrize("policy", EVERY_POLICY)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_policy_does_not_depend_on_the_order_of_the_rows(policy, seed):
+    table, sizes, keys, residuals, codebook = case(seed, 150)
+
+    def resolve(order):
+        return resolve_collisions(
+            table[order], sizes, policy, keys=[keys[row] for row in order],
+            residuals=torch.from_numpy(residuals[order]), codebook=codebook,
+        )  # fmt: skip
+
+    codes, new_sizes = resolve(np.arange(150))
+    assert len(np.unique(codes, axis=0)) == 150
+    assert np.array_equal(codes[:, :2], table[:, :2])
+    assert (codes < np.asarray(new_sizes)).all()
+    for trial in range(5):
+        order = np.random.default_rng(100 + trial).permutation(150)
+        assert np.array_equal(resolve(order)[0], codes[order])
+
+
+def test_nearest_free_by_hand():
+    codebook = [[0.0], [1.0], [2.0], [10.0]]
+    table = [[5, 0], [5, 0], [5, 0], [5, 2], [7, 0]]
+    residuals = np.array([[0.3], [0.1], [0.3], [2.0], [0.4]])
+    codes, sizes = resolve_collisions(
+        table, (8, 4), "nearest_free", keys=list("cbade"), residuals=residuals, codebook=codebook
+    )
+    # b is nearest and keeps 0; a comes before c and takes 1; 2 belongs to d, so c is left with 3.
+    assert codes.tolist() == [[5, 3], [5, 0], [5, 1], [5, 2], [7, 0]]
+    assert sizes == (8, 4)
+
+
+def test_nearest_free_asks_for_colliding_rows_only():
+    table, sizes, keys, residuals, codebook = case(7, 60, (5, 6, 16))
+    _, first, counts = np.unique(table, axis=0, return_inverse=True, return_counts=True)
+    asked = []
+
+    def some(rows):
+        asked.extend(rows.tolist())
+        return residuals[rows]
+
+    codes, _ = resolve_collisions(
+        table, sizes, "nearest_free", keys=keys, residuals=some, codebook=codebook
+    )
+    assert sorted(asked) == np.flatnonzero(counts[first] > 1).tolist()
+    alone = counts[first] == 1
+    assert np.array_equal(codes[alone], table[alone])
+
+
+def test_a_full_prefix_is_named():
+    table, sizes, _, residuals, codebook = case(1, 60, (1, 1, 16))
+    with pytest.raises(InvalidData, match=r"prefix \[0, 0\].*16 items.*got 60.*suffix"):
+        resolve_collisions(table, sizes, "nearest_free", residuals=residuals, codebook=codebook)
+
+
+def test_balanced_is_the_least_sum():
+    draw = np.random.default_rng(3)
+    for _ in range(20):
+        costs = draw.standard_normal((4, 2))
+        codebook = draw.standard_normal((5, 2))
+        found, _ = resolve_collisions(
+            [[0, 0]] * 4, (1, 5), "balanced", residuals=costs, codebook=codebook
+        )
+        square = np.square(costs[:, None] - codebook).sum(axis=2)
+        least = min(square[range(4), list(way)].sum() for way in permutations(range(5), 4))
+        assert square[range(4), found[:, 1]].sum() == pytest.approx(least)
+
+
+def test_balanced_shares_the_codes_evenly_and_takes_another_assignment():
+    table, sizes, keys, residuals, codebook = case(2, 90, (1, 1, 16))
+    codes, _ = resolve_collisions(
+        table, sizes, "balanced", keys=keys, residuals=residuals, codebook=codebook
+    )
+    assert np.bincount(codes[:, 2], minlength=16).max() == 6  # ⌈90 / 16⌉
+    seen = []
+
+    def in_turn(costs, room):
+        seen.append((costs.shape, room.tolist()))
+        return np.arange(len(costs)) % 16
+
+    codes, _ = resolve_collisions(
+        table, sizes, "balanced", residuals=residuals, codebook=codebook, assign=in_turn
+    )
+    assert seen == [((90, 16), [6] * 16)]
+    assert codes[:, 2].tolist() == [row % 16 for row in range(90)]
+    with pytest.raises(InvalidArgument, match=r"assign.*within its room"):
+        resolve_collisions(
+            table, sizes, "balanced", residuals=residuals, codebook=codebook,
+            assign=lambda costs, room: np.zeros(len(costs), dtype=int),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", EVERY_POLICY)
+def test_new_items_leave_the_sids_of_others_alone(policy):
+    table, sizes, keys, residuals, codebook = case(4, 160)
+    more = {"residuals": residuals[:100], "codebook": codebook}
+    old, old_sizes = resolve_collisions(table[:100], sizes, policy, keys=keys[:100], **more)
+    more["residuals"] = residuals[100:]
+    new, new_sizes = resolve_collisions(
+        table[100:], sizes, policy, keys=keys[100:], taken=old, **more
+    )
+    both = np.vstack([old, new])
+    assert len(np.unique(both, axis=0)) == 160
+    assert all(a >= b for a, b in zip((*new_sizes,), sizes, strict=False))
+    if policy == "suffix":
+        assert new_sizes[-1] <= old_sizes[-1] + new[:, -1].max()
+        for sid in np.unique(both[:, :3], axis=0):
+            numbers = both[(both[:, :3] == sid).all(axis=1), 3]
+            assert sorted(numbers) == list(range(len(numbers)))
+
+
 # Items, distinct SIDs, items that collide, and codes used a level, as their publishers' files say.
 PUBLISHED = {
     "letter_instruments.index.json.gz": (9922, 9897, 48, [150, 256, 256, 256]),
@@ -63,12 +186,21 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_tables(shared_data, name):
-    with gzip.open(shared_data / "published-sids" / name, "rt") as file:
-        index = json.load(file)
-    codes = np.array([[int(re.findall(r"\d+", t)[-1]) for t in sid] for sid in index.values()])
-    report = quality_report(codes, [256] * 4)
+    table = read_sids(shared_data / "published-sids" / name)
+    report = quality_report(table)
     used = [level["used"] for level in report["levels"]]
     found = (report["num_items"], report["num_sids"], report["colliding_items"], used)
     assert found == PUBLISHED[name]
-    unique, _ = resolve_collisions(codes, [256] * 4, "suffix", keys=list(index))
-    assert quality_report(unique, [256] * 4 + [8])["unique_sid_ratio"] == 1
+    unique, sizes = resolve_collisions(
+        table.codes, table.codebook_sizes, "suffix", keys=table.item_ids
+    )
+    assert sizes == (*table.codebook_sizes, report["max_collision"])
+    assert quality_report(unique, sizes)["unique_sid_ratio"] == 1
+    residuals = np.random.default_rng(0).standard_normal((len(table), 2))
+    codebook = np.random.default_rng(1).standard_normal((256, 2))
+    for policy in ("nearest_free", "balanced"):
+        unique, sizes = resolve_collisions(
+            table.codes, table.codebook_sizes, policy, keys=table.item_ids,
+            residuals=residuals, codebook=codebook,
+        )  # fmt: skip
+        assert quality_report(unique, sizes)["unique_sid_ratio"] == 1

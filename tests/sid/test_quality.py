@@ -20,6 +20,8 @@ def test_counts_by_hand():
     assert report["unique_sid_ratio"] == 0.75
     assert report["max_collision"] == 2
     assert report["colliding_items"] == 2
+    assert report["collisions"] == [[1, 2], [2, 1]]
+    assert report["prefixes"] == [{"groups": 2}, {"groups": 3}]
     first, second = report["levels"]
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert first == {
@@ -79,12 +81,34 @@ def test_reconstruction_and_quantization():
 
 
 def test_prefix_purity():
-    report = quality_report(CODES, (4, 2), labels=["war", "war", "love", "war"])
-    assert report["label_majority"] == 0.75
-    assert report["prefixes"] == [{"groups": 2, "purity": 0.75}, {"groups": 3, "purity": 1.0}]
-    report = quality_report(CODES, (4, 2), labels=["war", "love", "love", "sea"])
-    assert report["label_majority"] == 0.5
-    assert report["prefixes"] == [{"groups": 2, "purity": 0.75}, {"groups": 3, "purity": 0.75}]
+    def purity(labels):
+        report = quality_report(CODES, (4, 2), labels=labels)
+        return report["label_majority"], [(p["groups"], p["purity"]) for p in report["prefixes"]]
+
+    assert purity(["war", "war", "love", "war"]) == (0.75, [(2, 0.75), (3, 1.0)])
+    assert purity(["war", "love", "love", "sea"]) == (0.5, [(2, 0.75), (3, 0.75)])
+
+
+def test_shuffled_labels_are_what_small_groups_give_by_chance():
+    draw = np.random.default_rng(0)
+    codes = draw.integers(0, 20, (2000, 2))
+    kind = [f"genre {code % 4}" for code in codes[:, 0]]
+    report = quality_report(codes, (20, 20), labels=kind)
+    first, second = report["prefixes"]
+    assert (first["purity"], second["purity"]) == (1, 1)
+    # The majority of 100 draws of 4 labels, and of 5 draws.
+    assert 0.25 < first["shuffled"] < 0.4 < second["shuffled"] < 0.65
+    # Labels that say nothing about the codes are as pure as shuffled ones.
+    noise = [f"genre {label}" for label in draw.integers(0, 4, 2000)]
+    report = quality_report(codes, (20, 20), labels=noise)
+    for prefix in report["prefixes"]:
+        assert prefix["purity"] == pytest.approx(prefix["shuffled"], abs=0.03)
+
+
+def test_training_usage_stands_beside_that_of_the_table():
+    report = quality_report(CODES, (4, 2), training_usage=[0.75, 1])
+    assert [level["training_usage"] for level in report["levels"]] == [0.75, 1.0]
+    assert [level["usage"] for level in report["levels"]] == [0.5, 1.0]
 
 
 def test_bad_arguments_are_named():
@@ -100,3 +124,7 @@ def test_bad_arguments_are_named():
         quality_report(CODES, (4, 2), latents=torch.ones(4, 2), quantized=torch.ones(4, 3))
     with pytest.raises(InvalidArgument, match="4 labels"):
         quality_report(CODES, (4, 2), labels=["war"])
+    with pytest.raises(InvalidArgument, match=r"training_usage: expected 2 shares"):
+        quality_report(CODES, (4, 2), training_usage=[1.0])
+    with pytest.raises(InvalidArgument, match=r"training_usage: expected 2 shares"):
+        quality_report(CODES, (4, 2), training_usage=[1.0, 50])

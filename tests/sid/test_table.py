@@ -153,3 +153,28 @@ def test_bad_tables_are_refused():
         SidTable([7], [[0]], (3,))
     with pytest.raises(InvalidArgument, match=r"item_ids\[1\].*'nope'"):
         table().codes_of(["a", "nope"])
+
+
+def test_a_damaged_byte_anywhere_is_seen_or_does_no_harm(tmp_path):
+    """Every bit-flipped and cut-off file: the same table or one line, never another error."""
+    table().save(tmp_path / "t")
+    draw = np.random.default_rng(0)
+    seen = 0
+    for name in ("manifest.json", "items.parquet", "sids.parquet"):
+        path = tmp_path / "t" / name
+        whole = path.read_bytes()
+        for trial in range(150):
+            at = int(draw.integers(len(whole)))
+            flipped = bytes([whole[at] ^ (1 << int(draw.integers(8)))])
+            path.write_bytes(
+                whole[:at] if trial % 3 == 0 else whole[:at] + flipped + whole[at + 1 :]
+            )
+            try:
+                loaded = SidTable.load(tmp_path / "t")
+            except InvalidData as error:
+                assert "\n" not in str(error)
+                seen += 1
+            else:
+                assert (loaded.item_ids, loaded.codes.tolist()) == (IDS, CODES)
+        path.write_bytes(whole)
+    assert seen > 400

@@ -274,3 +274,27 @@ def test_whatever_is_changed_in_a_file_is_noticed_or_another_trie(tmp_path):
             again = SidTrie.from_codes(table, codebook_sizes=[size] * 3)
             assert all(torch.equal(x, y) for x, y in zip(loaded.index, again.index, strict=True))
     assert noticed > 250
+
+
+def test_a_hundred_changes_of_one_percent_equal_rebuilds():
+    random = np.random.default_rng(0)
+    # More items than half of the SIDs there are, so that many are shared.
+    pool = random.integers(0, 48, (110_000, 3)).astype(np.uint16)
+    inside = np.zeros(len(pool), dtype=bool)
+    inside[:100_000] = True
+    items = np.arange(len(pool))
+    trie = SidTrie.from_codes(pool[inside], items[inside], codebook_sizes=[48] * 3)
+    for step in range(100):
+        changed = random.choice(np.flatnonzero(inside if step % 2 else ~inside), 1000, False)
+        inside[changed] = step % 2 == 0
+        if step % 2:
+            trie.delete(changed)
+        else:
+            trie.insert(pool[changed], changed)
+        again = SidTrie.from_codes(pool[inside], items[inside], codebook_sizes=[48] * 3)
+        assert all(torch.equal(x, y) for x, y in zip(trie.index, again.index, strict=True))
+        assert np.array_equal(trie.item_starts, again.item_starts)
+        ids = trie.item_ids.arrays()["item_ids"]
+        # On a shared SID new items come last, in a rebuild they are in order.
+        row = np.repeat(np.arange(trie.num_sids), np.diff(trie.item_starts))
+        assert np.array_equal(ids[np.lexsort((ids, row))], again.item_ids.arrays()["item_ids"])

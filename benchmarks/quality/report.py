@@ -1,0 +1,39 @@
+"""Writes docs/results.md from the JSON files in benchmarks/results/quality.
+
+Usage: python -m benchmarks.quality.report
+
+An experiment ``<name>`` is a module ``benchmarks/quality/<name>.py`` that writes ``<name>.json``
+(:func:`benchmarks.quality.results.save_result`) and has ``render(result)``, which returns its
+section of the page: Markdown that begins with ``## ``. There is no list to add it to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+from benchmarks.quality.results import RESULTS, ROOT
+from plum.files import write_text
+
+PAGE = ROOT / "docs" / "results.md"
+_HEAD = """# Results
+
+Every figure on this page stands in a JSON file in `benchmarks/results/quality`, which the command
+under its title wrote; `python -m benchmarks.quality.report` makes the page from them. Published
+figures stand beside ours where there are any, and each section says what was measured and where
+the two are not the same thing.
+"""
+
+
+def page() -> str:
+    """Returns the whole page, experiments in the order of their names."""
+    sections = [_HEAD]
+    for path in sorted(RESULTS.glob("*.json")):
+        experiment = importlib.import_module(f"benchmarks.quality.{path.stem}")
+        sections.append(experiment.render(json.loads(path.read_text(encoding="utf-8"))))
+    return "\n".join(section.strip("\n") + "\n" for section in sections)
+
+
+if __name__ == "__main__":
+    write_text(PAGE, page())
+    print(PAGE)

@@ -1,0 +1,255 @@
+"""From a Parquet file of embeddings to a SID table, in bounded memory and resumable."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from plum.errors import InvalidArgument
+from plum.files import atomic_path, read_json, write_json
+from plum.pipeline.embedding_file import ROWS_PER_CHUNK, EmbeddingFile
+from plum.quantize import Tokenizer, fit_tokenizer, load_tokenizer
+from plum.quantize.training import KINDS
+from plum.sid import SidTable, resolve_collisions
+from plum.sid.collisions import POLICIES
+
+Progress = Callable[[int, int], None]
+_SETTINGS, _MODEL, _PARTIAL = "tokenize.json", "model", "partial"
+
+
+def tokenize_parquet(
+    embeddings: str | Path,
+    output: str | Path,
+    *,
+    codebook_sizes: Sequence[int] = (256, 256, 256),
+    kind: str = "rq-kmeans",
+    collisions: str = "accept",
+    latent_dim: int = 64,
+    modalities: Sequence[str] | None = None,
+    tokenizer: str | Path | None = None,
+    sample_rows: int | None = None,
+    seed: int = 0,
+    progress_of: Callable[[str], Progress] = lambda step: lambda done, total: None,
+    **options: Any,
+) -> SidTable:
+    """Fits a tokenizer on a sample of the items and gives every item its SID.
+
+    ``output`` becomes ``model/``, ``generation-0/`` (the table, see :meth:`SidTable.load`) and
+    ``tokenize.json``. Codes are written a part of 65,536 items at a time into ``partial/``; the
+    same call goes on from there after it was cut off, and does nothing once it is done.
+
+    Args:
+        embeddings: Parquet with ``item_id`` and a column of lists of numbers per modality.
+        output: A folder, new or begun by the same call.
+        codebook_sizes: ``K_l`` of each level.
+        kind: ``"rq-kmeans"`` or ``"rq-vae"``.
+        collisions: A policy of :func:`plum.sid.resolve_collisions`.
+        latent_dim: Width of what is quantized.
+        modalities: Columns to use; None for every column of lists of numbers.
+        tokenizer: Folder of a saved tokenizer to encode with, which has its own ``kind``,
+            ``codebook_sizes`` and ``latent_dim``; None fits one.
+        sample_rows: Items to fit on, drawn by the seed; None for 256 a code of the largest level,
+            but at least 65,536.
+        seed: Seed of everything random.
+        progress_of: From ``"fit"`` or ``"encode"`` to a function called as ``f(done, total)``.
+        options: Further arguments of :func:`plum.quantize.fit_tokenizer`.
+
+    Raises:
+        InvalidArgument: an argument is out of range, or ``output`` holds the table of another call.
+        InvalidData: the file is not as above, or an id is in it twice.
+    """
+    sizes = [int(size) for size in codebook_sizes]
+    if not sizes or min(sizes) < 1:
+        raise InvalidArgument("codebook_sizes", "sizes of at least 1", sizes)
+    if kind not in KINDS:
+        raise InvalidArgument("kind", f"one of {', '.join(KINDS)}", repr(kind))
+    if collisions not in POLICIES:
+        raise InvalidArgument("collisions", f"one of {', '.join(POLICIES)}", repr(collisions))
+    if sample_rows is not None and sample_rows < 1:
+        raise InvalidArgument("sample_rows", "at least 1", sample_rows)
+    if latent_dim < 1:
+        raise InvalidArgument("latent_dim", "at least 1", latent_dim)
+    file = EmbeddingFile(embeddings, modalities)
+    output = _folder(output)
+    settings = {
+        "kind": kind,
+        "codebook_sizes": sizes,
+        "collisions": collisions,
+        "latent_dim": latent_dim,
+        "modalities": list(file.dims),
+        "tokenizer": None if tokenizer is None else str(Path(tokenizer).resolve()),
+        "sample_rows": sample_rows,
+        "seed": seed,
+        **options,
+    }
+    started = {"settings": settings, "embeddings": _identity(file.path)}
+    done = output / _SETTINGS
+    if done.exists() and list(output.glob("generation-*")):
+        if read_json(done) != started:
+            raise InvalidArgument(
+                "output",
+                "a new folder, or the one that the same call began",
+                f"{output}, which holds the table of another",
+                "choose another folder, or append to it",
+            )
+        shutil.rmtree(output / _PARTIAL, ignore_errors=True)
+        return SidTable.load(output)
+    file.check_ids()
+    partial = _resume(output, started)
+    if not (partial / _MODEL / "config.json").exists():
+        if tokenizer is None:
+            rows = max(65536, 256 * max(sizes)) if sample_rows is None else sample_rows
+            fitted = fit_tokenizer(
+                file.sample(rows, seed),
+                kind,
+                codebook_sizes=sizes,
+                latent_dim=latent_dim,
+                seed=seed,
+                progress=progress_of("fit"),
+                **options,
+            )
+        else:
+            fitted = load_tokenizer(tokenizer)
+        fitted.save_pretrained(partial / _MODEL)
+    model = load_tokenizer(partial / _MODEL)
+    ids, codes = _encode(file, model, partial, set(), progress_of("encode"))
+    codes, sizes_now = _resolve(file, model, ids, codes, collisions)
+    table = SidTable(ids, codes, sizes_now)
+    if not (output / _MODEL).exists():
+        shutil.copytree(partial / _MODEL, partial / "copy", dirs_exist_ok=True)
+        os.replace(partial / "copy", output / _MODEL)
+    write_json(done, started)
+    table.save_generation(output)
+    shutil.rmtree(partial)
+    return table
+
+
+def append_parquet(
+    embeddings: str | Path,
+    output: str | Path,
+    *,
+    progress_of: Callable[[str], Progress] = lambda step: lambda done, total: None,
+) -> SidTable:
+    """Gives the items of a file that are new their SIDs, as the next generation of a table.
+
+    The tokenizer and the collision policy are those the table was made with. Items that the table
+    has keep their SIDs, whatever their embeddings are now; without new ones nothing is written.
+
+    Args:
+        embeddings: Parquet with the columns that the table was made from.
+        output: The folder that :func:`tokenize_parquet` filled.
+        progress_of: From ``"encode"`` to a function called as ``f(done, total)``.
+
+    Returns:
+        The newest generation.
+
+    Raises:
+        InvalidArgument: ``output`` is no such folder.
+        InvalidData: the file is not as above, or an id is in it twice.
+    """
+    output = _folder(output)
+    if not (output / _SETTINGS).exists() or not list(output.glob("generation-*")):
+        raise InvalidArgument(
+            "output", "a folder with a table to append to", output, "run it without append first"
+        )
+    settings = read_json(output / _SETTINGS)["settings"]
+    parent = SidTable.load(output)
+    model = load_tokenizer(output / _MODEL)
+    file = EmbeddingFile(embeddings, settings["modalities"])
+    file.check_ids()
+    started = {"parent": parent.digest, "embeddings": _identity(file.path)}
+    partial = _resume(output, started)
+    ids, codes = _encode(file, model, partial, set(parent.item_ids), progress_of("encode"))
+    table = parent
+    if ids:
+        codes, sizes = _resolve(file, model, ids, codes, settings["collisions"], parent)
+        table = parent.extended(ids, codes, sizes)
+        table.save_generation(output)
+    shutil.rmtree(partial)
+    return table
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise InvalidArgument("output", "a folder", f"the file {folder}")
+    return folder
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {"path": str(path.resolve()), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _resume(output: Path, started: dict[str, Any]) -> Path:
+    """Returns the folder of the work in progress, emptied unless it is that of this very call."""
+    partial = output / _PARTIAL
+    begun = partial / "started.json"
+    if partial.exists() and not (begun.exists() and read_json(begun) == started):
+        shutil.rmtree(partial)
+    write_json(begun, started)
+    return partial
+
+
+def _encode(
+    file: EmbeddingFile, model: Tokenizer, partial: Path, known: set[str], progress: Progress
+) -> tuple[list[str], np.ndarray]:
+    """Encodes the items that are not known, part by part; parts of an earlier try are kept."""
+    parts = [
+        partial / "parts" / f"{number:06d}.parquet"
+        for number in range(-(-file.num_rows // ROWS_PER_CHUNK))
+    ]
+    first = next((number for number, path in enumerate(parts) if not path.exists()), len(parts))
+    progress(first, len(parts))
+    levels = len(model.quantizer.codebook_sizes)
+    if first < len(parts):
+        for number, (ids, vectors) in enumerate(file.chunks(first * ROWS_PER_CHUNK), first):
+            new = np.flatnonzero([item_id not in known for item_id in ids.to_list()])
+            if len(new) < len(ids):
+                vectors = {name: x[new] for name, x in vectors.items()}
+            codes = model.encode(vectors).numpy() if len(new) else np.zeros((0, levels), np.int32)
+            frame = pl.DataFrame(
+                [ids.gather(new), pl.Series("codes", codes, dtype=pl.Array(pl.Int32, levels))]
+            )
+            with atomic_path(parts[number]) as temporary:
+                frame.write_parquet(temporary)
+            progress(number + 1, len(parts))
+    frame = pl.concat([pl.read_parquet(path) for path in parts])
+    return frame["item_id"].to_list(), frame["codes"].to_numpy().reshape(len(frame), levels)
+
+
+def _resolve(
+    file: EmbeddingFile,
+    model: Tokenizer,
+    ids: list[str],
+    codes: np.ndarray,
+    policy: str,
+    parent: SidTable | None = None,
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    def residuals(rows: np.ndarray) -> np.ndarray:
+        latents = model.latents(file.select([ids[row] for row in rows.tolist()]))
+        if codes.shape[1] == 1:
+            return latents.numpy()
+        before = torch.from_numpy(np.ascontiguousarray(codes[rows, :-1]))
+        return (latents - model.quantizer.decode(before)).detach().numpy()
+
+    resolved, sizes = resolve_collisions(
+        codes,
+        model.quantizer.codebook_sizes,
+        policy,
+        keys=ids,
+        taken=None if parent is None else parent.codes,
+        residuals=residuals,
+        codebook=model.quantizer.codebooks[-1].detach(),
+    )
+    if parent is not None:
+        pairs = zip(sizes, parent.codebook_sizes, strict=True)
+        sizes = tuple(max(new, old) for new, old in pairs)
+    return resolved, sizes
