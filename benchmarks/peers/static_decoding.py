@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.checkouts import load
+from benchmarks.peers.trie_gpu import repeated
 
 _REPOSITORY = "youtube/static-constraint-decoding"
 _csr = load(_REPOSITORY, "", "static_decoding.csr_utils")
@@ -91,21 +92,45 @@ def decode(sids: Tensor, size: int, logits: list[Tensor]) -> Callable[[], Tensor
 def step(
     sids: Tensor, size: int, prefixes: Tensor, logits: Tensor, scores: Tensor
 ) -> Callable[[], Tensor]:
+    """One step of its search with the logits ``[B, W, V]`` that are given."""
+    run = step_of(sids, size, prefixes, scores)
+    return lambda: run(logits)
+
+
+def gpu_step(
+    sids: Tensor,
+    size: int,
+    prefixes: Tensor,
+    logits: Sequence[Tensor],
+    scores: Tensor,
+    compiled: bool,
+) -> Callable[[], Tensor]:
+    """Repeated steps on a GPU, eager, or compiled and in one CUDA graph."""
+    run: Any = step_of(sids, size, prefixes, scores)
+    return repeated(torch.compile(run, fullgraph=True) if compiled else run, logits, compiled)
+
+
+def step_of(
+    sids: Tensor, size: int, prefixes: Tensor, scores: Tensor
+) -> Callable[[Tensor], Tensor]:
     """One step of its search below the root, which is no function of its own there.
 
-    Its log-softmax, its mask (or, after one code, its dense table), the best W and their states.
+    Its log-softmax, its mask (or, after one code, its dense table), the best W and their states,
+    on the device of the scores.
     """
+    device = scores.device
     index = _index(sids, size)
-    states = _walk(index, prefixes)
+    states = _walk(index, prefixes.cpu()).to(device)
+    index = Index(*(part.to(device) if isinstance(part, Tensor) else part for part in index))
     batch, width = scores.shape
-    flat, level = logits.flatten(0, 1), prefixes.shape[1]
+    level = prefixes.shape[1]
 
     @torch.inference_mode()
-    def run() -> Tensor:
-        logprobs = torch.log_softmax(flat, dim=-1)
+    def run(logits: Tensor) -> Tensor:
+        logprobs = torch.log_softmax(logits.flatten(0, 1), dim=-1)
         if level == 1:
             parents = states - 1
-            barred = torch.tensor(-float("inf"))
+            barred = torch.tensor(-float("inf"), device=device)
             logprobs = torch.where(index.dense_mask[parents], logprobs, barred)
             logprobs, codes = logprobs.topk(size, dim=-1)
             after = index.dense_states[parents.unsqueeze(1), codes]
@@ -117,7 +142,7 @@ def step(
                 index.starts,
                 index.branches[level],
                 size,
-                logits.device,
+                device,
             )
         total = (scores.unsqueeze(2) + logprobs.view(batch, width, -1)).flatten(1)
         best, chosen = total.topk(width, dim=-1)
