@@ -5,6 +5,7 @@ Every child of a beam is considered, which makes it exact.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ def step(
     sids: Tensor, size: int, prefixes: Tensor, logits: Tensor, scores: Tensor
 ) -> Callable[[], Tensor]:
     """One step of its search with the logits ``[B, W, V]`` that are given."""
-    run = step_of(sids, size, prefixes, scores)
+    run = torch.inference_mode()(step_of(sids, size, prefixes, scores))
     return lambda: run(logits)
 
 
@@ -106,12 +107,22 @@ def gpu_step(
     compiled: bool,
 ) -> Callable[[], Tensor]:
     """Repeated steps on a GPU, eager, or compiled and in one CUDA graph."""
-    run: Any = step_of(sids, size, prefixes, scores)
-    return repeated(torch.compile(run, fullgraph=True) if compiled else run, logits, compiled)
+    if not compiled:
+        run = torch.inference_mode()(step_of(sids, size, prefixes, scores))
+        return repeated(run, logits, graph=False)
+    # Dynamo cannot trace inference mode, and looks modules up by their names.
+    sys.modules.setdefault(_search.__name__, _search)
+    restrict = _search.generate_and_apply_logprobs_mask.__wrapped__
+    run = torch.compile(step_of(sids, size, prefixes, scores, restrict), fullgraph=True)
+    return repeated(run, logits, graph=True)
 
 
 def step_of(
-    sids: Tensor, size: int, prefixes: Tensor, scores: Tensor
+    sids: Tensor,
+    size: int,
+    prefixes: Tensor,
+    scores: Tensor,
+    restrict: Callable[..., Any] = _search.generate_and_apply_logprobs_mask,
 ) -> Callable[[Tensor], Tensor]:
     """One step of its search below the root, which is no function of its own there.
 
@@ -125,7 +136,6 @@ def step_of(
     batch, width = scores.shape
     level = prefixes.shape[1]
 
-    @torch.inference_mode()
     def run(logits: Tensor) -> Tensor:
         logprobs = torch.log_softmax(logits.flatten(0, 1), dim=-1)
         if level == 1:
@@ -135,7 +145,7 @@ def step_of(
             logprobs, codes = logprobs.topk(size, dim=-1)
             after = index.dense_states[parents.unsqueeze(1), codes]
         else:
-            logprobs, codes, after = _search.generate_and_apply_logprobs_mask(
+            logprobs, codes, after = restrict(
                 logprobs,
                 states,
                 index.packed,
