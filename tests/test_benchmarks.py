@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ from benchmarks import (
 )
 from benchmarks.cases import embedding_like, make_case, share_equal
 from benchmarks.ceilings import Ceiling
-from benchmarks.peers import PeerAbsent, checkouts, ours, trie_ours
+from benchmarks.peers import PeerAbsent, checkouts, ours, trie_gpu, trie_ours
 from benchmarks.worker import Worker, prepare_here
 from plum.ops.trie_walk import trie_walk
 
@@ -352,3 +354,35 @@ def test_the_gpu_run_covers_ops_and_kernels():
     assert counts and all("triton" in line or "cuda" in line for line in counts)
     assert "test_residual_quantize.py::test_the_shapes_of_use" in found
     assert "random" not in found
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_what_is_timed_on_a_gpu_gives_the_answers_of_the_reference(level, monkeypatch):
+    monkeypatch.setattr(trie_gpu, "REPEATS", 2)
+    table = np.random.default_rng(level).integers(0, 16, (300, 3)).astype(np.int32)
+    catalog = trie_catalogs.Catalog(table, 16)
+    trie = catalog.trie
+    prefixes = trie.codes_at(torch.arange(0, 60, 10))[:, :level].contiguous()
+    states = trie_walk(prefixes, trie).view(2, 3, 2)
+    logits, scores = list(torch.randn(2, 2, 3, 16)), -torch.rand(2, 3)
+    rows = [each.flatten(0, 1) for each in logits]
+    step, searched = (trie, level, states, logits, scores, "full"), [logits[0][:, :1], *logits]
+
+    def answer(peer, *arguments):
+        job = prepare_here(peer, *arguments)
+        job()
+        return job.result()
+
+    expected = answer("trie_gpu:step", *step, "reference", False)
+    torch.testing.assert_close(answer("trie_gpu:step", *step, "triton", False), expected)
+    masked = answer("trie_gpu:mask", trie, level, states.flatten(0, 1), rows, "reference")
+    found = answer("trie_gpu:mask", trie, level, states.flatten(0, 1), rows, "triton")
+    assert torch.equal(found, masked)
+    sids = answer("trie_gpu:decode", trie, searched, "full", "reference", False)
+    found = answer("trie_gpu:decode", trie, searched, "full", "triton", False)
+    assert torch.equal(found, sids)
+    with contextlib.suppress(PeerAbsent):
+        assert torch.equal(answer("xgrammar_mask:gpu_mask", masked > -torch.inf, rows), masked)
+    with contextlib.suppress(PeerAbsent):
+        step = (catalog.sids, 16, prefixes, logits, scores, False)
+        torch.testing.assert_close(answer("static_decoding:gpu_step", *step), expected)

@@ -5,6 +5,7 @@ Every child of a beam is considered, which makes it exact.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.checkouts import load
+from benchmarks.peers.trie_gpu import repeated
 
 _REPOSITORY = "youtube/static-constraint-decoding"
 _csr = load(_REPOSITORY, "", "static_decoding.csr_utils")
@@ -91,33 +93,66 @@ def decode(sids: Tensor, size: int, logits: list[Tensor]) -> Callable[[], Tensor
 def step(
     sids: Tensor, size: int, prefixes: Tensor, logits: Tensor, scores: Tensor
 ) -> Callable[[], Tensor]:
+    """One step of its search with the logits ``[B, W, V]`` that are given."""
+    run = torch.inference_mode()(step_of(sids, size, prefixes, scores))
+    return lambda: run(logits)
+
+
+def gpu_step(
+    sids: Tensor,
+    size: int,
+    prefixes: Tensor,
+    logits: Sequence[Tensor],
+    scores: Tensor,
+    compiled: bool,
+) -> Callable[[], Tensor]:
+    """Repeated steps on a GPU, eager, or compiled and in one CUDA graph."""
+    if not compiled:
+        run = torch.inference_mode()(step_of(sids, size, prefixes, scores))
+        return repeated(run, logits, graph=False)
+    # Dynamo cannot trace inference mode, and looks modules up by their names.
+    sys.modules.setdefault(_search.__name__, _search)
+    restrict = _search.generate_and_apply_logprobs_mask.__wrapped__
+    run = torch.compile(step_of(sids, size, prefixes, scores, restrict), fullgraph=True)
+    return repeated(run, logits, graph=True)
+
+
+def step_of(
+    sids: Tensor,
+    size: int,
+    prefixes: Tensor,
+    scores: Tensor,
+    restrict: Callable[..., Any] = _search.generate_and_apply_logprobs_mask,
+) -> Callable[[Tensor], Tensor]:
     """One step of its search below the root, which is no function of its own there.
 
-    Its log-softmax, its mask (or, after one code, its dense table), the best W and their states.
+    Its log-softmax, its mask (or, after one code, its dense table), the best W and their states,
+    on the device of the scores.
     """
+    device = scores.device
     index = _index(sids, size)
-    states = _walk(index, prefixes)
+    states = _walk(index, prefixes.cpu()).to(device)
+    index = Index(*(part.to(device) if isinstance(part, Tensor) else part for part in index))
     batch, width = scores.shape
-    flat, level = logits.flatten(0, 1), prefixes.shape[1]
+    level = prefixes.shape[1]
 
-    @torch.inference_mode()
-    def run() -> Tensor:
-        logprobs = torch.log_softmax(flat, dim=-1)
+    def run(logits: Tensor) -> Tensor:
+        logprobs = torch.log_softmax(logits.flatten(0, 1), dim=-1)
         if level == 1:
             parents = states - 1
-            barred = torch.tensor(-float("inf"))
+            barred = torch.tensor(-float("inf"), device=device)
             logprobs = torch.where(index.dense_mask[parents], logprobs, barred)
             logprobs, codes = logprobs.topk(size, dim=-1)
             after = index.dense_states[parents.unsqueeze(1), codes]
         else:
-            logprobs, codes, after = _search.generate_and_apply_logprobs_mask(
+            logprobs, codes, after = restrict(
                 logprobs,
                 states,
                 index.packed,
                 index.starts,
                 index.branches[level],
                 size,
-                logits.device,
+                device,
             )
         total = (scores.unsqueeze(2) + logprobs.view(batch, width, -1)).flatten(1)
         best, chosen = total.topk(width, dim=-1)

@@ -74,6 +74,12 @@ def _cpu(states: Tensor, index: Sequence[Tensor], level: int) -> tuple[Tensor, T
     return tail, forced
 
 
+def _triton(states: Tensor, index: Sequence[Tensor], level: int) -> tuple[Tensor, Tensor]:
+    from plum.kernels import forced_tail as kernel
+
+    return kernel.forced_tail(states, kernel.search.TrieArrays.of(index[1:]), level)
+
+
 def _fake(states: Tensor, index: Sequence[Tensor], level: int) -> tuple[Tensor, Tensor]:
     shape, device = states.shape[:-1], states.device
     left = index[0].shape[0] - level
@@ -85,5 +91,8 @@ _op = Op(
     "forced_tail(Tensor states, Tensor[] index, int level) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
+    backends=[
+        Backend("cpu", "cpu", _cpu, _native.missing, default=True),
+        Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
+    ],
 )

@@ -74,6 +74,15 @@ def _cpu(
     return after
 
 
+def _triton(
+    states: Tensor, tokens: Tensor, index: Sequence[Tensor], level: int, levels: Tensor | None
+) -> Tensor:
+    from plum.kernels import trie_advance as kernel
+
+    trie = kernel.search.TrieArrays.of(index[1:])
+    return kernel.trie_advance(states, tokens, trie, level if levels is None else levels)
+
+
 def _fake(
     states: Tensor, tokens: Tensor, index: Sequence[Tensor], level: int, levels: Tensor | None
 ) -> Tensor:
@@ -85,5 +94,8 @@ _op = Op(
     " -> Tensor",
     reference=_reference,
     fake=_fake,
-    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
+    backends=[
+        Backend("cpu", "cpu", _cpu, _native.missing, default=True),
+        Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
+    ],
 )

@@ -171,6 +171,8 @@ def _reference(
     legal = (left > 0) & (keys.flatten()[owner] > float("-inf"))
     owner, codes, low, high = owner[legal], codes[legal], low[legal], high[legal]
     counts = torch.bincount(owner, minlength=len(rows))
+    if len(owner) == 0:
+        return out
 
     value = logits.reshape(-1)[owner * width + codes + columns[level]].double() / temperature
     score = scores.flatten()[owner] + (value - _by_beam("logsumexp", value, counts)[owner])

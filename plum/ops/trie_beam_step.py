@@ -244,6 +244,8 @@ def _reference(
     batch, beams, width = logits.shape
     found = children(states.reshape(-1, 2), trie.level(level))
     owner, counts = found.owner, found.counts
+    if len(owner) == 0:
+        return _nothing(states, k)
     value = logits.reshape(-1)[owner * width + found.codes + columns[level]].float()
     if filter or deny is not None:
         left = rows_left(found.low, found.high, owner // beams, trie, filter, deny)
@@ -331,6 +333,37 @@ def _cpu(
     return out
 
 
+def _triton(
+    logits: Tensor,
+    scores: Tensor,
+    states: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
+    k: int,
+    valid: bool,
+    filter: Sequence[Tensor],
+    deny: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from plum.kernels import trie_beam_step as kernel
+
+    if k > kernel.MAX_K:
+        raise InvalidArgument("k", f"at most {kernel.MAX_K} with backend='triton'", k)
+    return kernel.trie_beam_step(
+        logits,
+        scores,
+        states,
+        kernel.search.TrieArrays.of(index[1:]),
+        level if levels is None else levels,
+        columns,
+        k,
+        valid=valid,
+        filter=filter,
+        deny=deny,
+    )
+
+
 def _fake(
     logits: Tensor,
     scores: Tensor,
@@ -355,5 +388,8 @@ _op = Op(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
+    backends=[
+        Backend("cpu", "cpu", _cpu, _native.missing, default=True),
+        Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
+    ],
 )

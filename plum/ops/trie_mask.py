@@ -112,6 +112,26 @@ def _cpu(
         logits.copy_(flat.view(logits.shape))
 
 
+def _triton(
+    logits: Tensor,
+    states: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
+) -> None:
+    from plum.kernels import trie_mask as kernel
+
+    # Rows of up to two dimensions may be any distance apart; others are masked in a copy.
+    rows = logits.reshape(1, -1, logits.shape[-1]) if logits.dim() != 3 else logits
+    shape = rows.shape[:2]
+    each = level if levels is None else levels.reshape(shape)
+    trie = kernel.search.TrieArrays.of(index[1:])
+    kernel.trie_mask_(rows, states.reshape(*shape, 2), trie, each, columns)
+    if rows.data_ptr() != logits.data_ptr():
+        logits.copy_(rows.view(logits.shape))
+
+
 def _fake(
     logits: Tensor,
     states: Tensor,
@@ -128,5 +148,8 @@ _op = Op(
     " int[] columns) -> ()",
     reference=_reference,
     fake=_fake,
-    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
+    backends=[
+        Backend("cpu", "cpu", _cpu, _native.missing, default=True),
+        Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
+    ],
 )

@@ -70,6 +70,12 @@ def _cpu(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tensor:
     return states
 
 
+def _triton(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tensor:
+    from plum.kernels import trie_walk as kernel
+
+    return kernel.trie_walk(prefixes, roots, kernel.search.TrieArrays.of(index[1:]))
+
+
 def _fake(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tensor:
     return torch.empty((prefixes.shape[0], 2), dtype=torch.int64, device=prefixes.device)
 
@@ -78,5 +84,8 @@ _op = Op(
     "trie_walk(Tensor prefixes, Tensor roots, Tensor[] index) -> Tensor",
     reference=_reference,
     fake=_fake,
-    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
+    backends=[
+        Backend("cpu", "cpu", _cpu, _native.missing, default=True),
+        Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
+    ],
 )

@@ -58,7 +58,116 @@ def residual_quantize(architecture: int) -> list[Variant]:
     return found
 
 
-VARIANTS = {"code_usage": code_usage, "residual_quantize": residual_quantize}
+# The arrays of a trie, and the levels of states where each has its own.
+TRIE = {
+    **dict.fromkeys(("p_table", "p_begins", "p_masks"), "*i64"),
+    **dict.fromkeys(("p_starts", "p_ranks"), "*u32"),
+    "p_codes": "*u16",
+}
+LEVELS = {"p_levels": "*i64", "p_columns": "*i64"}
+NO_LEVELS = dict.fromkeys(LEVELS)
+
+
+def trie_advance(architecture: int) -> list[Variant]:
+    types = {
+        **dict.fromkeys(("p_states", "p_after"), "*i64"),
+        **dict.fromkeys(("num_states", "num_levels", "level"), "i32"),
+        **TRIE,
+    }
+    name, block = "_trie_advance_kernel", {"BLOCK": 128}
+    return [
+        (name, {"p_tokens": "*i64", **types}, {**block, "p_levels": None}, {}),
+        (name, {"p_tokens": "*u8", **types, "p_levels": "*i64"}, block, {}),
+    ]
+
+
+def trie_walk(architecture: int) -> list[Variant]:
+    types = {
+        **dict.fromkeys(("p_roots", "p_states"), "*i64"),
+        **dict.fromkeys(("stride_prefix", "stride_root", "num_prefixes", "length"), "i32"),
+        **TRIE,
+    }
+    constants = {"stride_code": 1, "stride_end": 1, "BLOCK": 128}
+    return [
+        ("_trie_walk_kernel", {"p_prefixes": prefixes, **types}, constants, {})
+        for prefixes in ("*i64", "*i16")
+    ]
+
+
+def forced_tail(architecture: int) -> list[Variant]:
+    types = {
+        **dict.fromkeys(("p_states", "p_tail"), "*i64"),
+        "p_forced": "*i1",
+        **dict.fromkeys(("num_states", "num_levels", "level"), "i32"),
+        **TRIE,
+    }
+    return [("_forced_tail_kernel", types, {"BLOCK": 128}, {})]
+
+
+def trie_mask(architecture: int) -> list[Variant]:
+    numbers = ("stride_batch", "stride_beam", "num_beams", "width", "num_levels", "level", "column")
+    types = {"p_states": "*i64", **dict.fromkeys(numbers, "i32"), **TRIE}
+    constants = {"stride_column": 1, "BLOCK": 1024}
+    return [
+        ("_trie_mask_kernel", {"p_logits": "*fp32", **types}, {**constants, **NO_LEVELS}, {}),
+        ("_trie_mask_kernel", {"p_logits": "*bf16", **types}, {**constants, **NO_LEVELS}, {}),
+        ("_trie_mask_kernel", {"p_logits": "*fp16", **types, **LEVELS}, constants, {}),
+    ]
+
+
+def trie_beam_step(architecture: int) -> list[Variant]:
+    kernel = importlib.import_module("plum.kernels.trie_beam_step")
+    numbers = (
+        *("stride_batch", "stride_beam", "num_beams", "width", "num_levels", "level", "column"),
+        *("room", "num_denied"),
+    )
+    scratch = {"p_keys": "*i64", "p_entries": "*u32", "p_counts": "*i32"}
+    types = {"p_scores": "*fp32", "p_states": "*i64", **scratch, **TRIE}
+    types |= dict.fromkeys(numbers, "i32")
+    filter = {"p_filter_bits": "*i64", "p_filter_ranks": "*u32", "p_filter_masks": "*i64"}
+    deny = {"p_denied": "*i64", "p_denied_ranks": "*i32"}
+    optional = {**LEVELS, **filter, **deny}
+    ranks = {"p_denied": "*i64", "p_table": "*i64", "p_filter_bits": "*i64", "p_ranks": "*i32"}
+    found: list[Variant] = [("_rank_denied_kernel", {**ranks, "num_denied": "i32"}, {}, {})]
+    for logits, width, k, valid, given in (
+        ("*bf16", 2048, 64, False, {}),
+        ("*bf16", 2048, 64, True, {}),
+        ("*fp32", 32768, 128, False, {**filter, **deny}),
+        ("*fp16", 2048, 64, True, optional),
+    ):
+        constants = kernel.beams_config(width, k, bool(given))
+        options = {"num_warps": constants.pop("num_warps")}
+        constants |= {"VALID": valid, "stride_column": 1}
+        constants |= {name: None for name in optional if name not in given}
+        found.append(("_beams_kernel", {"p_logits": logits, **types, **given}, constants, options))
+    types = {
+        **dict.fromkeys(("p_best", "p_states", "p_tokens", "p_parents", "p_after"), "*i64"),
+        **dict.fromkeys(("num_beams", "num_levels", "level", "k", "room"), "i32"),
+        "p_slots": "*i32",
+        "p_scores": "*fp32",
+        **scratch,
+        **TRIE,
+    }
+    for beams, k, each in ((64, 64, None), (4096, kernel.MAX_K, "*i64")):
+        constants = kernel.merge_config(beams, k, k)
+        options = {"num_warps": constants.pop("num_warps")}
+        levels = {"p_levels": each} if each else {}
+        constants |= {} if each else {"p_levels": None}
+        found.append(("_merge_kernel", {**types, **levels}, constants, options))
+    return found
+
+
+VARIANTS = {
+    "code_usage": code_usage,
+    "forced_tail": forced_tail,
+    "residual_quantize": residual_quantize,
+    "trie_advance": trie_advance,
+    "trie_beam_step": trie_beam_step,
+    "trie_mask": trie_mask,
+    "trie_walk": trie_walk,
+}
+# Files without a kernel of their own.
+SHARED_FILES = {"trie_search"}
 
 SCRIPT = """
 import importlib, json, re, subprocess, sys, tempfile
@@ -71,6 +180,7 @@ cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 module, architecture = importlib.import_module(sys.argv[1]), int(sys.argv[2])
 for name, types, constants, options in json.load(sys.stdin):
     kernel = getattr(module, name)
+    types = {n: types[n] for n in kernel.arg_names if n in types}
     source = ASTSource(
         kernel,
         signature={n: types.get(n, "constexpr") for n in kernel.arg_names},
@@ -79,7 +189,7 @@ for name, types, constants, options in json.load(sys.stdin):
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, n in enumerate(kernel.arg_names)
-            if n.startswith("p_") or (n == "width" and n in types)
+            if n in types and n.startswith(("p_", "width", "stride_b"))
         },
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -101,7 +211,8 @@ for name, types, constants, options in json.load(sys.stdin):
 
 
 def test_every_kernel_has_variants():
-    assert {module.name for module in pkgutil.iter_modules(plum.kernels.__path__)} == set(VARIANTS)
+    files = {module.name for module in pkgutil.iter_modules(plum.kernels.__path__)}
+    assert files - SHARED_FILES == set(VARIANTS)
 
 
 @pytest.mark.parametrize("architecture", SHARED)
@@ -126,5 +237,6 @@ def test_compiles_ahead_of_time(module, architecture, record_property):
             f"{report['shared']} B shared memory",
         )
         assert report["shared"] <= SHARED[architecture]
-        # The contract adds rounded fp64 squares, and residuals may be denormal.
-        assert not report["fused_fp64"] and not report["flushed"]
+        # The search adds rounded fp64 squares, and residuals may be denormal.
+        if module == "residual_quantize":
+            assert not report["fused_fp64"] and not report["flushed"]

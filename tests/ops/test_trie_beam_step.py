@@ -357,6 +357,17 @@ def test_everything_denied_gives_nothing(backend):
     assert step.tokens.tolist() == [[0, -1]]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("how", ["full", "valid"])
+def test_no_request_and_no_child(backend, how):
+    trie = SidTrie.from_codes([[0, 0], [0, 1]], codebook_sizes=[1, 2])
+    options = {"k": 2, "score": how, "backend": backend}
+    nothing = (torch.zeros(0, 3, 1), torch.zeros(0, 3), torch.zeros(0, 3, 2).long())
+    assert trie_beam_step(*nothing, trie, 0, **options).states.shape == (0, 2, 2)
+    dead = (torch.zeros(1, 3, 1), torch.zeros(1, 3), torch.zeros(1, 3, 2).long())
+    assert trie_beam_step(*dead, trie, 0, **options).tokens.tolist() == [[-1, -1]]
+
+
 def test_a_filter_is_the_same_when_it_is_prepared():
     random = np.random.default_rng(0)
     trie = SidTrie.from_codes(random.integers(0, 6, (50, 2)), codebook_sizes=[6, 6])
