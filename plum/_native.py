@@ -179,22 +179,25 @@ def packed_codebooks(codebooks: Tensor, sizes: Sequence[int]) -> Any:
 
 def trie_mask_cpu(
     logits: Tensor,
+    masked: Tensor,
     states: Tensor,
     index: Sequence[Tensor],
     level: int,
     levels: Tensor | None,
     columns: Sequence[int],
 ) -> None:
-    """Masks ``logits`` ``[M, V]`` in place; its rows may be any distance apart."""
-    assert logits.is_cpu and logits.dim() == 2
-    assert logits.shape[1] < 2 or logits.stride(1) == 1
+    """Fills ``masked`` from ``logits``, both ``[M, V]``, rows any distance apart; may be one."""
+    rows, width = logits.shape
+    assert logits.is_cpu and masked.is_cpu and masked.shape == logits.shape
+    assert width < 2 or (logits.stride(1) == 1 and masked.stride(1) == 1)
     _check_cpu(states, torch.int64)
-    assert states.shape == (len(logits), 2)
+    assert states.shape == (rows, 2)
     _C.trie_mask_cpu(
-        logits.data_ptr(),
+        (logits.data_ptr(), logits.stride(0), masked.data_ptr(), masked.stride(0)),
         logits.dtype == torch.float32,
         {torch.float32: 0xFF800000, torch.bfloat16: 0xFF80, torch.float16: 0xFC00}[logits.dtype],
-        (*logits.shape, logits.stride(0)),
+        rows,
+        width,
         states.data_ptr(),
         _trie(index),
         _levels(level, levels),

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.peers.ours import require
 from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_beam_step import trie_beam_step
-from plum.ops.trie_mask import trie_mask_
+from plum.ops.trie_mask import trie_mask, trie_mask_
 from plum.ops.trie_walk import trie_walk
 from plum.trie import SidFilter, SidTrie
 
@@ -101,5 +101,5 @@ def mask_copy(
     trie: SidTrie, level: int, states: Tensor, logits: Tensor, backend: str
 ) -> Callable[[], Tensor]:
     """Masks into a new tensor and leaves ``logits`` ``[M, V]`` as they are."""
-    require("trie_mask_", backend)
-    return lambda: trie_mask_(logits.clone(), states, trie, level, backend=backend)
+    require("trie_mask", backend)
+    return lambda: trie_mask(logits, states, trie, level, backend=backend)

@@ -122,20 +122,26 @@ plum::RowLevels row_levels(const LevelArgs& args) {
   return {std::get<0>(args), pointer<const int64_t>(std::get<1>(args))};
 }
 
-void trie_mask_cpu(uintptr_t logits, bool wide, uint32_t fill, const std::array<int64_t, 3>& shape,
+// Addresses of the logits and of where they go masked, and the elements from row to row of each.
+using MaskArgs = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t>;
+
+template <typename Word>
+void trie_mask(const MaskArgs& at, uint32_t fill, int64_t rows, int64_t width, uintptr_t states,
+               const TrieArgs& trie, const LevelArgs& levels, const std::vector<int64_t>& columns,
+               int threads) {
+  const auto& [logits, stride, masked, masked_stride] = at;
+  plum::cpu::trie_mask(pointer<const Word>(logits), stride, pointer<Word>(masked), masked_stride,
+                       static_cast<Word>(fill), rows, width, pointer<const int64_t>(states),
+                       plum::make_trie(trie_arrays(trie)), row_levels(levels), columns.data(),
+                       threads);
+}
+
+void trie_mask_cpu(const MaskArgs& at, bool wide, uint32_t fill, int64_t rows, int64_t width,
                    uintptr_t states, const TrieArgs& trie, const LevelArgs& levels,
                    const std::vector<int64_t>& columns, int threads) {
   py::gil_scoped_release release;
-  const auto [rows, width, stride] = shape;
-  const plum::Trie index = plum::make_trie(trie_arrays(trie));
-  const auto* from = pointer<const int64_t>(states);
-  if (wide) {
-    plum::cpu::trie_mask(pointer<uint32_t>(logits), fill, rows, width, stride, from, index,
-                         row_levels(levels), columns.data(), threads);
-  } else {
-    plum::cpu::trie_mask(pointer<uint16_t>(logits), static_cast<uint16_t>(fill), rows, width,
-                         stride, from, index, row_levels(levels), columns.data(), threads);
-  }
+  const auto run = wide ? trie_mask<uint32_t> : trie_mask<uint16_t>;
+  run(at, fill, rows, width, states, trie, levels, columns, threads);
 }
 
 void trie_advance_cpu(uintptr_t states, uintptr_t tokens, int64_t count, const TrieArgs& trie,

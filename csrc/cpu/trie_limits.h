@@ -60,8 +60,8 @@ class Limits {
     if (whole == nullptr || !denied()) return whole;
     mask_.assign(whole, whole + level.words);
     for (const int64_t* at = begin_; at != end_;) {
-      // Without a filter all rows of a child are denied only if its first one is.
-      if (!filtered() && !begins(level, node, *at)) {
+      // All that is left of a child can only be denied from the first row that is left on.
+      if (filtered() ? follows_one(level, *at) : !begins(level, node, *at)) {
         ++at;
         continue;
       }
@@ -69,8 +69,9 @@ class Limits {
       const Rows child = child_at(level, node, *at, &code);
       const int64_t* after = at;
       while (after != end_ && *after < child.high) ++after;
-      // With one, all that may be reached are only if none lies before the first that is denied.
-      if (!(filtered() && any_bit(child.low, *at)) && after - at == reachable(child)) {
+      const bool others =
+          filtered() && (any_bit(child.low, *at) || any_bit(after[-1] + 1, child.high));
+      if (!others && after - at == reachable(child)) {
         mask_[code / 64] &= ~(uint64_t{1} << (code % 64));
       }
       at = after;
@@ -115,6 +116,16 @@ class Limits {
   static bool begins(const TrieLevel& level, Node node, int64_t row) {
     if (level.starts != nullptr) return bit(level.begins, row);
     return row == node.first || level.codes[row] != level.codes[row - 1];
+  }
+
+  // Whether a row of the same child that may be reached lies before `row`, as far as one word says.
+  bool follows_one(const TrieLevel& level, int64_t row) const {
+    if (level.starts == nullptr) return false;
+    const uint64_t before = (uint64_t{1} << (row % 64)) - 1;
+    const uint64_t starts = level.begins[row / 64] & (before << 1 | 1);
+    const uint64_t own =
+        starts == 0 ? ~uint64_t{0} : ~uint64_t{0} << (63 - __builtin_clzll(starts));
+    return (filter_.bits[row / 64] & before & own) != 0;
   }
 
   // The child whose rows hold `row`, and its code.

@@ -49,9 +49,9 @@ const Masker<Word>& active_masker() {
 }  // namespace
 
 template <typename Word>
-void trie_mask(Word* logits, Word fill, int64_t rows, int64_t width, int64_t stride,
-               const int64_t* states, const Trie& trie, RowLevels levels, const int64_t* columns,
-               int threads) {
+void trie_mask(const Word* logits, int64_t stride, Word* masked, int64_t masked_stride, Word fill,
+               int64_t rows, int64_t width, const int64_t* states, const Trie& trie,
+               RowLevels levels, const int64_t* columns, int threads) {
   const Masker<Word>& masker = active_masker<Word>();
   const auto depth = static_cast<int64_t>(trie.levels.size());
   const int64_t wanted = std::min(rows, rows * width / kLogitsPerThread);
@@ -60,35 +60,38 @@ void trie_mask(Word* logits, Word fill, int64_t rows, int64_t width, int64_t str
     std::vector<Word> kept;
     const int64_t end = rows * (worker + 1) / workers;
     for (int64_t i = rows * worker / workers; i < end; ++i) {
-      Word* row = logits + i * stride;
+      Word* out = masked + i * masked_stride;
       const int64_t l = levels[i];
       if (l < 0 || l >= depth) {
-        masker.fill(row, width, fill);
+        masker.fill(out, width, fill);
         continue;
       }
       const TrieLevel& level = trie.levels[l];
       const int64_t first = columns[l], last = first + level.size;
-      masker.fill(row, first, fill);
-      masker.fill(row + last, width - last, fill);
+      masker.fill(out, first, fill);
+      masker.fill(out + last, width - last, fill);
+      out += first;
+      const Word* row = logits + i * stride + first;
       const Rows range = clamped(trie, states + 2 * i);
       const Node node = node_of(level, range);
       const int64_t count = node.last - node.first;
       const uint64_t* mask =
           count * kSparse < level.size ? nullptr : mask_of(trie, l, range, level.masks);
       if (mask != nullptr) {
-        masker.by_bits(row + first, level.size, mask, fill);
+        masker.by_bits(row, level.size, mask, fill, out);
       } else {
         kept.resize(std::max<size_t>(count, kept.size()));
-        masker.by_codes(row + first, level.size, level.codes + node.first, count, fill,
-                        kept.data());
+        masker.by_codes(row, level.size, level.codes + node.first, count, fill, out, kept.data());
       }
     }
   });
 }
 
-template void trie_mask<uint32_t>(uint32_t*, uint32_t, int64_t, int64_t, int64_t, const int64_t*,
-                                  const Trie&, RowLevels, const int64_t*, int);
-template void trie_mask<uint16_t>(uint16_t*, uint16_t, int64_t, int64_t, int64_t, const int64_t*,
-                                  const Trie&, RowLevels, const int64_t*, int);
+template void trie_mask<uint32_t>(const uint32_t*, int64_t, uint32_t*, int64_t, uint32_t, int64_t,
+                                  int64_t, const int64_t*, const Trie&, RowLevels, const int64_t*,
+                                  int);
+template void trie_mask<uint16_t>(const uint16_t*, int64_t, uint16_t*, int64_t, uint16_t, int64_t,
+                                  int64_t, const int64_t*, const Trie&, RowLevels, const int64_t*,
+                                  int);
 
 }  // namespace plum::cpu

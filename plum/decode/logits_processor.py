@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plum.errors import InvalidArgument
-from plum.ops.trie_mask import trie_mask_
+from plum.ops.trie_mask import trie_mask
 from plum.ops.trie_walk import trie_walk
 
 if TYPE_CHECKING:
@@ -101,15 +101,17 @@ class SidLogitsProcessor:
             levels = [level for level in taken.unique().tolist() if level >= 0]
 
         states = trie_walk(self._codes(input_ids, begin, taken), trie)
-        masked = scores.clone()
-        for level in levels:
-            rows = taken == level if self.prompt_length is None else slice(None)
-            if level == depth:
-                masked[rows] = float("-inf")
-            elif self.prompt_length is not None:
-                trie_mask_(masked, states, trie, level)
-            else:
-                masked[rows] = trie_mask_(masked[rows], states[rows], trie, level)
+        if self.prompt_length is not None and levels[0] < depth:
+            masked = trie_mask(scores, states, trie, levels[0])
+        else:
+            masked = scores.clone()
+            for level in levels:
+                rows = taken == level
+                masked[rows] = (
+                    float("-inf")
+                    if level == depth
+                    else trie_mask(scores[rows], states[rows], trie, level)
+                )
         ends = (taken == depth) | (states[:, 0] == states[:, 1])
         end = self.end_token_id
         masked[:, end] = torch.where(ends, scores[:, end], masked[:, end])

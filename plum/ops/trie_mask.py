@@ -1,4 +1,4 @@
-"""``trie_mask_``: logits of illegal codes to -inf, in place."""
+"""``trie_mask`` and ``trie_mask_``: logits of illegal codes to -inf."""
 
 from __future__ import annotations
 
@@ -22,6 +22,35 @@ from plum.ops._trie_index import (
 
 if TYPE_CHECKING:
     from plum.trie import SidTrie
+
+
+def trie_mask(
+    logits: Tensor,
+    states: Tensor,
+    trie: SidTrie,
+    level: int | Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Copies logits with -inf wherever no legal child of its state is: :func:`trie_mask_`.
+
+    A new tensor costs no more than masking in place, because illegal logits are not read.
+
+    Args:
+        logits: As :func:`trie_mask_` takes them; rows may share memory.
+        states: int64 ``[..., 2]``, states of ``level``.
+        trie: The catalog's trie.
+        level: The level of the codes to choose, or one a row.
+        backend: Forces one implementation by name.
+
+    Returns:
+        A tensor like ``logits``, without gaps.
+
+    Raises:
+        InvalidArgument: a shape, dtype, device or the level does not fit.
+    """
+    every, each, columns = _check(logits, states, trie, level)
+    return _copy_op(logits, states, list(trie.index), every, each, columns, backend=backend)
 
 
 def trie_mask_(
@@ -53,12 +82,7 @@ def trie_mask_(
         InvalidArgument: a shape, dtype, device or the level does not fit, or autograd records
             operations on ``logits``.
     """
-    check_states(states, trie)
-    every, each = check_level(level, trie, states.shape[:-1])
-    check_logits(logits, trie)
-    if logits.dim() < 1 or logits.shape[:-1] != states.shape[:-1]:
-        expected = f"shape {[*states.shape[:-1], 'V']}, one row a state"
-        raise InvalidArgument("logits", expected, list(logits.shape))
+    every, each, columns = _check(logits, states, trie, level)
     if logits.requires_grad and torch.is_grad_enabled():
         raise InvalidArgument(
             "logits", "a tensor without gradient", "one with it", "call it under torch.no_grad()"
@@ -67,9 +91,21 @@ def trie_mask_(
     if 0 in strides and any(n > 1 and not s for n, s in zip(shape, strides, strict=True)):
         got = f"strides {list(logits.stride())} of shape {list(logits.shape)}"
         raise InvalidArgument("logits", "rows with memory of their own", got, "clone it")
-    columns = first_columns(trie, level, logits.shape[-1])
     _op(logits, states, list(trie.index), every, each, columns, backend=backend)
     return logits
+
+
+def _check(
+    logits: Tensor, states: Tensor, trie: SidTrie, level: int | Tensor
+) -> tuple[int, Tensor | None, list[int]]:
+    """Returns the level of all rows, or the levels of each, and the column of code 0 of each."""
+    check_states(states, trie)
+    every, each = check_level(level, trie, states.shape[:-1])
+    check_logits(logits, trie)
+    if logits.dim() < 1 or logits.shape[:-1] != states.shape[:-1]:
+        expected = f"shape {[*states.shape[:-1], 'V']}, one row a state"
+        raise InvalidArgument("logits", expected, list(logits.shape))
+    return every, each, first_columns(trie, level, logits.shape[-1])
 
 
 def _reference(
@@ -100,16 +136,22 @@ def _cpu(
     levels: Tensor | None,
     columns: Sequence[int],
 ) -> None:
-    width = logits.shape[-1]
-    # Rows may be any distance apart; what is not a matrix of such rows is masked in a copy.
-    flat = logits.view(-1, width) if logits.dim() == 2 or logits.is_contiguous() else None
-    if flat is None or (width > 1 and flat.stride(1) != 1):
-        flat = logits.reshape(-1, width).contiguous()
+    flat = _matrix(logits)
     each = None if levels is None else levels.contiguous()
     states = states.reshape(-1, 2).contiguous()
-    _native.trie_mask_cpu(flat, states, index, level, each, columns)
+    _native.trie_mask_cpu(flat, flat, states, index, level, each, columns)
     if flat.data_ptr() != logits.data_ptr():
         logits.copy_(flat.view(logits.shape))
+
+
+def _matrix(logits: Tensor) -> Tensor:
+    """Returns logits as rows that may be any distance apart, in a copy where they cannot be."""
+    width = logits.shape[-1]
+    if logits.dim() == 2 or logits.is_contiguous():
+        flat = logits.view(-1, width)
+        if width < 2 or flat.stride(1) == 1:
+            return flat
+    return logits.reshape(-1, width).contiguous()
 
 
 def _triton(
@@ -152,4 +194,52 @@ _op = Op(
         Backend("cpu", "cpu", _cpu, _native.missing, default=True),
         Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
     ],
+)
+
+
+def _copy_reference(
+    logits: Tensor,
+    states: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
+) -> Tensor:
+    masked = logits.clone(memory_format=torch.contiguous_format)
+    _reference(masked, states, index, level, levels, columns)
+    return masked
+
+
+def _copy_cpu(
+    logits: Tensor,
+    states: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
+) -> Tensor:
+    masked = _copy_fake(logits, states, index, level, levels, columns)
+    each = None if levels is None else levels.contiguous()
+    states, out = states.reshape(-1, 2).contiguous(), masked.view(-1, logits.shape[-1])
+    _native.trie_mask_cpu(_matrix(logits), out, states, index, level, each, columns)
+    return masked
+
+
+def _copy_fake(
+    logits: Tensor,
+    states: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+_copy_op = Op(
+    "trie_mask(Tensor logits, Tensor states, Tensor[] index, int level, Tensor? levels,"
+    " int[] columns) -> Tensor",
+    reference=_copy_reference,
+    fake=_copy_fake,
+    backends=[Backend("cpu", "cpu", _copy_cpu, _native.missing, default=True)],
 )

@@ -86,8 +86,14 @@ void check_mask(const TrieTable& trie, std::mt19937_64& random, int64_t offset, 
       }
     }
     const std::vector<int64_t> columns(trie.depth, offset);
-    plum::cpu::trie_mask(logits.data(), fill, rows, width, stride, states.data(), trie.trie,
-                         {level, nullptr}, columns.data(), threads);
+    const auto mask = [&](std::vector<Word>& out) {
+      plum::cpu::trie_mask(logits.data(), stride, out.data(), stride, fill, rows, width,
+                           states.data(), trie.trie, {level, nullptr}, columns.data(), threads);
+    };
+    std::vector<Word> other = logits;
+    mask(other);
+    CHECK(other == expected);
+    mask(logits);
     CHECK(logits == expected);
   }
 }

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plum.errors import BackendUnavailable, InvalidArgument
-from plum.ops.trie_mask import trie_mask_
+from plum.ops.trie_mask import trie_mask, trie_mask_
 from plum.ops.trie_walk import trie_walk
 from plum.trie import SidTrie
 
@@ -49,7 +49,11 @@ def test_only_legal_columns_stay(seed, depth, size, rows, vocabulary, dtype, run
     offset = offsets[level] if vocabulary else 0
     logits[torch.from_numpy(random.random(logits.shape) < 0.1)] = float("nan")
     expected = masked_by_hand(logits, prefixes, codes, level, offset)
+    before = logits.clone()
     with running(runner, threads=int(random.integers(1, 4))) as backend:
+        copy = trie_mask(logits, states, trie, level, backend=backend)
+        torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(copy, expected, rtol=0, atol=0, equal_nan=True)
         result = trie_mask_(logits, states, trie, level, backend=backend)
     assert result is logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=0, equal_nan=True)
@@ -65,7 +69,12 @@ def test_leading_dimensions_strides_nan_and_the_dead_state():
     expected[..., [1, 3]] = -INF
     expected[1, 1] = -INF
     assert not base.is_contiguous()
+    copy = trie_mask(base, states, trie, 0)
+    assert copy.is_contiguous()
+    torch.testing.assert_close(copy, expected, equal_nan=True)
     torch.testing.assert_close(trie_mask_(base, states, trie, 0), expected, equal_nan=True)
+    shared = torch.randn(1, 1, 4).expand(2, 2, 4)
+    assert torch.equal(trie_mask(shared, states, trie, 0)[0, 0, [0, 2]], shared[0, 0, [0, 2]])
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -138,5 +147,6 @@ def test_opcheck_and_compile():
     states, logits = trie.root_states(3)[:, 0], torch.randn(3, 9)
     args = (logits.clone(), states, list(trie.index), 0, None, [0, 0])
     torch.library.opcheck(torch.ops.plum.trie_mask_.default, args)
+    torch.library.opcheck(torch.ops.plum.trie_mask.default, args)
     compiled = torch.compile(lambda x, s: trie_mask_(x * 2, s, trie, 0), fullgraph=True)
     assert torch.equal(compiled(logits, states), trie_mask_(logits * 2, states, trie, 0))
