@@ -2,44 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import pytest
-import torch
-
-
-@pytest.fixture(scope="session", autouse=True)
-def interpreter_patches_once() -> Iterator[None]:
-    """Halves the interpreter's time: it patches triton.language anew in each nested call."""
-    from triton.runtime import interpreter
-
-    patch: Callable[..., Any] | None = getattr(interpreter, "_patch_lang", None)
-    if patch is None or torch.cuda.is_available():
-        yield
-        return
-    running = []
-
-    class Scope:
-        """The patches of the outermost call, or none."""
-
-        def __init__(self, inner: Any) -> None:
-            self.inner = inner
-
-        def restore(self) -> None:
-            if self.inner is not None:
-                running.clear()
-                self.inner.restore()
-
-    def patch_once(function: Any) -> Scope:
-        if running:
-            return Scope(None)
-        running.append(True)
-        return Scope(patch(function))
-
-    interpreter._patch_lang = patch_once
-    yield
-    interpreter._patch_lang = patch
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
