@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -156,6 +157,27 @@ def _lower_bound(codes: Tensor, low: Tensor, high: Tensor, tokens: Tensor) -> Te
         below = (low < high) & (codes[middle.clamp(max=last)] < tokens)
         low, high = torch.where(below, middle + 1, low), torch.where(below, high, middle)
     return low
+
+
+def fill_by_level(
+    levels: Tensor,
+    depth: int,
+    out: Sequence[Tensor],
+    run: Callable[[int, Tensor], Sequence[Tensor]],
+) -> None:
+    """Fills the requests at each level with what a step of that level gives them.
+
+    Args:
+        levels: int64 ``[B]``; requests at others than those of the trie are left as they are.
+        depth: L.
+        out: Tensors ``[B, ...]``.
+        run: From a level and its requests int64 ``[n]`` to tensors ``[n, ...]``.
+    """
+    for level in range(depth):
+        here = (levels == level).nonzero().squeeze(1)
+        if len(here):
+            for whole, part in zip(out, run(level, here), strict=True):
+                whole[here] = part
 
 
 def unpacked(bits: Tensor, count: int) -> Tensor:

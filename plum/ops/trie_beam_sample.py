@@ -12,11 +12,19 @@ from plum import _native
 from plum._library import Backend, Op
 from plum.errors import InvalidArgument
 from plum.ops._row_hash import mixed
-from plum.ops._trie_index import TrieIndex, check_device, check_level, children, first_columns
+from plum.ops._trie_index import (
+    TrieIndex,
+    check_device,
+    check_level,
+    children,
+    fill_by_level,
+    first_columns,
+)
 from plum.ops.trie_beam_step import (
     check_beams,
     check_deny,
     filter_tensors,
+    no_children,
     rows_left,
     top_children,
 )
@@ -140,29 +148,18 @@ def _reference(
     deny: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     trie = TrieIndex(*index)
-    out = _nothing(states, k)
+    tokens, parents, best, after = no_children(states, k)
+    best_keys = best.double()
+    out = tokens, parents, best, best_keys, after
     if levels is not None:
-        for each in range(trie.depth):
-            here = (levels == each).nonzero().squeeze(1)
-            if len(here) == 0:
-                continue
-            step = _reference(
-                logits[here],
-                scores[here],
-                keys[here],
-                states[here],
-                index,
-                each,
-                None,
-                columns,
-                k,
-                seeds[here],
-                temperature,
-                filter,
-                None if deny is None else deny[here],
-            )
-            for whole, part in zip(out, step, strict=True):
-                whole[here] = part
+
+        def at_level(each: int, here: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+            some = logits[here], scores[here], keys[here], states[here]
+            denied = None if deny is None else deny[here]
+            limits = seeds[here], temperature
+            return _reference(*some, index, each, None, columns, k, *limits, filter, denied)
+
+        fill_by_level(levels, trie.depth, out, at_level)
         return out
     batch, beams, width = logits.shape
     rows = states.reshape(-1, 2)
@@ -175,41 +172,30 @@ def _reference(
         return out
 
     value = logits.reshape(-1)[owner * width + codes + columns[level]].double() / temperature
-    score = scores.flatten()[owner] + (value - _by_beam("logsumexp", value, counts)[owner])
+    top = _largest(value, counts)
+    total = torch.segment_reduce((value - top[owner]).exp(), "sum", lengths=counts).log()
+    score = scores.flatten()[owner] + (value - (top + total)[owner])
     place = (rows[owner, 0] << 20) | (level << 16) | codes
     noise = mixed(mixed(place) ^ mixed(seeds)[owner // beams])
     uniform = (((noise >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
     perturbed = score - (-uniform.log()).log()
     # The key, given that the largest of them is the parent's (Kool et al. 2019, appendix B.3).
-    parent, largest = keys.flatten()[owner], _by_beam("max", perturbed, counts)[owner]
+    parent, largest = keys.flatten()[owner], _largest(perturbed, counts)[owner]
     v = parent - perturbed + torch.log1p(-(perturbed - largest).exp())
     key = parent - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
     key = key.masked_fill(key.isnan() | (score == float("-inf")) | score.isnan(), float("-inf"))
 
     request, slot, child = top_children(key, counts.view(batch, beams).sum(1), k)
     where = (request, slot)
-    tokens, parents, best, best_keys, after = out
     tokens[where], parents[where] = codes[child], owner[child] % beams
     best[where], best_keys[where] = score[child].float(), key[child]
     after[where] = torch.stack((low[child], high[child]), dim=1)
     return out
 
 
-def _by_beam(what: str, values: Tensor, counts: Tensor) -> Tensor:
-    """Reduces each beam's children: ``"max"`` or ``"logsumexp"``."""
-    top = torch.segment_reduce(values, "max", lengths=counts, initial=float("-inf"))
-    if what == "max":
-        return top
-    shifted = (values - top.repeat_interleave(counts)).exp()
-    return top + torch.segment_reduce(shifted, "sum", lengths=counts).log()
-
-
-def _nothing(states: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the step of requests without any child."""
-    tokens = states.new_full((len(states), k), -1)
-    keys = torch.full_like(tokens, float("-inf"), dtype=torch.float64)
-    after = states.new_zeros(len(states), k, 2)
-    return tokens, torch.zeros_like(tokens), keys.float(), keys, after
+def _largest(values: Tensor, counts: Tensor) -> Tensor:
+    """Returns the largest value of each beam's children."""
+    return torch.segment_reduce(values, "max", lengths=counts, initial=float("-inf"))
 
 
 def _cpu(

@@ -18,6 +18,7 @@ from plum.ops._trie_index import (
     check_logits,
     check_states,
     children,
+    fill_by_level,
     first_columns,
     unpacked,
 )
@@ -219,33 +220,21 @@ def _reference(
     deny: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     trie = TrieIndex(*index)
+    out = no_children(states, k)
     if levels is not None:
-        out = _nothing(states, k)
-        for each in range(trie.depth):
-            here = (levels == each).nonzero().squeeze(1)
-            if len(here) == 0:
-                continue
-            step = _reference(
-                logits[here],
-                scores[here],
-                states[here],
-                index,
-                each,
-                None,
-                columns,
-                k,
-                valid,
-                filter,
-                None if deny is None else deny[here],
-            )
-            for whole, part in zip(out, step, strict=True):
-                whole[here] = part
+
+        def at_level(each: int, here: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            some = logits[here], scores[here], states[here]
+            denied = None if deny is None else deny[here]
+            return _reference(*some, index, each, None, columns, k, valid, filter, denied)
+
+        fill_by_level(levels, trie.depth, out, at_level)
         return out
     batch, beams, width = logits.shape
     found = children(states.reshape(-1, 2), trie.level(level))
     owner, counts = found.owner, found.counts
     if len(owner) == 0:
-        return _nothing(states, k)
+        return out
     value = logits.reshape(-1)[owner * width + found.codes + columns[level]].float()
     if filter or deny is not None:
         left = rows_left(found.low, found.high, owner // beams, trie, filter, deny)
@@ -266,7 +255,7 @@ def _reference(
 
     request, slot, child = top_children(score, counts.view(batch, beams).sum(1), k)
     where = (request, slot)
-    out = tokens, parents, best, after = _nothing(states, k)
+    tokens, parents, best, after = out
     tokens[where], parents[where], best[where] = (
         found.codes[child],
         owner[child] % beams,
@@ -276,7 +265,7 @@ def _reference(
     return out
 
 
-def _nothing(states: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def no_children(states: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the step of requests without any child."""
     tokens = states.new_full((len(states), k), -1)
     best = torch.full_like(tokens, float("-inf"), dtype=torch.float32)
