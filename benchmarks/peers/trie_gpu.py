@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.peers import trie_ours
 from benchmarks.peers.ours import require
-from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_beam_step import trie_beam_step
 from plum.ops.trie_mask import trie_mask_
 from plum.trie import SidTrie
@@ -45,19 +45,7 @@ def decode(
     trie: SidTrie, logits: list[Tensor], score: str, backend: str, graph: bool
 ) -> Callable[[], Tensor]:
     """A whole search with prepared logits ``[B, W, V]`` a level; gives the SIDs ``[B, W, L]``."""
-    require("trie_beam_step", backend)
-    batch, width = logits[-1].shape[:2]
-    root, zero = trie.root_states(batch), torch.zeros(batch, 1, device=trie.device)
-
-    def run() -> Tensor:
-        states, scores = root, zero
-        for level, rows in enumerate(logits):
-            step = trie_beam_step(
-                rows, scores, states, trie, level, k=width, score=score, backend=backend
-            )
-            states, scores = step.states, step.scores
-        return forced_tail(states, trie, 0, backend=backend).codes
-
+    run = trie_ours.decode(trie, logits, score, backend)
     return captured(run) if graph else run
 
 

@@ -50,7 +50,7 @@ def decode(trie: SidTrie, logits: list[Tensor], score: str, backend: str) -> Cal
     """Searches with prepared logits ``[B, W, V]`` a level; gives the SIDs ``[B, W, L]``."""
     require("trie_beam_step", backend)
     batch, width = logits[-1].shape[:2]
-    root, zero = trie.root_states(batch), torch.zeros(batch, 1)
+    root, zero = trie.root_states(batch), torch.zeros(batch, 1, device=trie.device)
 
     def run() -> Tensor:
         states, scores = root, zero

@@ -265,7 +265,7 @@ class SidBeamSearch:
                 level,
                 k=k,
                 score=self.score,
-                filter=items.rank,
+                filter=items.filter,
                 deny=deny,
             )
             found.append(step)
@@ -297,7 +297,7 @@ class SidBeamSearch:
             k=k,
             seeds=seeds,
             temperature=temperature,
-            filter=items.rank,
+            filter=items.filter,
             deny=items.denied_rows,
         )
 
@@ -373,7 +373,7 @@ class _ItemLimits:
         self._trie = trie
         self._allowed: np.ndarray | None = None
         self._denied: list[np.ndarray] | None = None
-        self.rank: SidFilter | None = None
+        self.filter: SidFilter | None = None
         self.denied_rows: Tensor | None = None
         starts = trie.item_starts
         left = np.diff(starts)
@@ -382,7 +382,7 @@ class _ItemLimits:
             self._allowed = np.zeros(trie.num_items, dtype=bool)
             self._allowed[position[position >= 0]] = True
             left = np.add.reduceat(self._allowed, starts[:-1], dtype=np.int64)
-            self.rank = trie.filter(torch.from_numpy(left > 0).to(trie.device))
+            self.filter = trie.filter(torch.from_numpy(left > 0).to(trie.device))
         if deny is not None:
             if len(deny) != batch:
                 raise InvalidArgument("deny", f"{batch} lists, one a request", len(deny))

@@ -60,6 +60,8 @@ class SidTrie:
         self.codebook_sizes = tuple(codebook_sizes)
         self.token_offsets = None if token_offsets is None else tuple(token_offsets)
         self.roots = tuple(roots)
+        # On the device, so that a search does not wait for a copy.
+        self._roots = torch.tensor(self.roots, device=index.codes.device)
         self.item_starts, self.item_ids = item_starts, item_ids
 
     @classmethod
@@ -197,12 +199,11 @@ class SidTrie:
             InvalidArgument: ``tries`` has another shape, dtype or device.
         """
         if tries is None:
-            return torch.tensor(self.roots[:2], device=self.device).repeat(batch, 1, 1)
+            return self._roots[:2].repeat(batch, 1, 1)
         if tries.shape != (batch,) or tries.dtype != torch.int64:
             got = f"{tries.dtype} {list(tries.shape)}"
             raise InvalidArgument("tries", f"an int64 tensor [{batch}]", got)
-        roots = torch.tensor(self.roots, device=self.device)
-        return torch.stack((roots[tries], roots[tries + 1]), dim=-1).unsqueeze(1)
+        return torch.stack((self._roots[tries], self._roots[tries + 1]), dim=-1).unsqueeze(1)
 
     def items(self, states: Tensor) -> list[Any]:
         """Looks up the items on states; those on one SID in the order they were given.
