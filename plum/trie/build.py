@@ -123,6 +123,21 @@ def build_index(
     return index
 
 
+def read_column(index: TrieIndex, level: int) -> np.ndarray:
+    """Returns the codes of a level row by row, uint16; fewer than rows if its arrays cannot be."""
+    at = index.table[level].tolist()
+    codes = index.codes.numpy().view(np.uint16)
+    if not 0 <= at[CODES_AT] <= len(codes) or not 0 < at[EDGES] <= index.rows:
+        return codes[:0]
+    if at[STARTS_AT] < 0:
+        return codes[at[CODES_AT] :][: index.rows]
+    edges = codes[at[CODES_AT] :][: at[EDGES]]
+    starts = index.starts.numpy().view(np.uint32)[at[STARTS_AT] :][: at[EDGES] + 1]
+    lengths: np.ndarray = np.diff(starts.astype(np.int64))
+    fits = len(edges) == at[EDGES] == len(lengths) and starts[0] == 0 and starts[-1] == index.rows
+    return np.repeat(edges, lengths) if fits and (lengths > 0).all() else codes[:0]
+
+
 def _count_runs(columns: np.ndarray, roots: Sequence[int]) -> tuple[list[int], np.ndarray]:
     depth, rows = columns.shape
     changes = np.full(rows, depth, dtype=np.uint8)

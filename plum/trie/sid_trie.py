@@ -15,7 +15,7 @@ from plum.errors import InvalidArgument, InvalidData
 from plum.files import atomic_path
 from plum.ops._trie_index import TrieIndex
 from plum.ops.forced_tail import forced_tail
-from plum.trie.build import build_index, sort_sids
+from plum.trie.build import build_index, read_column, sort_sids
 from plum.trie.item_ids import ItemId, ItemIds
 from plum.trie.sid_filter import SidFilter, make_filter
 from plum.trie.storage import check_index, check_starts, read_trie
@@ -429,14 +429,8 @@ class SidTrie:
 
     def _columns(self) -> np.ndarray:
         """Returns the table by level, uint16 ``[L, num_sids]``."""
-        columns = np.empty((self.depth, self.num_sids), dtype=np.uint16)
-        for level in range(self.depth):
-            codes, starts, _ = self.index.level(level)
-            column = codes.to(torch.int32).cpu().numpy().astype(np.uint16)
-            columns[level] = (
-                column if starts is None else np.repeat(column, np.diff(starts.cpu().numpy()))
-            )
-        return columns
+        index = TrieIndex(*(array.cpu() for array in self.index))
+        return np.stack([read_column(index, level) for level in range(self.depth)])
 
     def _item_codes(self) -> np.ndarray:
         """Returns the codes of every item, uint16 ``[num_items, L]``, in the trie's order."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from plum.errors import InvalidData
-from plum.ops._trie_index import CODES_AT, EDGES, STARTS_AT, TrieIndex
-from plum.trie.build import build_index
+from plum.ops._trie_index import TrieIndex
+from plum.trie.build import build_index, read_column
 
 _DTYPES = {
     "table": torch.int64,
@@ -72,8 +72,8 @@ def check_index(
         raise InvalidData(path, f"roots rising from 0 to {rows}", roots)
     columns = np.empty((len(sizes), rows), dtype=np.uint16)
     for level, size in enumerate(sizes):
-        column = _column(index, level)
-        if column is None or len(column) != rows or int(column.max()) >= size:
+        column = read_column(index, level)
+        if len(column) != rows or int(column.max()) >= size:
             raise InvalidData(path, f"{rows} codes below {size} in level {level}", _CORRUPT)
         columns[level] = column
     if not _sorted(columns, roots):
@@ -90,24 +90,6 @@ def check_starts(path: str | Path, name: str, starts: Tensor, total: int) -> Non
     shape_fits = starts.dtype == torch.int64 and starts.dim() == 1 and len(starts) >= 2
     if not shape_fits or starts[0] != 0 or starts[-1] != total or (starts.diff() <= 0).any():
         raise InvalidData(path, f"{name} rising from 0 to {total}", _CORRUPT)
-
-
-def _column(index: TrieIndex, level: int) -> np.ndarray | None:
-    """Returns the codes of a level row by row; None if its arrays cannot be."""
-    at = index.table[level].tolist()
-    codes = index.codes.numpy().view(np.uint16)
-    if not 0 <= at[CODES_AT] <= len(codes) or not 0 < at[EDGES] <= index.rows:
-        return None
-    if at[STARTS_AT] < 0:
-        column = codes[at[CODES_AT] :][: index.rows]
-        return column if len(column) else None
-    edges = codes[at[CODES_AT] :][: at[EDGES]]
-    starts = index.starts.numpy().view(np.uint32)[at[STARTS_AT] :][: at[EDGES] + 1]
-    starts = starts.astype(np.int64)
-    if len(edges) != at[EDGES] or len(starts) != len(edges) + 1 or starts[-1] != index.rows:
-        return None
-    lengths = np.diff(starts)
-    return None if starts[0] != 0 or (lengths <= 0).any() else np.repeat(edges, lengths)
 
 
 def _sorted(columns: np.ndarray, roots: Sequence[int]) -> bool:
