@@ -51,7 +51,7 @@ def huge(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def budget(full: bool, request: pytest.FixtureRequest) -> float:
     """Seconds of rounds for one benchmark; those on a GPU have one size only."""
-    return 1.0 if request.node.get_closest_marker("gpu") else 2.0 if full else 0.2
+    return 0.5 if request.node.get_closest_marker("gpu") else 2.0 if full else 0.2
 
 
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])

@@ -1,0 +1,101 @@
+"""Whole parts of plum on a GPU beside the same on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from plum.decode import SidBeamSearch
+from plum.ops import forced_tail, residual_quantize, trie_beam_step
+from plum.quantize import KMeans, ResidualQuantizer
+from plum.trie import SidTrie
+
+pytestmark = pytest.mark.gpu
+# Twice the rounding of sums of exponentials, over the levels of a search.
+NEAR = 1e-4
+
+
+def searched(trie: SidTrie, logits: list[torch.Tensor], score: str, backend: str):
+    """Scores ``[B, W]`` and SIDs ``[B, W, L]`` of a search with prepared logits, on the CPU."""
+    batch, width = logits[-1].shape[:2]
+    states = trie.root_states(batch)
+    scores = torch.zeros(batch, 1, device=trie.device)
+    options = {"k": width, "score": score, "backend": backend}
+    for level, rows in enumerate(logits):
+        step = trie_beam_step(rows, scores, states, trie, level, **options)
+        states, scores = step.states, step.scores
+    return scores.cpu(), trie.codes_at(states[..., 0].flatten()).view(batch, width, -1).cpu()
+
+
+@pytest.mark.parametrize("score", ["full", "valid"])
+def test_ten_thousand_searches_as_on_the_cpu(score):
+    batch, width, size, levels = 1000, 16, 256, 4
+    codes = np.random.default_rng(0).integers(0, size, (20_000, levels))
+    here = SidTrie.from_codes(codes, codebook_sizes=[size] * levels)
+    there = SidTrie.from_codes(codes, codebook_sizes=[size] * levels).to("cuda")
+    generator = torch.Generator().manual_seed(0)
+    clear = total = 0
+    for _ in range(10):
+        shapes = [(batch, width if level else 1, size) for level in range(levels)]
+        logits = [3 * torch.randn(shape, generator=generator) for shape in shapes]
+        scores, sids = searched(here, logits, score, "cpu")
+        found = searched(there, [rows.cuda() for rows in logits], score, "triton")
+        torch.testing.assert_close(found[0], scores, rtol=0, atol=NEAR)
+        gap = (scores[:, :-1] - scores[:, 1:]).amin(dim=1)
+        total += batch
+        clear += int((gap > NEAR).sum())
+        # The last place may change with a child, just as near, that is not among those kept.
+        assert torch.equal(found[1][gap > NEAR, :-1], sids[gap > NEAR, :-1])
+    assert clear > 0.9 * total
+
+
+def test_tails_as_on_the_cpu():
+    codes = np.random.default_rng(0).integers(0, 64, (5000, 6))
+    here = SidTrie.from_codes(codes, codebook_sizes=[64] * 6)
+    there = SidTrie.from_codes(codes, codebook_sizes=[64] * 6).to("cuda")
+    rows = torch.arange(here.num_sids)
+    states = torch.stack((rows, rows + 1), dim=-1)
+    expected = forced_tail(states, here, 3)
+    found = forced_tail(states.cuda(), there, 3)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.cpu(), b)
+
+
+def test_a_search_with_a_model_as_on_the_cpu():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    codes = np.random.default_rng(0).integers(0, 64, (2000, 4))
+    offsets = [10, 74, 138, 202]
+    build = {"codebook_sizes": [64] * 4, "token_offsets": offsets}
+    prompts = torch.randint(3, 300, (8, 40), generator=torch.Generator().manual_seed(1))
+    expected = SidBeamSearch(model, SidTrie.from_codes(codes, **build)).search(
+        prompts, num_beams=16
+    )
+    trie = SidTrie.from_codes(codes, **build).to("cuda")
+    found = SidBeamSearch(model.to("cuda"), trie).search(prompts.cuda(), num_beams=16)
+    torch.testing.assert_close(found.scores.cpu(), expected.scores, rtol=0, atol=2e-3)
+    same = (found.sids.cpu() == expected.sids).all(dim=-1).float().mean()
+    assert same > 0.95
+
+
+def test_k_means_and_a_quantizer_are_trained():
+    generator = torch.Generator().manual_seed(0)
+    centers = 4 * torch.randn(32, 24, generator=generator)
+    x = centers.repeat(64, 1) + 0.1 * torch.randn(2048, 24, generator=generator)
+    means = KMeans(32, seed=0).fit(x.cuda())
+    assert means.centroids.is_cuda and means.inertia < 2048 * 24 * 0.1**2 * 1.05
+    quantizer = ResidualQuantizer(24, [32, 16]).cuda().train()
+    quantizer.init_codebooks(x.cuda())
+    for _ in range(30):
+        output = quantizer(x.cuda())
+    # The noise is what is left.
+    assert output.residual.square().mean() < 0.1**2
+    quantizer.eval()
+    books = [book.cpu() for book in quantizer.codebooks]
+    expected = residual_quantize(x, books).codes
+    assert torch.equal(quantizer.encode(x.cuda()).cpu(), expected)
