@@ -153,6 +153,49 @@ def residual_quantize_cpu(
     )
 
 
+def residual_quantize_max_width_cuda() -> int:
+    """Returns the width of the widest rows that the CUDA search takes."""
+    return _C.residual_quantize_max_width_cuda
+
+
+def residual_quantize_cuda(
+    x: Tensor,
+    codebooks: Tensor,
+    sizes: Sequence[int],
+    codes: Tensor,
+    norms: Tensor,
+    residual: Tensor | None,
+    first_bad: Tensor,
+) -> None:
+    """Fills ``codes``, ``norms`` and ``residual``; lowers ``first_bad`` ``[2]``, codeword and row."""
+    device = x.device
+    for tensor, dtype in ((codebooks, torch.float32), (codes, torch.int32), (norms, torch.float32)):
+        assert tensor.device == device and tensor.is_contiguous() and tensor.dtype == dtype
+    assert x.is_cuda and x.is_contiguous() and codebooks.shape == (sum(sizes), x.shape[1])
+    assert codes.shape == norms.shape == (len(x), len(sizes))
+    if residual is not None:
+        assert residual.device == device and residual.is_contiguous()
+        assert residual.dtype == torch.float32 and residual.shape == x.shape
+    assert first_bad.device == device and first_bad.dtype == torch.int64 and len(first_bad) == 2
+    bytes_ = _C.residual_quantize_workspace_cuda(x.shape[1], sizes)
+    workspace = torch.empty(bytes_, dtype=torch.uint8, device=device)
+    with torch.cuda.device(device):
+        _C.residual_quantize_cuda(
+            x.data_ptr(),
+            _ROW_TYPES.index(x.dtype),
+            x.shape[0],
+            x.shape[1],
+            codebooks.data_ptr(),
+            sizes,
+            workspace.data_ptr(),
+            codes.data_ptr(),
+            norms.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            first_bad.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
 # Packed codebooks of the latest calls, newest first. They are compared by content, so a codebook
 # may change behind autograd's version counter (`.data`, numpy, another process).
 _packed: list[Any] = []

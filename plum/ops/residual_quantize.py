@@ -15,6 +15,8 @@ from plum.ops.code_usage import code_usage
 
 # Rows a chunk: bounds the memory of the [rows, K] matrix of the reference.
 _CHUNK = 4096
+# Above the number of any row.
+_NO_ROW = 1 << 62
 
 
 class ResidualCodes(NamedTuple):
@@ -200,6 +202,29 @@ def _cpu(
     return codes, norms, residual
 
 
+def _cuda(
+    x: Tensor,
+    codebooks: Tensor,
+    sizes: Sequence[int],
+    return_residual: bool,
+    usage: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    widest = _native.residual_quantize_max_width_cuda()
+    if x.shape[1] > widest:
+        expected = f"rows of at most {widest} dimensions with backend='cuda'"
+        raise InvalidArgument("x", expected, x.shape[1], "take backend='triton'")
+    x, codebooks = x.contiguous(), codebooks.contiguous()
+    codes, norms, residual = _fake(x, codebooks, sizes, return_residual, usage)
+    first_bad = torch.full((2,), _NO_ROW, dtype=torch.int64, device=x.device)
+    _native.residual_quantize_cuda(
+        x, codebooks, list(sizes), codes, norms, residual if return_residual else None, first_bad
+    )
+    _raise_bad(first_bad, x, codebooks, sizes)
+    if usage is not None:
+        usage += code_usage(codes, sizes, backend="cuda")
+    return codes, norms, residual
+
+
 def _triton(
     x: Tensor,
     codebooks: Tensor,
@@ -214,16 +239,21 @@ def _triton(
     found = kernel.residual_quantize(
         x.contiguous(), packed, return_residual=return_residual, usage=counts
     )
-    # Waits for the kernel; both flags in one transfer.
-    finite, bad = torch.cat([packed.finite.long()[None], found.bad_row]).tolist()
-    if not finite:
-        raise _bad_codeword(int(torch.nonzero(~codebooks.isfinite().all(dim=1))[0, 0]))
-    if bad < len(x):
-        _raise_bad_row(bad, x, codebooks, sizes)
+    finite = packed.finite.long()[None]
+    _raise_bad(torch.cat([_NO_ROW * finite, found.bad_row]), x, codebooks, sizes)
     if usage is not None and counts is not None:
         usage += counts
     residual = found.residual
     return found.codes, found.norms, x.new_empty((0, x.shape[1])) if residual is None else residual
+
+
+def _raise_bad(first_bad: Tensor, x: Tensor, codebooks: Tensor, sizes: Sequence[int]) -> None:
+    """Waits for a GPU's kernel: raises where a codeword, or else a row, is bad."""
+    codeword, row = first_bad.tolist()
+    if codeword < len(codebooks):
+        raise _bad_codeword(int(torch.nonzero(~codebooks.isfinite().all(dim=1))[0, 0]))
+    if row < len(x):
+        _raise_bad_row(row, x, codebooks, sizes)
 
 
 def _raise_bad_row(bad: int, x: Tensor, codebooks: Tensor, sizes: Sequence[int]) -> NoReturn:
@@ -285,6 +315,7 @@ _op: Any = Op(
     fake=_fake,
     backends=[
         Backend("cpu", "cpu", _cpu, _native.missing, default=True),
+        Backend("cuda", "cuda", _cuda, _native.missing_cuda, default=False),
         Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
     ],
 )

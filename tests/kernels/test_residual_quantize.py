@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from plum import _native
 from plum.errors import InvalidArgument
 from plum.kernels import residual_quantize as kernel
 from plum.ops import residual_quantize
@@ -91,29 +92,87 @@ def test_the_shapes_of_use(rows, width, sizes):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize(
     ("width", "sizes"), [(384, [256] * 3), (384, [2048, 1024, 512]), (32, [256] * 3)]
 )
-def test_ten_million_rows_as_on_the_cpu(width, sizes):
+def test_ten_million_rows_as_on_the_cpu(width, sizes, backend):
     generator = torch.Generator("cuda").manual_seed(0)
     books = [
         torch.randn(k, width, generator=generator, device="cuda") / 2**level
         for level, k in enumerate(sizes)
     ]
+    here = [book.cpu() for book in books]
     for _ in range(10):
         x = torch.randn(350_000, width, generator=generator, device="cuda")
-        got = search(x, books)
-        expected = residual_quantize(x.cpu(), [book.cpu() for book in books])
-        assert torch.equal(got.codes.cpu(), expected.codes)
+        got = residual_quantize(x, books, backend=backend)
+        assert torch.equal(got.codes.cpu(), residual_quantize(x.cpu(), here).codes)
 
 
 @pytest.mark.gpu
-def test_more_elements_than_an_int_counts():
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_more_elements_than_an_int_counts(backend):
     x = torch.randn(2**31 // 64 + 1000, 64, device="cuda").bfloat16()
     books = [torch.randn(5, 64, device="cuda"), torch.randn(3, 64, device="cuda")]
-    got = search(x, books)
+    got = residual_quantize(x, books, backend=backend)
     expected = residual_quantize(x[-2000:], books, backend="reference")
     assert torch.equal(got.codes[-2000:], expected.codes)
+
+
+def assert_cuda_equals_reference(x: Tensor, books: list[Tensor]) -> None:
+    """As :func:`assert_equals_reference`, for the CUDA kernel behind the op."""
+    there = x.cuda(), [book.cuda() for book in books]
+    usage, expected_usage = (torch.full((sum(map(len, books)),), 3) for _ in range(2))
+    try:
+        expected = residual_quantize(
+            x, books, return_residual=True, usage=expected_usage, backend="reference"
+        )
+    except InvalidArgument as error:
+        with pytest.raises(InvalidArgument) as found:
+            residual_quantize(*there, backend="cuda")
+        assert str(found.value) == str(error)
+        return
+    usage = usage.cuda()
+    got = residual_quantize(*there, return_residual=True, usage=usage, backend="cuda")
+    assert torch.equal(got.codes.cpu(), expected.codes)
+    assert got.residual is not None and expected.residual is not None
+    assert torch.equal(got.residual.cpu(), expected.residual)
+    assert torch.equal(usage.cpu(), expected_usage)
+    torch.testing.assert_close(got.norms.cpu(), expected.norms, rtol=1e-5, atol=x.shape[1] * 1e-37)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ADVERSARIAL.values(), ids=ADVERSARIAL)
+def test_adversarial_sets_in_cuda(case):
+    x, books = case
+    if x.shape[1] <= _native.residual_quantize_max_width_cuda():
+        assert_cuda_equals_reference(x, books)
+
+
+@pytest.mark.gpu
+def test_random_cases_in_cuda():
+    for seed in range(300):
+        assert_cuda_equals_reference(*draw_case(seed))
+    assert_cuda_equals_reference(*many_tiles())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [1, 3, 32, 33, 64, 100, 128, 200, 256, 383, 384])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_widths_in_cuda(width, dtype):
+    generator = torch.Generator().manual_seed(width)
+    for rows, sizes in ((1, [1]), (127, [9, 1, 300]), (1000, [256, 17])):
+        x = torch.randn(rows, width, generator=generator).to(dtype)
+        assert_cuda_equals_reference(x, [torch.randn(k, width, generator=generator) for k in sizes])
+
+
+@pytest.mark.gpu
+def test_rows_too_wide_for_cuda():
+    x = torch.zeros(2, 385, device="cuda")
+    with pytest.raises(InvalidArgument, match="x: expected rows of at most 384 dimensions"):
+        residual_quantize(x, [x], backend="cuda")
+    empty = residual_quantize(x[:0, :5], [x[:, :5]], backend="cuda")
+    assert empty.codes.shape == (0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -66,3 +66,24 @@ int64_t residual_quantize(const void* x, RowType type, int64_t rows,
                           float* residual, int64_t* usage, int threads);
 
 }  // namespace plum::cpu
+
+namespace plum::cuda {
+
+// The widest rows that the search on a GPU takes.
+constexpr int64_t kMaxSearchWidth = 384;
+
+// Bytes of device memory that a search needs beside its arguments.
+int64_t residual_quantize_workspace(int64_t width, const int64_t* sizes, int64_t levels);
+
+// As on the CPU, with device pointers, and the codebooks packed in every call; rows may be none.
+// Does not synchronize. Throws std::runtime_error when a launch fails.
+//   workspace  residual_quantize_workspace bytes, aligned to 256
+//   first_bad  [2] large numbers, lowered to the first codeword that is not finite, counted over
+//   all
+//              levels, and to the lowest row as on the CPU
+void residual_quantize(const void* x, cpu::RowType type, int64_t rows, int64_t width,
+                       const float* codebooks, const int64_t* sizes, int64_t levels,
+                       void* workspace, int32_t* codes, float* norms, float* residual,
+                       int64_t* first_bad, void* stream);
+
+}  // namespace plum::cuda
