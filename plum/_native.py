@@ -167,7 +167,7 @@ def residual_quantize_cuda(
     residual: Tensor | None,
     first_bad: Tensor,
 ) -> None:
-    """Fills ``codes``, ``norms`` and ``residual``; lowers ``first_bad`` ``[2]``, codeword and row."""
+    """Fills the outputs; lowers ``first_bad`` ``[2]``, a codeword and a row."""
     device = x.device
     for tensor, dtype in ((codebooks, torch.float32), (codes, torch.int32), (norms, torch.float32)):
         assert tensor.device == device and tensor.is_contiguous() and tensor.dtype == dtype
