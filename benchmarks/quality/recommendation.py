@@ -26,17 +26,21 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.recommendation_inputs import Inputs, load_inputs, prepare
+from benchmarks.quality.recommendation_flat import run_flat
+from benchmarks.quality.recommendation_inputs import (
+    BEAMS,
+    KS,
+    TEST_SECONDS,
+    Inputs,
+    load_inputs,
+    prepare,
+)
 from benchmarks.quality.results import RESULTS, table, versions
 from plum.files import read_json, write_json
 
 NAME = "recommendation"
-KS = (1, 5, 10, 20, 50)
-BEAMS = 50
 # Validation users at most; all are used at the test.
 VALIDATION_USERS = 4000
-# What a job needs after training: the best weights are put in place and scored on the test set.
-TEST_SECONDS = 12.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def gpu_jobs() -> list[Job]:
         ),
     }
     jobs = [models[name] for name in generators for models in (generators, baselines)]
+    jobs += flat_jobs()
     for sids in ("text", "behavior"):
         jobs += [replace(job, sids=sids) for job in generators.values()]
     for seed in (1, 2):
@@ -116,6 +121,17 @@ def cpu_jobs() -> list[Job]:
     return jobs
 
 
+def flat_jobs() -> list[Job]:
+    """GPT-2 shapes over flattened SIDs, as ``plum finetune`` trains them."""
+    common = {"label_smoothing": 0.1, "learning_rate": 1e-3}
+    movies = {"base": "scratch:small", "epochs": 20, "max_items": 100, "batch_size": 64}
+    beauty = {"base": "scratch:small", "epochs": 30, "max_items": 20, "batch_size": 256}
+    return [
+        Job("ml-1m", "flat", sids="fused", config={**movies, **common}),
+        Job("beauty", "flat", sids="fused", config={**beauty, **common}),
+    ]
+
+
 def simple_jobs() -> list[Job]:
     return [Job(d, model) for d in ("ml-1m", "beauty") for model in ("popularity", "item_knn")]
 
@@ -125,7 +141,9 @@ def smoke_jobs() -> list[Job]:
     options: dict[str, Any] = {"shape": {"width": 16, "layers": 1, "heads": 1, "max_items": 8}}
     options["config"] = {"epochs": 2, "eval_every": 1, "batch_size": 16}
     models = (("generator", "fused"), ("sasrec", ""), ("popularity", ""), ("item_knn", ""))
-    return [Job("smoke", model, sids=sids, **options) for model, sids in models]
+    jobs = [Job("smoke", model, sids=sids, **options) for model, sids in models]
+    flat = {"base": "scratch:tiny", "epochs": 1, "max_items": 8, "batch_size": 16}
+    return [*jobs, Job("smoke", "flat", sids="fused", config=flat)]
 
 
 PRESETS = {"gpu": gpu_jobs, "cpu": cpu_jobs, "smoke": smoke_jobs}
@@ -135,6 +153,8 @@ def run_job(job: Job, inputs: Inputs, seconds: float | None) -> dict[str, Any]:
     """Trains and tests one model; prints a line per validation."""
     if job.model in ("popularity", "item_knn"):
         return _run_simple(job, inputs)
+    if job.model == "flat":
+        return run_flat(job, inputs, seconds)
     import torch
 
     from plum.lm import timeline
@@ -247,7 +267,8 @@ class Runner:
         self.waiting = [
             (index, job)
             for index, job in enumerate(PRESETS[options.preset]())
-            if job.key not in done and (options.only is None or options.only in job.key)
+            if job.key not in done
+            and (not options.only or any(word in job.key for word in options.only))
         ]
 
     def run(self) -> int:
@@ -332,7 +353,7 @@ def main() -> int:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--minutes", type=float, help="time for all jobs together")
     parser.add_argument("--parallel", type=int, default=1, help="jobs at a time")
-    parser.add_argument("--only", help="only jobs with this in their name")
+    parser.add_argument("--only", nargs="+", help="only jobs with one of these in their name")
     parser.add_argument("--index", type=int, help="of one job")
     parser.add_argument("--seconds", type=float, default=0.0, help="for one job; 0 for no limit")
     options = parser.parse_args()

@@ -16,6 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from plum.files import atomic_path
 
+KS = (1, 5, 10, 20, 50)
+BEAMS = 50
+# What a job needs after training: the best weights are put in place and scored on the test set.
+TEST_SECONDS = 15.0
 SIZES = (256, 256, 256)
 WINDOW, WIDTH = 10, 64
 

@@ -75,9 +75,15 @@ class DepthGenerator(NextItemModel):
         """Size of the catalog, N."""
         return len(self.codes)
 
-    def item_vectors(self) -> Tensor:
-        """Returns the vector of every item, made of its codes alone, ``[N, D]``."""
-        parts = zip(self.codes.unbind(1), self.inputs, strict=True)
+    def vectors(self, items: Tensor) -> Tensor:
+        """Returns the vectors of items, made of their codes alone."""
+        if items.numel() > self.num_items:
+            return functional.embedding(items, self._read(self.codes))
+        return self._read(self.codes[items])
+
+    def _read(self, codes: Tensor) -> Tensor:
+        """Maps codes ``[..., L]`` to vectors ``[..., D]``."""
+        parts = zip(codes.unbind(-1), self.inputs, strict=True)
         return self.mix(torch.stack([functional.embedding(*part) for part in parts]).sum(0))
 
     def logits(self, x: Tensor, level: int) -> Tensor:

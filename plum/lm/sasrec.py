@@ -43,9 +43,9 @@ class SASRec(NextItemModel):
         """Size of the catalog, N."""
         return len(self.items)
 
-    def item_vectors(self) -> Tensor:
-        """Returns the table of item vectors, ``[N, D]``."""
-        return self.items
+    def vectors(self, items: Tensor) -> Tensor:
+        """Looks up the vectors of items; see :meth:`NextItemModel.vectors`."""
+        return functional.embedding(items, self.items)
 
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """Returns the cross-entropy over the catalog; see :meth:`NextItemModel.loss`."""

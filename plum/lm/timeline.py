@@ -104,8 +104,8 @@ class NextItemModel(nn.Module):
         """Size of the catalog, N."""
         raise NotImplementedError
 
-    def item_vectors(self) -> Tensor:
-        """Returns the vector of every item as the timeline reads it, ``[N, D]``."""
+    def vectors(self, items: Tensor) -> Tensor:
+        """Maps items int64 ``[B, T]`` to the vectors that the timeline reads, ``[B, T, D]``."""
         raise NotImplementedError
 
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
@@ -119,8 +119,7 @@ class NextItemModel(nn.Module):
 
     def states(self, items: Tensor) -> Tensor:
         """Returns the states ``[B, T, D]`` after items int64 ``[B, T]``; -100 is filling."""
-        vectors = self.item_vectors()
-        return self.timeline(functional.embedding(items.clamp(min=0), vectors))
+        return self.timeline(self.vectors(items.clamp(min=0)))
 
     def last_states(self, histories: Sequence[np.ndarray]) -> Tensor:
         """Returns the state after each history, ``[B, D]``, dropout as the module's mode says.
