@@ -55,6 +55,8 @@ class Job:
     shape: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     label_smoothing: float = 0.0
+    seconds: float | None = None
+    exclude_seen: bool = False
 
     @property
     def key(self) -> str:
@@ -62,50 +64,49 @@ class Job:
         return " / ".join(part for part in parts if part)
 
 
-# What is best on each data set by validation, and what varies one thing of it.
 ML_1M: dict[str, Any] = {"max_items": 200}
 BEAUTY: dict[str, Any] = {"max_items": 50}
 
 
 def gpu_jobs() -> list[Job]:
     """The most important first: seed 0 of both models, then variants, then more seeds."""
-    generators = {
-        "ml-1m": Job(
-            "ml-1m",
-            "generator",
-            sids="fused",
-            shape={**ML_1M, "width": 256, "layers": 3, "heads": 4, "dropout": 0.3},
-            config={"epochs": 300, "eval_every": 4, "patience": 8, "average": 0.998},
-        ),
-        "beauty": Job(
-            "beauty",
-            "generator",
-            sids="fused",
-            shape={**BEAUTY, "width": 256, "layers": 2, "heads": 4, "dropout": 0.5},
-            config={"epochs": 300, "batch_size": 256, "patience": 8, "average": 0.998},
-        ),
+    movies: dict[str, Any] = {
+        "config": {"epochs": 300, "eval_every": 4, "patience": 8, "average": 0.998},
+        "seconds": 110,
     }
-    baselines = {
-        "ml-1m": Job(
-            "ml-1m",
-            "sasrec",
-            shape={**ML_1M, "width": 128, "layers": 2, "heads": 2, "dropout": 0.3},
-            config={"epochs": 300, "eval_every": 4, "patience": 8, "average": 0.998},
-        ),
-        "beauty": Job(
-            "beauty",
-            "sasrec",
-            shape={**BEAUTY, "width": 128, "layers": 2, "heads": 2, "dropout": 0.5},
-            config={"epochs": 300, "batch_size": 256, "patience": 8, "average": 0.998},
-        ),
+    reviews: dict[str, Any] = {
+        "config": {"epochs": 300, "batch_size": 256, "patience": 8, "average": 0.998},
+        "seconds": 90,
     }
-    jobs = [models[name] for name in generators for models in (generators, baselines)]
-    jobs += flat_jobs()
-    for sids in ("text", "behavior"):
-        jobs += [replace(job, sids=sids) for job in generators.values()]
-    for seed in (1, 2):
-        jobs += [replace(job, seed=seed) for job in jobs[:4]]
-    return jobs + simple_jobs()
+    large = {"width": 256, "layers": 3, "heads": 4, "dropout": 0.3}
+    small = {"width": 128, "layers": 2, "heads": 2, "dropout": 0.3}
+    medium = {"width": 256, "layers": 2, "heads": 4, "dropout": 0.5}
+    main = [
+        Job("ml-1m", "generator", sids="fused", shape={**ML_1M, **large}, **movies),
+        Job("ml-1m", "sasrec", shape={**ML_1M, **small}, **movies),
+        Job("beauty", "generator", sids="fused", shape={**BEAUTY, **medium}, **reviews),
+        Job("beauty", "sasrec", shape={**BEAUTY, **small, "dropout": 0.5}, **reviews),
+    ]
+    movie_generator, movie_sasrec, review_generator, review_sasrec = main
+
+    def varied(job: Job, variant: str, **shape: Any) -> Job:
+        return replace(job, variant=variant, shape={**job.shape, **shape})
+
+    return [
+        *main,
+        replace(movie_generator, sids="text"),
+        replace(review_generator, sids="text"),
+        varied(movie_sasrec, "width 256, 3 layers", **large),
+        varied(review_sasrec, "width 256", **medium),
+        *flat_jobs(),
+        varied(review_generator, "dropout 0.3", dropout=0.3),
+        varied(movie_generator, "width 128, 2 layers", **small),
+        replace(review_generator, variant="label smoothing 0.1", label_smoothing=0.1),
+        replace(movie_generator, sids="behavior"),
+        replace(review_generator, sids="behavior"),
+        *(replace(job, seed=seed) for seed in (1, 2) for job in main),
+        *simple_jobs(),
+    ]
 
 
 def cpu_jobs() -> list[Job]:
@@ -123,17 +124,22 @@ def cpu_jobs() -> list[Job]:
 
 def flat_jobs() -> list[Job]:
     """GPT-2 shapes over flattened SIDs, as ``plum finetune`` trains them."""
-    common = {"label_smoothing": 0.1, "learning_rate": 1e-3}
-    movies = {"base": "scratch:small", "epochs": 20, "max_items": 100, "batch_size": 64}
-    beauty = {"base": "scratch:small", "epochs": 30, "max_items": 20, "batch_size": 256}
+    common = {"base": "scratch:small", "label_smoothing": 0.1, "learning_rate": 1e-3}
+    movies = {"epochs": 12, "max_items": 100, "batch_size": 64}
+    reviews = {"epochs": 15, "max_items": 20, "batch_size": 256}
     return [
-        Job("ml-1m", "flat", sids="fused", config={**movies, **common}),
-        Job("beauty", "flat", sids="fused", config={**beauty, **common}),
+        Job("ml-1m", "flat", sids="fused", config={**common, **movies}, seconds=140),
+        Job("beauty", "flat", sids="fused", config={**common, **reviews}, seconds=110),
     ]
 
 
 def simple_jobs() -> list[Job]:
-    return [Job(d, model) for d in ("ml-1m", "beauty") for model in ("popularity", "item_knn")]
+    return [
+        Job(dataset, model, variant="without seen items" if seen else "", exclude_seen=seen)
+        for dataset in ("ml-1m", "beauty")
+        for model in ("popularity", "item_knn")
+        for seen in (False, True)
+    ]
 
 
 def smoke_jobs() -> list[Job]:
@@ -149,7 +155,9 @@ def smoke_jobs() -> list[Job]:
 PRESETS = {"gpu": gpu_jobs, "cpu": cpu_jobs, "smoke": smoke_jobs}
 
 
-def run_job(job: Job, inputs: Inputs, seconds: float | None) -> dict[str, Any]:
+def run_job(
+    job: Job, inputs: Inputs, seconds: float | None, *, graphs: bool = True
+) -> dict[str, Any]:
     """Trains and tests one model; prints a line per validation."""
     if job.model in ("popularity", "item_knn"):
         return _run_simple(job, inputs)
@@ -174,8 +182,9 @@ def run_job(job: Job, inputs: Inputs, seconds: float | None) -> dict[str, Any]:
         model = DepthGenerator(codes, sizes, shape, **options)
     model.to(device)
     limit = None if seconds is None else max(1.0, seconds - TEST_SECONDS)
+    gpu = device.type == "cuda"
     config = timeline.TimelineConfig(
-        bf16=device.type == "cuda", seed=job.seed, max_seconds=limit, **job.config
+        bf16=gpu, graphs=graphs, seed=job.seed, max_seconds=limit, **job.config
     )
     histories, targets = inputs.split("validation")
     chosen = np.random.default_rng(0).permutation(len(targets))[:VALIDATION_USERS]
@@ -204,7 +213,8 @@ def run_job(job: Job, inputs: Inputs, seconds: float | None) -> dict[str, Any]:
         "stopped_by_time": limit is not None and history[-1]["seconds"] > limit,
         "train_seconds": round(trained, 1),
         "test_seconds": round(time.monotonic() - start - trained, 1),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name() if gpu else "CPU",
+        "graphs": gpu and graphs,
         "history": history,
     }
 
@@ -217,7 +227,8 @@ def _run_simple(job: Job, inputs: Inputs) -> dict[str, Any]:
     start = time.monotonic()
     histories, targets = inputs.split("test")
     model = Popularity() if job.model == "popularity" else ItemKNN()
-    ranked = model.fit(histories, inputs.num_items).recommend(histories, max(KS))
+    fitted = model.fit(histories, inputs.num_items)
+    ranked = fitted.recommend(histories, max(KS), exclude_seen=job.exclude_seen)
     metrics = ranking_metrics(ranked, targets, ks=KS, num_items=inputs.num_items)
     return {"metrics": metrics, "train_seconds": round(time.monotonic() - start, 1)}
 
@@ -265,7 +276,7 @@ class Runner:
         self.result = read_json(self.path) if self.path.exists() else {"runs": []}
         done = {run["key"] for run in self.result["runs"]}
         self.waiting = [
-            (index, job)
+            (index, job, True)
             for index, job in enumerate(PRESETS[options.preset]())
             if job.key not in done
             and (not options.only or any(word in job.key for word in options.only))
@@ -290,18 +301,24 @@ class Runner:
                 left = self._left()
                 if not self.waiting or (left is not None and left < 3 * TEST_SECONDS):
                     return
-                index, job = self.waiting.pop(0)
+                index, job, graphs = self.waiting.pop(0)
             start = time.monotonic()
+            limits = [each for each in (left, job.seconds) if each is not None]
             command = [sys.executable, "-m", "benchmarks.quality.recommendation", "job"]
             command += ["--inputs", str(self.options.inputs), "--preset", self.options.preset]
-            command += ["--index", str(index), "--seconds", str(left or 0)]
+            command += ["--index", str(index)] + ([] if graphs else ["--no-graphs"])
+            command += ["--until", str(time.time() + min(limits))] if limits else []
             try:
                 done = subprocess.run(command, stdout=subprocess.PIPE, timeout=left, check=True)
                 found = json.loads(done.stdout)
             except (subprocess.SubprocessError, ValueError) as error:
-                with self.lock:
-                    self.failed += 1
                 print(f"{job.key}: {error}", file=sys.stderr, flush=True)
+                with self.lock:
+                    # Once more with single kernels, should it be the graphs that failed.
+                    if graphs and isinstance(error, subprocess.CalledProcessError):
+                        self.waiting.insert(0, (index, job, False))
+                    else:
+                        self.failed += 1
                 continue
             run = {"key": job.key, **asdict(job), "preset": self.options.preset, **found}
             run["seconds"] = round(time.monotonic() - start, 1)
@@ -355,7 +372,8 @@ def main() -> int:
     parser.add_argument("--parallel", type=int, default=1, help="jobs at a time")
     parser.add_argument("--only", nargs="+", help="only jobs with one of these in their name")
     parser.add_argument("--index", type=int, help="of one job")
-    parser.add_argument("--seconds", type=float, default=0.0, help="for one job; 0 for no limit")
+    parser.add_argument("--no-graphs", action="store_true", help="train without CUDA graphs")
+    parser.add_argument("--until", type=float, help="when one job must be done, in Unix time")
     options = parser.parse_args()
     if options.command == "prepare":
         prepare(options.data, options.inputs, options.cache)
@@ -364,13 +382,14 @@ def main() -> int:
         return Runner(options).run()
     job = PRESETS[options.preset]()[options.index]
     inputs = load_inputs(options.inputs / f"{job.dataset}.safetensors")
-    print(json.dumps(run_job(job, inputs, options.seconds or None)))
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    seconds = None if options.until is None else options.until - time.time()
+    found = run_job(job, inputs, seconds, graphs=not options.no_graphs)
+    print(json.dumps(found))
     return 0
 
 
 if __name__ == "__main__":
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        import torch
-
-        torch.set_num_threads(int(threads))
     raise SystemExit(main())

@@ -19,7 +19,7 @@ from plum.files import atomic_path
 KS = (1, 5, 10, 20, 50)
 BEAMS = 50
 # What a job needs after training: the best weights are put in place and scored on the test set.
-TEST_SECONDS = 15.0
+TEST_SECONDS = 20.0
 SIZES = (256, 256, 256)
 WINDOW, WIDTH = 10, 64
 

@@ -27,7 +27,7 @@ class DepthGenerator(NextItemModel):
     """
 
     codes: Tensor
-    legal: Tensor
+    illegal: Tensor
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class DepthGenerator(NextItemModel):
         self.sizes, self.label_smoothing = tuple(codebook_sizes), label_smoothing
         self.trie = SidTrie.from_codes(codes, codebook_sizes=self.sizes)
         self.register_buffer("codes", torch.from_numpy(np.asarray(codes, dtype=np.int64)))
-        self.register_buffer("legal", _legal_codes(np.asarray(codes), self.sizes))
+        self.register_buffer("illegal", ~_legal_codes(np.asarray(codes), self.sizes))
         width, levels = shape.width, len(self.sizes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -107,26 +107,28 @@ class DepthGenerator(NextItemModel):
 
         Args:
             states: ``[M, D]``.
-            targets: int64 ``[M]``, item indices.
+            targets: int64 ``[M]``, item indices; -100 where there is none.
             label_smoothing: Share of a code's probability spread over the legal codes.
 
         Returns:
             ``(losses, accuracy)``, fp32 ``[L]`` each: -log P(code) in nats and how often the most
             likely legal code is the right one, means over the targets.
         """
+        weight = (targets >= 0).float()
+        weight = weight / weight.sum().clamp(min=1)
+        targets = targets.clamp(min=0)
+        codes = self.codes[targets]
         losses, hits = [], []
         x = states
-        for level in range(len(self.sizes)):
-            code = self.codes[targets, level]
-            legal = self.legal[level, targets, : self.sizes[level]]
-            logits = self.logits(x, level).masked_fill(~legal, -torch.inf)
-            logp = logits.log_softmax(-1)
+        for level, code in enumerate(codes.unbind(1)):
+            illegal = self.illegal[level][targets, : self.sizes[level]]
+            logp = self.logits(x, level).masked_fill(illegal, -torch.inf).log_softmax(-1)
             found = -logp.gather(1, code[:, None]).squeeze(1)
             if label_smoothing:
-                spread = -logp.masked_fill(~legal, 0).sum(1) / legal.sum(1)
+                spread = -logp.masked_fill(illegal, 0).sum(1) / (~illegal).sum(1)
                 found = (1 - label_smoothing) * found + label_smoothing * spread
-            losses.append(found.mean())
-            hits.append((logp.argmax(-1) == code).float().mean())
+            losses.append(found @ weight)
+            hits.append((logp.argmax(-1) == code).float() @ weight)
             if level + 1 < len(self.sizes):
                 x = x + functional.embedding(code, self.before[level])
         return torch.stack(losses), torch.stack(hits)

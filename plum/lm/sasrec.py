@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plum.errors import InvalidArgument
+from plum.lm.examples import IGNORED
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
 
 
@@ -50,7 +51,7 @@ class SASRec(NextItemModel):
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """Returns the cross-entropy over the catalog; see :meth:`NextItemModel.loss`."""
         logits = states @ self.items.T.to(states.dtype)
-        return functional.cross_entropy(logits.float(), targets)
+        return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
 
     @torch.no_grad()
     def recommend(

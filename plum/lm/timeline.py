@@ -20,6 +20,9 @@ from torch.nn import functional
 from plum.errors import InvalidArgument, InvalidData
 from plum.lm.examples import IGNORED, WindowPlan, check_histories
 
+# Shapes that batches may have where each costs a graph, and batches of one before it is captured.
+_GRAPHS, _EAGER = 8, 3
+
 
 @dataclass(frozen=True)
 class TimelineShape:
@@ -113,7 +116,7 @@ class NextItemModel(nn.Module):
 
         Args:
             states: ``[M, D]``.
-            targets: int64 ``[M]``, the item that follows each state.
+            targets: int64 ``[M]``, the item that follows each state; -100 where there is none.
         """
         raise NotImplementedError
 
@@ -155,6 +158,7 @@ class TimelineConfig:
         patience: Stop after this many validations without a better score; None never stops.
         max_seconds: Stop training after this time; None for no limit.
         bf16: Mixed precision with bfloat16.
+        graphs: On a GPU, run the steps as CUDA graphs.
         seed: Seed of the order, the cuts and dropout.
     """
 
@@ -168,6 +172,7 @@ class TimelineConfig:
     patience: int | None = 5
     max_seconds: float | None = None
     bf16: bool = False
+    graphs: bool = True
     seed: int = 0
 
 
@@ -182,8 +187,22 @@ class DeviceBatches:
         batch_size: int,
         seed: int,
         device: torch.device,
+        shapes: int | None = None,
     ) -> None:
-        """Lays out the windows, each of at most ``max_items`` items and one to predict."""
+        """Lays out the windows.
+
+        Args:
+            histories: Item indices in time order, one int array ``[n]`` per user.
+            max_items: Most items of a window beside the one to predict.
+            batch_size: Windows per batch.
+            seed: Seed of the cuts and of the order.
+            device: Where the batches are wanted.
+            shapes: Fill batches up so that they have at most this many different shapes; by
+                default they are as small as they can be.
+
+        Raises:
+            InvalidData: no history has two items.
+        """
         kept = [np.asarray(history, dtype=np.int64) for history in histories if len(history) > 1]
         if not kept:
             raise InvalidData("histories", "at least one with two items", "none")
@@ -191,32 +210,27 @@ class DeviceBatches:
         self._offsets = np.cumsum(lengths) - lengths
         self._items = torch.from_numpy(np.concatenate(kept)).to(device)
         self._plan = WindowPlan(lengths, max_items + 1, batch_size=batch_size, seed=seed)
-        self.steps_per_epoch = self._plan.steps_per_epoch
+        self._fill, self._step = shapes is not None, -(-max_items // (shapes or max_items))
+        self._max_items = max_items
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the batches of an epoch.
-
-        Each is item indices int64 ``[B, T + 1]``, -100 being filling, and int64 ``[M]``, where in
-        the flat ``[B, T]`` the items lie that another one follows.
-        """
+    def epoch(self, number: int) -> Iterator[Tensor]:
+        """Yields the batches of an epoch, int64 ``[B, T + 1]`` item indices; -100 is filling."""
         plan, device = self._plan, self._items.device
         starts, batches = plan.epoch(number)
         begins = starts + self._offsets[plan.users]
         spans = np.stack([begins, begins + plan.lengths], axis=1)[np.concatenate(batches)]
         rows = torch.from_numpy(spans).to(device).split([len(batch) for batch in batches])
         for batch, span in zip(batches, rows, strict=True):
-            lengths = plan.lengths[batch]
-            width = int(lengths.max())
-            if width > 1:
-                place = span[:, :1] + torch.arange(width, device=device)
-                inside = place < span[:, 1:]
-                items = self._items[place.clamp(max=len(self._items) - 1)]
-                # Found on the host, since the device would make it wait for their number.
-                followed = np.flatnonzero(np.arange(1, width) < lengths[:, None])
-                yield (
-                    items.masked_fill(~inside, IGNORED),
-                    torch.from_numpy(followed).to(device, non_blocking=True),
-                )
+            width = int(plan.lengths[batch].max()) - 1
+            if width == 0:
+                continue
+            width = min(-(-width // self._step) * self._step, self._max_items)
+            if self._fill and len(batch) < plan.batch_size:
+                span = functional.pad(span, (0, 0, 0, plan.batch_size - len(batch)))
+            place = span[:, :1] + torch.arange(width + 1, device=device)
+            inside = place < span[:, 1:]
+            items = self._items[place.clamp(max=len(self._items) - 1)]
+            yield items.masked_fill(~inside, IGNORED)
 
 
 def train_timeline(
@@ -245,82 +259,147 @@ def train_timeline(
         InvalidData: a history has an index outside the catalog, none has two items, or the loss
             is not finite.
     """
-    start = time.monotonic()
-    checked = check_histories("histories", histories, model.num_items)
     device = model.timeline.positions.device
-    batches = DeviceBatches(
-        checked,
-        model.timeline.shape.max_items,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        device=device,
-    )
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
-    average = [p.detach().clone() for p in parameters]
-    best: dict[str, Tensor] = copy.deepcopy(model.state_dict())
-    history: list[dict[str, Any]] = []
-    total, steps, step = torch.zeros((), device=device), 0, 0
-    torch.manual_seed(config.seed)
-    for epoch in range(1, config.epochs + 1):
-        model.train()
-        for items, followed in batches.epoch(epoch):
-            step += 1
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, step / max(1, config.warmup))
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                states = model.states(items[:, :-1])
-                targets = items[:, 1:].flatten()[followed]
-                loss = model.loss(states.flatten(0, 1)[followed], targets)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            # Young averages forget faster, so that the first weights do not stay in them.
-            keep = min(config.average, step / (step + 10))
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - keep)
-            total += loss.detach()
-            steps += 1
-        late = config.max_seconds is not None and time.monotonic() - start > config.max_seconds
-        if epoch % config.eval_every and epoch < config.epochs and not late:
-            continue
-        mean = total.item() / steps
-        if not np.isfinite(mean):
-            hint = "lower learning_rate"
-            raise InvalidData(f"training up to epoch {epoch}", "a finite loss", mean, hint)
-        total.zero_()
-        steps = 0
-        model.eval()
-        with torch.no_grad(), _swapped(parameters, average):
-            score = validate()
-            if score > max((record["score"] for record in history), default=-np.inf):
-                best = copy.deepcopy(model.state_dict())
-        seconds = time.monotonic() - start
-        history.append({"epoch": epoch, "train_loss": mean, "score": score, "seconds": seconds})
-        if progress is not None:
-            progress(history[-1])
-        scores = [record["score"] for record in history]
-        stale = len(scores) - 1 - int(np.argmax(scores))
-        if late or (config.patience is not None and stale >= config.patience):
-            break
-    model.load_state_dict(best)
-    model.eval()
+    if device.type != "cuda":
+        return _Run(model, histories, config, validate, progress).train()
+    # A stream of its own, since nothing can be captured on the default one.
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        history = _Run(model, histories, config, validate, progress).train()
+    torch.cuda.current_stream(device).wait_stream(stream)
     return history
 
 
-class _swapped:
-    """Puts other values into parameters, and the old ones back on the way out."""
+class _Run:
+    """One training run."""
 
-    def __init__(self, parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-        self.parameters, self.values = parameters, values
+    def __init__(
+        self,
+        model: NextItemModel,
+        histories: Sequence[np.ndarray],
+        config: TimelineConfig,
+        validate: Callable[[], float],
+        progress: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.start = time.monotonic()
+        self.model, self.config = model, config
+        self.validate, self.progress = validate, progress
+        self.device = model.timeline.positions.device
+        graphs = config.graphs and self.device.type == "cuda"
+        self.batches = DeviceBatches(
+            check_histories("histories", histories, model.num_items),
+            model.timeline.shape.max_items,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=self.device,
+            shapes=_GRAPHS if graphs else None,
+        )
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        matrices = [p for p in self.parameters if p.ndim > 1]
+        others = [p for p in self.parameters if p.ndim <= 1]
+        # A graph reads the learning rate from the device.
+        self.rate = torch.zeros((), device=self.device)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=self.rate,
+            betas=(0.9, 0.98),
+            fused=True,
+            capturable=graphs,
+        )
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.best = copy.deepcopy(model.state_dict())
+        self.history: list[dict[str, Any]] = []
+        self.advance = _Graphs(self._step) if graphs else self._step
 
-    def __enter__(self) -> None:
-        self.kept = [p.detach().clone() for p in self.parameters]
-        torch._foreach_copy_([p.data for p in self.parameters], self.values)
+    def train(self) -> list[dict[str, Any]]:
+        config = self.config
+        torch.manual_seed(config.seed)
+        total, steps, done = torch.zeros((), device=self.device), 0, 0
+        for epoch in range(1, config.epochs + 1):
+            self.model.train()
+            for items in self.batches.epoch(epoch):
+                steps += 1
+                self.rate.fill_(config.learning_rate * min(1.0, steps / max(1, config.warmup)))
+                total += self.advance(items)
+                # Young averages forget faster, so that the first weights do not stay in them.
+                keep = min(config.average, steps / (steps + 10))
+                torch._foreach_lerp_(self.average, [p.data for p in self.parameters], 1 - keep)
+            late = config.max_seconds is not None and self._seconds() > config.max_seconds
+            if epoch % config.eval_every == 0 or epoch == config.epochs or late:
+                self._record(epoch, total.item() / (steps - done))
+                total.zero_()
+                done = steps
+                scores = [record["score"] for record in self.history]
+                stale = len(scores) - 1 - int(np.argmax(scores))
+                if late or (config.patience is not None and stale >= config.patience):
+                    break
+        self.model.load_state_dict(self.best)
+        self.model.eval()
+        return self.history
 
-    def __exit__(self, *_: object) -> None:
-        torch._foreach_copy_([p.data for p in self.parameters], self.kept)
+    def _step(self, items: Tensor) -> Tensor:
+        """Takes one optimizer step on items ``[B, T + 1]``; returns the loss."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            states = self.model.states(items[:, :-1])
+            loss = self.model.loss(states.flatten(0, 1), items[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def _record(self, epoch: int, loss: float) -> None:
+        if not np.isfinite(loss):
+            hint = "lower learning_rate"
+            raise InvalidData(f"training up to epoch {epoch}", "a finite loss", loss, hint)
+        self.model.eval()
+        kept = [p.detach().clone() for p in self.parameters]
+        self._put(self.average)
+        with torch.no_grad():
+            score = self.validate()
+        if score > max((record["score"] for record in self.history), default=-np.inf):
+            self.best = copy.deepcopy(self.model.state_dict())
+        self._put(kept)
+        record = {"epoch": epoch, "train_loss": loss, "score": score, "seconds": self._seconds()}
+        self.history.append(record)
+        if self.progress is not None:
+            self.progress(record)
+
+    def _put(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_([p.data for p in self.parameters], values)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.start
+
+
+class _Graphs:
+    """Runs a training step as a CUDA graph, one per shape of its input.
+
+    The step launches hundreds of small kernels; launching them one by one takes longer than they
+    run. The first batches of a shape run as they are, which also sets up the optimizer.
+    """
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        self.step = step
+        self.seen: dict[torch.Size, int] = {}
+        self.graphs: dict[torch.Size, tuple[Any, Tensor, Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, items: Tensor) -> Tensor:
+        shape = items.shape
+        if shape not in self.graphs:
+            self.seen[shape] = self.seen.get(shape, 0) + 1
+            if self.seen[shape] <= _EAGER:
+                return self.step(items)
+            static, graph = items.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
+                loss = self.step(static)
+            self.graphs[shape] = graph, static, loss
+        graph, static, loss = self.graphs[shape]
+        static.copy_(items)
+        graph.replay()
+        return loss

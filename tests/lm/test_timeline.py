@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,26 +35,29 @@ def recall(model, histories: list[np.ndarray]) -> float:
     return float(np.mean(first == [(history[-1] + 1) % 30 for history in histories]))
 
 
+@pytest.mark.parametrize("shapes", [None, 3])
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_batches_are_windows_of_the_histories(histories, batch_size):
-    batches = DeviceBatches(
-        [*histories, np.array([7])], 9, batch_size=batch_size, seed=3, device=torch.device("cpu")
-    )
-    starts: dict[int, int] = {}
-    count = 0
-    for items, followed in batches.epoch(2):
-        count += len(items)
-        assert items.shape[1] <= 10
+def test_batches_are_windows_of_the_histories(histories, batch_size, shapes):
+    more = [*histories, np.array([7]), np.array([], dtype=int)]
+    options = {"batch_size": batch_size, "seed": 3, "shapes": shapes}
+    batches = DeviceBatches(more, 9, device=torch.device("cpu"), **options)
+    starts, count, found = set(), 0, set()
+    for items in batches.epoch(2):
         inside = items >= 0
-        # Windows step by one, filling is behind them, and each item but the last is followed.
+        # Windows step by one, and filling is behind them.
         assert (inside.int().diff(dim=1) <= 0).all()
-        steps = items.diff(dim=1)[inside[:, 1:]] % 30
-        assert (steps == 1).all()
-        assert followed.tolist() == inside[:, 1:].flatten().nonzero().flatten().tolist()
-        for row in items[:, 0].tolist():
-            starts[row] = starts.get(row, 0) + 1
+        assert (items.diff(dim=1)[inside[:, 1:]] % 30 == 1).all()
+        real = inside[:, 0]
+        count += int(real.sum())
+        starts |= set(items[real, 0].tolist())
+        found.add(tuple(items.shape))
+        assert items.shape[1] <= 10
+        if shapes is None:
+            assert real.all() and inside[:, -1].any()
     assert count == sum(-(-len(history) // 10) for history in histories)
     assert len(starts) > 5
+    if shapes is not None:
+        assert found <= {(batch_size, width) for width in (4, 7, 10)}
 
 
 @pytest.mark.parametrize("kind", ["sasrec", "generator"])
@@ -156,6 +160,31 @@ def test_probabilities_of_the_catalog_add_up_and_the_beam_finds_the_best(codes, 
     np.testing.assert_allclose(best[:, 0], scores[:, 0], rtol=1e-5)
     many, none = model.search(histories, 40)
     assert (many[:, 30:] == -1).all() and np.isneginf(none[:, 30:]).all()
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "generator"])
+def test_filling_has_no_share_in_the_loss(codes, kind):
+    model = SASRec(30, SHAPE) if kind == "sasrec" else generator(codes, label_smoothing=0.2)
+    model.eval()
+    states = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    wanted = model.loss(states[[0, 2]], torch.tensor([5, 6]))
+    found = model.loss(states, torch.tensor([5, -100, 6, -100]))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["sasrec", "generator"])
+def test_graphs_train_as_well_as_single_kernels(codes, histories, kind):
+    losses = []
+    for graphs in (False, True):
+        model = (SASRec(30, SHAPE) if kind == "sasrec" else generator(codes)).cuda()
+        config = replace(CONFIG, graphs=graphs, bf16=True)
+        history = train_timeline(
+            model, histories, config, validate=lambda model=model: recall(model, histories)
+        )
+        assert history[-1]["score"] == 1.0
+        losses.append(history[-1]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
 
 
 def test_no_parameter_belongs_to_an_item(codes):
