@@ -127,8 +127,8 @@ class DepthGenerator(NextItemModel):
             if label_smoothing:
                 spread = -logp.masked_fill(illegal, 0).sum(1) / (~illegal).sum(1)
                 found = (1 - label_smoothing) * found + label_smoothing * spread
-            losses.append(found @ weight)
-            hits.append((logp.argmax(-1) == code).float() @ weight)
+            losses.append((found * weight).sum())
+            hits.append(((logp.argmax(-1) == code) * weight).sum())
             if level + 1 < len(self.sizes):
                 x = x + functional.embedding(code, self.before[level])
         return torch.stack(losses), torch.stack(hits)
