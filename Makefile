@@ -67,7 +67,7 @@ gpu:
 # `python -m benchmarks.quality.recommendation prepare` wrote elsewhere.
 gpu-quality:
 	$(PYTHON) -m benchmarks.quality.recommendation run --preset gpu --inputs $(INPUTS) \
-		--results $(RESULTS) --parallel 6 --minutes $(MINUTES)
+		--results $(RESULTS) --parallel 5 --minutes $(MINUTES)
 
 # The editable install is redone when what it builds from has changed.
 $(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
