@@ -100,6 +100,8 @@ def gpu_jobs() -> list[Job]:
         varied(movie_sasrec, "width 256, 3 layers", **large),
         varied(review_sasrec, "width 256", **medium),
         *flat_jobs(),
+        replace(movie_generator, sids="fused, 2 levels"),
+        replace(review_generator, sids="fused, 2 levels"),
         varied(movie_generator, "width 128, 2 layers", **small),
         replace(review_generator, variant="label smoothing 0.1", label_smoothing=0.1),
         replace(movie_generator, sids="behavior"),

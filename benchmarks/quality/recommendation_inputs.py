@@ -20,7 +20,13 @@ KS = (1, 5, 10, 20, 50)
 BEAMS = 50
 # What a job needs after training: the best weights are put in place and scored on the test set.
 TEST_SECONDS = 20.0
-SIZES = (256, 256, 256)
+# What each kind of SIDs is made of, and its codebook sizes.
+KINDS = {
+    "text": (("text",), (256, 256, 256)),
+    "behavior": (("behavior",), (256, 256, 256)),
+    "fused": (("text", "behavior"), (256, 256, 256)),
+    "fused, 2 levels": (("text", "behavior"), (512, 256)),
+}
 WINDOW, WIDTH = 10, 64
 
 
@@ -70,9 +76,8 @@ def prepare(data: Path, output: Path, cache: Path) -> None:
         behavior = co_occurrence_vectors(sequences.training(), sequences.num_items)
         tensors = {"items": sequences.items, "offsets": sequences.offsets}
         vectors = {"text": torch.from_numpy(text), "behavior": torch.from_numpy(behavior)}
-        kinds = {"text": ["text"], "behavior": ["behavior"], "fused": ["text", "behavior"]}
-        for kind, names in kinds.items():
-            codes, sizes = unique_sids({each: vectors[each] for each in names})
+        for kind, (names, levels) in KINDS.items():
+            codes, sizes = unique_sids({each: vectors[each] for each in names}, levels)
             tensors |= {f"codes.{kind}": codes, f"sizes.{kind}": np.array(sizes)}
             used = [len(np.unique(column)) for column in codes.T]
             print(f"{name}: {kind} SIDs of {len(codes)} items use {used} codes", flush=True)
@@ -121,7 +126,7 @@ def co_occurrence_vectors(
 
 
 def unique_sids(
-    vectors: dict[str, torch.Tensor], sizes: tuple[int, ...] = SIZES
+    vectors: dict[str, torch.Tensor], sizes: tuple[int, ...]
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """RQ-KMeans SIDs of which no two items share one, int32 ``[N, L]``."""
     from plum.pipeline.tokenize_file import before_last
