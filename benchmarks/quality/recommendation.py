@@ -94,9 +94,11 @@ def gpu_jobs() -> list[Job]:
 
     return [
         *main,
+        replace(review_generator, sids="behavior"),
+        replace(movie_generator, sids="behavior"),
+        varied(review_generator, "dropout 0.3", dropout=0.3),
         replace(review_generator, sids="text"),
         replace(movie_generator, sids="text"),
-        varied(review_generator, "dropout 0.3", dropout=0.3),
         varied(movie_sasrec, "width 256, 3 layers", **large),
         varied(review_sasrec, "width 256", **medium),
         *flat_jobs(),
@@ -104,8 +106,6 @@ def gpu_jobs() -> list[Job]:
         replace(review_generator, sids="fused, 2 levels"),
         varied(movie_generator, "width 128, 2 layers", **small),
         replace(review_generator, variant="label smoothing 0.1", label_smoothing=0.1),
-        replace(movie_generator, sids="behavior"),
-        replace(review_generator, sids="behavior"),
         *(replace(job, seed=seed) for seed in (1, 2) for job in main),
         *simple_jobs(),
     ]
