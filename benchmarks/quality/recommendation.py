@@ -54,7 +54,7 @@ class Job:
     variant: str = ""
     shape: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    label_smoothing: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     exclude_seen: bool = False
 
@@ -94,7 +94,9 @@ def gpu_jobs() -> list[Job]:
 
     return [
         *main,
+        replace(review_generator, variant="item loss", options={"item_loss": 0.5}),
         replace(review_generator, sids="behavior"),
+        replace(movie_generator, variant="item loss", options={"item_loss": 0.5}),
         replace(movie_generator, sids="behavior"),
         varied(review_generator, "dropout 0.3", dropout=0.3),
         replace(review_generator, sids="text"),
@@ -105,7 +107,7 @@ def gpu_jobs() -> list[Job]:
         replace(movie_generator, sids="fused, 2 levels"),
         replace(review_generator, sids="fused, 2 levels"),
         varied(movie_generator, "width 128, 2 layers", **small),
-        replace(review_generator, variant="label smoothing 0.1", label_smoothing=0.1),
+        replace(review_generator, variant="label smoothing 0.1", options={"label_smoothing": 0.1}),
         *(replace(job, seed=seed) for seed in (1, 2) for job in main),
         *simple_jobs(),
     ]
@@ -180,8 +182,7 @@ def run_job(
         model = SASRec(inputs.num_items, shape, seed=job.seed)
     else:
         codes, sizes = inputs.sids[job.sids]
-        options = {"label_smoothing": job.label_smoothing, "seed": job.seed}
-        model = DepthGenerator(codes, sizes, shape, **options)
+        model = DepthGenerator(codes, sizes, shape, seed=job.seed, **job.options)
     model.to(device)
     limit = None if seconds is None else max(1.0, seconds - TEST_SECONDS)
     gpu = device.type == "cuda"

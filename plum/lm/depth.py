@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plum.errors import InvalidArgument
+from plum.lm.examples import IGNORED
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
 from plum.ops.trie_beam_step import trie_beam_step
 from plum.trie import SidTrie
@@ -36,6 +37,7 @@ class DepthGenerator(NextItemModel):
         shape: TimelineShape,
         *,
         label_smoothing: float = 0.0,
+        item_loss: float = 0.0,
         seed: int = 0,
     ) -> None:
         """Draws the weights.
@@ -45,6 +47,9 @@ class DepthGenerator(NextItemModel):
             codebook_sizes: Codes of each level, ``K_l``.
             shape: Shape of the transformer.
             label_smoothing: Share of a code's probability spread over the legal codes.
+            item_loss: Weight of a second loss, the softmax over the catalog by the inner products
+                of state and item vectors. It only helps the timeline to learn; what is written
+                does not depend on it.
             seed: Seed of the weights.
 
         Raises:
@@ -53,7 +58,10 @@ class DepthGenerator(NextItemModel):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise InvalidArgument("label_smoothing", "a share in [0, 1)", label_smoothing)
+        if item_loss < 0:
+            raise InvalidArgument("item_loss", "a weight >= 0", item_loss)
         self.sizes, self.label_smoothing = tuple(codebook_sizes), label_smoothing
+        self.item_loss = item_loss
         self.trie = SidTrie.from_codes(codes, codebook_sizes=self.sizes)
         self.register_buffer("codes", torch.from_numpy(np.asarray(codes, dtype=np.int64)))
         self.register_buffer("illegal", ~_legal_codes(np.asarray(codes), self.sizes))
@@ -61,14 +69,13 @@ class DepthGenerator(NextItemModel):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.inputs = nn.ParameterList(_table(size, width) for size in self.sizes)
-            self.mix = _Gated(width)
+            self.mix = _Gated(width, 0.0)
             self.timeline = Timeline(shape)
             # What the decoder reads of the codes before, and what it writes.
             self.before = nn.ParameterList(_table(size, width) for size in self.sizes[:-1])
-            self.steps = nn.ModuleList(_Gated(width) for _ in range(levels))
+            self.steps = nn.ModuleList(_Gated(width, shape.dropout) for _ in range(levels))
             self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(levels))
             self.heads = nn.ParameterList(_table(size, width) for size in self.sizes)
-        self.drop = nn.Dropout(shape.dropout)
 
     @property
     def num_items(self) -> int:
@@ -93,12 +100,18 @@ class DepthGenerator(NextItemModel):
             x: ``[..., D]``, the state plus :attr:`before` of each code written so far.
             level: The level.
         """
-        x = self.norms[level](self.drop(self.steps[level](x)))
+        x = self.norms[level](self.steps[level](x))
         return functional.linear(x, self.heads[level].to(x.dtype)).float()
 
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean of -log P(SID of the target); see :meth:`NextItemModel.loss`."""
-        return self.level_losses(states, targets, self.label_smoothing)[0].sum()
+        """Returns the mean of -log P(SID of the target), and the item loss if it has a weight."""
+        loss = self.level_losses(states, targets, self.label_smoothing)[0].sum()
+        if self.item_loss == 0:
+            return loss
+        vectors = self._read(self.codes)
+        logits = states @ vectors.T.to(states.dtype)
+        items = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
+        return loss + self.item_loss * items
 
     def level_losses(
         self, states: Tensor, targets: Tensor, label_smoothing: float = 0.0
@@ -177,14 +190,14 @@ class DepthGenerator(NextItemModel):
 class _Gated(nn.Module):
     """A gated feed-forward network (Shazeer, 2020) added to its input."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.up(self.norm(x)).chunk(2, dim=-1)
-        return x + self.down(functional.silu(gate) * value)
+        return x + self.drop(self.down(functional.silu(gate) * value))
 
 
 def _table(size: int, width: int) -> nn.Parameter:
