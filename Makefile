@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= benchmarks/results
+INPUTS ?= runs/quality-inputs
+MINUTES ?= 9
 TORCH_VERSION ?= 2.13.0
 # Without an NVIDIA driver the CPU build of torch is a tenth of the download.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-cpp test-python test-demo lint format bench gpu clean
+.PHONY: demo test test-cpp test-python test-demo lint format bench gpu gpu-quality clean
 
 demo: $(STAMP)
 	$(BIN)/plum run --preset demo --output runs/demo
@@ -60,6 +62,12 @@ bench: $(STAMP)
 # GPU_BUILD=0 takes the build that is there.
 gpu:
 	$(PYTHON) benchmarks/gpu_run.py $(RESULTS) $(if $(filter 0,$(GPU_BUILD)),--no-build)
+
+# Recommendation quality on a GPU machine without a network, from what
+# `python -m benchmarks.quality.recommendation prepare` wrote elsewhere.
+gpu-quality:
+	$(PYTHON) -m benchmarks.quality.recommendation run --preset gpu --inputs $(INPUTS) \
+		--results $(RESULTS) --parallel 5 --minutes $(MINUTES)
 
 # The editable install is redone when what it builds from has changed.
 $(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)

@@ -92,6 +92,9 @@ class EvaluateConfig(_Section):
     filter_seen: bool = Field(
         default=False, description="leave out items of the history; the baselines do the same"
     )
+    sasrec: bool = Field(
+        default=False, description="also train SASRec with full softmax and rank by it"
+    )
 
 
 class RecommendConfig(_Section):
@@ -126,7 +129,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {
         "tokenize": {"kind": "rq-vae"},
         "finetune": {"base": "scratch:base", "epochs": 60, "batch_size": 128, "max_items": 100},
-        "evaluate": {"batch_size": 256},
+        "evaluate": {"batch_size": 256, "sasrec": True},
     },
 }
 DATASETS: dict[str, dict[str, Any]] = {

@@ -97,13 +97,63 @@ class SidFormat:
         return np.concatenate([[self.begin_token_id], self.item_tokens[items].ravel()])
 
 
+class WindowPlan:
+    """Which windows of the histories an epoch trains on, and in which batches.
+
+    A history of n items gives ``ceil(n / size)`` windows per epoch, each starting at random within
+    its own equal share of the possible starts, so an epoch sees every interaction about once and
+    no two epochs cut the same way. Rows of similar length share a batch. An epoch is a pure
+    function of the seed and its number.
+
+    Attributes:
+        users: int64 ``[R]``, the history of each window.
+        lengths: int64 ``[R]``, the items of each window.
+    """
+
+    def __init__(self, lengths: np.ndarray, size: int, *, batch_size: int, seed: int) -> None:
+        """Lays out the windows.
+
+        Args:
+            lengths: Items of each history, int64 ``[U]``.
+            size: Most items of a window.
+            batch_size: Windows per batch.
+            seed: Seed of the cuts and of the order.
+        """
+        self.batch_size, self.seed = batch_size, seed
+        counts = -(-lengths // size)
+        self.users = np.repeat(np.arange(len(lengths)), counts)
+        first = np.cumsum(counts) - counts
+        self._stratum = np.arange(len(self.users)) - first[self.users]
+        self._strata = counts[self.users]
+        self.lengths = np.minimum(lengths[self.users], size)
+        self._starts = lengths[self.users] - self.lengths + 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch."""
+        return -(-len(self.users) // self.batch_size)
+
+    def epoch(self, number: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Returns the start of every window, int64 ``[R]``, and the windows of every batch."""
+        rng = np.random.default_rng((self.seed, number))
+        share = (self._stratum + rng.random(len(self.users))) / self._strata
+        starts = np.minimum((share * self._starts).astype(np.int64), self._starts - 1)
+        rows = rng.permutation(len(self.users))
+        # Sorting within pools of 32 batches removes most padding and keeps batches random.
+        pool = 32 * self.batch_size
+        batches = []
+        for low in range(0, len(rows), pool):
+            part = rows[low : low + pool]
+            part = part[np.argsort(self.lengths[part], kind="stable")]
+            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        return starts, [batches[i] for i in rng.permutation(len(batches))]
+
+
 class TrainingBatches:
     """All batches of a training run; batch i is a pure function of the seed and i.
 
-    A history of n items gives ``ceil(n / (max_items + 1))`` windows per epoch, each starting at
-    random within its own equal share of the possible starts, so an epoch sees every interaction
-    about once and no two epochs cut the same way. Rows of similar length share a batch. Because
-    nothing depends on what was drawn before, a resumed run continues with the very same batches.
+    The windows are those of :class:`WindowPlan`. Because nothing depends on what was drawn before,
+    a resumed run continues with the very same batches.
     """
 
     def __init__(
@@ -121,52 +171,31 @@ class TrainingBatches:
         Raises:
             InvalidData: no history has an item, or an item index is outside the catalog.
         """
-        self.form, self.seed, self.batch_size = form, seed, batch_size
+        self.form = form
         self.histories = check_histories("histories", histories, len(form.item_tokens))
         lengths = np.array([len(history) for history in self.histories], dtype=np.int64)
         if lengths.sum() == 0:
             raise InvalidData("histories", "at least one with an item", "none")
-        window = form.max_items + 1
-        counts = -(-lengths // window)
-        self._user = np.repeat(np.arange(len(lengths)), counts)
-        first = np.cumsum(counts) - counts
-        self._stratum = np.arange(len(self._user)) - first[self._user]
-        self._strata = counts[self._user]
-        self._length = np.minimum(lengths[self._user], window)
-        self._starts = lengths[self._user] - self._length + 1
+        self._plan = WindowPlan(lengths, form.max_items + 1, batch_size=batch_size, seed=seed)
         self._epoch: tuple[int, np.ndarray, list[np.ndarray]] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of one epoch."""
-        return -(-len(self._user) // self.batch_size)
+        return self._plan.steps_per_epoch
 
     def batch_at(self, step: int) -> dict[str, torch.Tensor]:
         """Returns the batch of one step, counted from 0 over all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, *self._plan(epoch))
+            self._epoch = (epoch, *self._plan.epoch(epoch))
         _, starts, order = self._epoch
+        plan = self._plan
         windows = [
-            self.histories[self._user[row]][starts[row] : starts[row] + self._length[row]]
+            self.histories[plan.users[row]][starts[row] : starts[row] + plan.lengths[row]]
             for row in order[position]
         ]
         return self.form.batch(windows, last_only=False)
-
-    def _plan(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Returns the start of every window and the rows of every batch of one epoch."""
-        rng = np.random.default_rng((self.seed, epoch))
-        share = (self._stratum + rng.random(len(self._user))) / self._strata
-        starts = np.minimum((share * self._starts).astype(np.int64), self._starts - 1)
-        rows = rng.permutation(len(self._user))
-        # Sorting within pools of 32 batches removes most padding and keeps batches random.
-        pool = 32 * self.batch_size
-        batches = []
-        for low in range(0, len(rows), pool):
-            part = rows[low : low + pool]
-            part = part[np.argsort(self._length[part], kind="stable")]
-            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
-        return starts, [batches[i] for i in rng.permutation(len(batches))]
 
 
 def check_histories(name: str, histories: Sequence[np.ndarray], num_items: int) -> list[np.ndarray]:

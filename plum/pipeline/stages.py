@@ -18,6 +18,7 @@ from torch import Tensor
 from plum.config import DataConfig, EmbedConfig, load_config
 from plum.data import (
     Dataset,
+    Sequences,
     co_occurring_pairs,
     filter_interactions,
     find_template,
@@ -28,7 +29,15 @@ from plum.embed import encode_images, encode_texts, similarity_report
 from plum.errors import InvalidArgument
 from plum.eval import ItemKNN, Popularity, ranking_metrics
 from plum.files import atomic_path, write_json
-from plum.lm import FinetuneConfig, finetune, load_generator
+from plum.lm import (
+    FinetuneConfig,
+    SASRec,
+    TimelineConfig,
+    TimelineShape,
+    finetune,
+    load_generator,
+    train_timeline,
+)
 from plum.pipeline.recommender import Recommendation, Recommender
 from plum.pipeline.stage import Stage, Workspace
 from plum.pipeline.tokenize_file import before_last
@@ -273,11 +282,30 @@ def _evaluate(work: Workspace) -> None:
     for name, baseline in (("popularity", Popularity()), ("item_knn", ItemKNN())):
         fitted = baseline.fit(known, sequences.num_items)
         ranked[name] = fitted.recommend(known, k, exclude_seen=seen)
+    if work.settings.sasrec:
+        sasrec = _trained_sasrec(sequences, work.seed)
+        ranked["sasrec"] = sasrec.recommend(known, k, exclude_seen=seen)
     metrics = {
         name: ranking_metrics(items, test.targets, ks=DEPTHS, num_items=sequences.num_items)
         for name, items in ranked.items()
     }
     write_json(work.folder / "metrics.json", metrics)
+
+
+def _trained_sasrec(sequences: Sequences, seed: int) -> SASRec:
+    """Trains SASRec on what the generator is trained on, to the best validation Recall@10."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sasrec = SASRec(sequences.num_items, TimelineShape(), seed=seed).to(device)
+    validation = sequences.split("validation")
+    depth = min(10, sequences.num_items)
+
+    def validate() -> float:
+        ranked = sasrec.recommend(validation.histories, depth)
+        return ranking_metrics(ranked, validation.targets, ks=(depth,))[f"recall@{depth}"]
+
+    config = TimelineConfig(bf16=device.type == "cuda", seed=seed)
+    train_timeline(sasrec, sequences.training(), config, validate=validate)
+    return sasrec
 
 
 def _rank_in_parts(

@@ -75,6 +75,16 @@ def test_leaves_what_it_promises(finished):
     assert not list(finished.glob("*.partial"))
 
 
+def test_sasrec_is_a_baseline_when_asked_for(finished, encoder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    assert "evaluate" in run(folder, encoder, "evaluate.sasrec=true")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    before = json.loads((finished / "metrics.json").read_text())
+    assert metrics["sasrec"]["recall@10"] > metrics["popularity"]["recall@10"]
+    assert {name: metrics[name] for name in before} == before
+
+
 def test_does_only_what_changed(finished, encoder, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)

@@ -1,0 +1,147 @@
+"""What the recommendation experiments read: sequences and SIDs, made once, without a GPU.
+
+A file ``<catalog>.safetensors`` holds ``items`` int32 ``[T]`` and ``offsets`` int64 ``[U + 1]``,
+all users end to end in time order, and for each kind of SIDs ``codes.<kind>`` int32 ``[N, L]`` and
+``sizes.<kind>`` int64 ``[L]``. Every item has a SID of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from plum.files import atomic_path
+
+KS = (1, 5, 10, 20, 50)
+BEAMS = 50
+# What a job needs after training: the best weights are put in place and scored on the test set.
+TEST_SECONDS = 20.0
+# What each kind of SIDs is made of, and its codebook sizes.
+KINDS = {
+    "text": (("text",), (256, 256, 256)),
+    "behavior": (("behavior",), (256, 256, 256)),
+    "fused": (("text", "behavior"), (256, 256, 256)),
+    "fused, 2 levels": (("text", "behavior"), (512, 256)),
+}
+WINDOW, WIDTH = 10, 64
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A catalog's sequences, split, and its SIDs by kind."""
+
+    items: np.ndarray
+    offsets: np.ndarray
+    sids: dict[str, tuple[np.ndarray, tuple[int, ...]]]
+    num_items: int
+
+    def split(self, name: str) -> tuple[list[np.ndarray], np.ndarray]:
+        """Histories and targets of "validation" or "test", leave-one-out, one row per user."""
+        ends = self.offsets[1:] - (1 if name == "test" else 2)
+        histories = [self.items[a:b] for a, b in zip(self.offsets, ends, strict=False)]
+        return histories, self.items[ends]
+
+    def training(self) -> list[np.ndarray]:
+        """Everything but the last two items of each user."""
+        return self.split("validation")[0]
+
+
+def load_inputs(path: Path) -> Inputs:
+    tensors = load_file(path)
+    sids = {
+        name.removeprefix("codes."): (codes, tuple(tensors[f"sizes{name[5:]}"].tolist()))
+        for name, codes in tensors.items()
+        if name.startswith("codes.")
+    }
+    num_items = len(next(iter(sids.values()))[0])
+    return Inputs(tensors["items"], tensors["offsets"], sids, num_items)
+
+
+def prepare(data: Path, output: Path, cache: Path) -> None:
+    """Writes the inputs of ML-1M (5-core, as SASRec) and Beauty (5-core, as TIGER and P5)."""
+    from benchmarks.quality.codebook_catalogs import ENCODER, beauty, movielens_1m
+    from plum.data import filter_interactions, sequences_of
+    from plum.embed import encode_texts
+
+    every = movielens_1m(data)
+    movies = filter_interactions(every, min_user_interactions=5, min_item_interactions=5)
+    for name, dataset in (("ml-1m", movies), ("beauty", beauty(data))):
+        sequences = sequences_of(dataset)
+        assert np.diff(sequences.offsets).min() >= 5, name
+        text = encode_texts(dataset.texts(), encoder=ENCODER, cache_dir=cache / "embeddings")
+        behavior = co_occurrence_vectors(sequences.training(), sequences.num_items)
+        tensors = {"items": sequences.items, "offsets": sequences.offsets}
+        vectors = {"text": torch.from_numpy(text), "behavior": torch.from_numpy(behavior)}
+        for kind, (names, levels) in KINDS.items():
+            codes, sizes = unique_sids({each: vectors[each] for each in names}, levels)
+            tensors |= {f"codes.{kind}": codes, f"sizes.{kind}": np.array(sizes)}
+            used = [len(np.unique(column)) for column in codes.T]
+            print(f"{name}: {kind} SIDs of {len(codes)} items use {used} codes", flush=True)
+        with atomic_path(output / f"{name}.safetensors") as path:
+            save_file(tensors, path)
+
+
+def co_occurrence_vectors(
+    histories: list[np.ndarray], num_items: int, *, window: int = WINDOW, width: int = WIDTH
+) -> np.ndarray:
+    """Vectors of items that tell who is taken with whom.
+
+    The positive pointwise mutual information of items at most ``window`` positions apart, factored
+    by a truncated SVD, singular values split evenly (Levy and Goldberg, 2014).
+
+    Args:
+        histories: Item indices in time order, int ``[n]`` per user: the training part only.
+        num_items: Size of the catalog, N.
+        window: Largest distance in positions.
+        width: Features of a vector, D.
+
+    Returns:
+        float32 ``[N, D]`` of length 1; zeros for an item without a partner.
+    """
+    from scipy import sparse
+    from scipy.sparse.linalg import svds
+
+    items = np.concatenate(histories).astype(np.int64)
+    user = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    counts = sparse.csr_matrix((num_items, num_items))
+    for gap in range(1, window + 1):
+        near = user[gap:] == user[:-gap]
+        a, b = items[:-gap][near], items[gap:][near]
+        ones = np.ones(len(a))
+        counts += sparse.csr_matrix((ones, (a, b)), (num_items, num_items))
+    counts = (counts + counts.T).tocoo()
+    occurs = np.asarray(counts.sum(0)).ravel()
+    value = np.log(counts.data * occurs.sum() / (occurs[counts.row] * occurs[counts.col]))
+    kept = (value > 0) & (counts.row != counts.col)
+    ppmi = sparse.csr_matrix((value[kept], (counts.row[kept], counts.col[kept])), counts.shape)
+    start = np.random.default_rng(0).standard_normal(num_items)
+    left, singular, _ = svds(ppmi, k=width, v0=start)
+    vectors = left * np.sqrt(singular)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 1e-9).astype("f4")
+
+
+def unique_sids(
+    vectors: dict[str, torch.Tensor], sizes: tuple[int, ...]
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """RQ-KMeans SIDs of which no two items share one, int32 ``[N, L]``."""
+    from plum.pipeline.tokenize_file import before_last
+    from plum.quantize import fit_tokenizer
+    from plum.sid import resolve_collisions
+
+    model = fit_tokenizer(vectors, "rq-kmeans", codebook_sizes=sizes)
+    latents = model.latents(vectors)
+    found = model.quantizer.encode(latents).numpy()
+    codes, sizes = resolve_collisions(
+        found,
+        sizes,
+        "balanced",
+        residuals=before_last(model, latents, found),
+        codebook=model.quantizer.codebooks[-1].detach(),
+    )
+    assert len(np.unique(codes, axis=0)) == len(codes)
+    return codes, sizes

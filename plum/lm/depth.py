@@ -1,0 +1,215 @@
+"""A generator with one position per item, whose SID a small decoder writes level by level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from plum.errors import InvalidArgument
+from plum.lm.examples import IGNORED
+from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
+from plum.ops.trie_beam_step import trie_beam_step
+from plum.trie import SidTrie
+
+
+class DepthGenerator(NextItemModel):
+    """Reads items as their SIDs, one position each, and writes the SID of the next one.
+
+    An item enters as the sum of the embeddings of its codes and a feed-forward network of it; no
+    parameter belongs to an item. The probability of a SID is the product over its levels of
+    P(code | history, codes before); each level is a softmax over the codes that continue the SIDs
+    written so far to one of the catalog, so that probabilities of all SIDs add up to 1. Depth
+    decoders over a timeline of items are from RQ-Transformer (Lee et al., 2022) and MARIUS
+    (arXiv 2508.14910).
+    """
+
+    codes: Tensor
+    illegal: Tensor
+
+    def __init__(
+        self,
+        codes: np.ndarray,
+        codebook_sizes: Sequence[int],
+        shape: TimelineShape,
+        *,
+        label_smoothing: float = 0.0,
+        item_loss: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Draws the weights.
+
+        Args:
+            codes: SID of each item, int ``[N, L]``.
+            codebook_sizes: Codes of each level, ``K_l``.
+            shape: Shape of the transformer.
+            label_smoothing: Share of a code's probability spread over the legal codes.
+            item_loss: Weight of a second loss, the softmax over the catalog by the inner products
+                of state and item vectors. It only helps the timeline to learn; what is written
+                does not depend on it.
+            seed: Seed of the weights.
+
+        Raises:
+            InvalidArgument: codes and sizes do not fit, or the share is not one.
+        """
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise InvalidArgument("label_smoothing", "a share in [0, 1)", label_smoothing)
+        if item_loss < 0:
+            raise InvalidArgument("item_loss", "a weight >= 0", item_loss)
+        self.sizes, self.label_smoothing = tuple(codebook_sizes), label_smoothing
+        self.item_loss = item_loss
+        self.trie = SidTrie.from_codes(codes, codebook_sizes=self.sizes)
+        self.register_buffer("codes", torch.from_numpy(np.asarray(codes, dtype=np.int64)))
+        self.register_buffer("illegal", ~_legal_codes(np.asarray(codes), self.sizes))
+        width, levels = shape.width, len(self.sizes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.inputs = nn.ParameterList(_table(size, width) for size in self.sizes)
+            self.mix = _Gated(width, 0.0)
+            self.timeline = Timeline(shape)
+            # What the decoder reads of the codes before, and what it writes.
+            self.before = nn.ParameterList(_table(size, width) for size in self.sizes[:-1])
+            self.steps = nn.ModuleList(_Gated(width, shape.dropout) for _ in range(levels))
+            self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(levels))
+            self.heads = nn.ParameterList(_table(size, width) for size in self.sizes)
+
+    @property
+    def num_items(self) -> int:
+        """Size of the catalog, N."""
+        return len(self.codes)
+
+    def vectors(self, items: Tensor) -> Tensor:
+        """Returns the vectors of items, made of their codes alone."""
+        if items.numel() > self.num_items:
+            return functional.embedding(items, self._read(self.codes))
+        return self._read(self.codes[items])
+
+    def _read(self, codes: Tensor) -> Tensor:
+        """Maps codes ``[..., L]`` to vectors ``[..., D]``."""
+        parts = zip(codes.unbind(-1), self.inputs, strict=True)
+        return self.mix(torch.stack([functional.embedding(*part) for part in parts]).sum(0))
+
+    def logits(self, x: Tensor, level: int) -> Tensor:
+        """Returns the logits ``[..., K_l]`` of a level.
+
+        Args:
+            x: ``[..., D]``, the state plus :attr:`before` of each code written so far.
+            level: The level.
+        """
+        x = self.norms[level](self.steps[level](x))
+        return functional.linear(x, self.heads[level].to(x.dtype)).float()
+
+    def loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean of -log P(SID of the target), and the item loss if it has a weight."""
+        loss = self.level_losses(states, targets, self.label_smoothing)[0].sum()
+        if self.item_loss == 0:
+            return loss
+        vectors = self._read(self.codes)
+        logits = states @ vectors.T.to(states.dtype)
+        items = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
+        return loss + self.item_loss * items
+
+    def level_losses(
+        self, states: Tensor, targets: Tensor, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Scores each level given the true codes before it.
+
+        Args:
+            states: ``[M, D]``.
+            targets: int64 ``[M]``, item indices; -100 where there is none.
+            label_smoothing: Share of a code's probability spread over the legal codes.
+
+        Returns:
+            ``(losses, accuracy)``, fp32 ``[L]`` each: -log P(code) in nats and how often the most
+            likely legal code is the right one, means over the targets.
+        """
+        weight = (targets >= 0).float()
+        weight = weight / weight.sum().clamp(min=1)
+        targets = targets.clamp(min=0)
+        codes = self.codes[targets]
+        losses, hits = [], []
+        x = states
+        for level, code in enumerate(codes.unbind(1)):
+            illegal = self.illegal[level][targets, : self.sizes[level]]
+            logp = self.logits(x, level).masked_fill(illegal, -torch.inf).log_softmax(-1)
+            found = -logp.gather(1, code[:, None]).squeeze(1)
+            if label_smoothing:
+                spread = -logp.masked_fill(illegal, 0).sum(1) / (~illegal).sum(1)
+                found = (1 - label_smoothing) * found + label_smoothing * spread
+            losses.append((found * weight).sum())
+            hits.append(((logp.argmax(-1) == code) * weight).sum())
+            if level + 1 < len(self.sizes):
+                x = x + functional.embedding(code, self.before[level])
+        return torch.stack(losses), torch.stack(hits)
+
+    @torch.no_grad()
+    def search(
+        self, histories: Sequence[np.ndarray], num_beams: int, *, batch_size: int = 128
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the best SIDs after each history by constrained beam search.
+
+        Args:
+            histories: Item indices in time order, one int array ``[n]``, ``n >= 1``, per request.
+            num_beams: W, the width of the beam.
+            batch_size: Requests per pass.
+
+        Returns:
+            ``(rows, scores)``, int64 and fp32 ``[B, W]``, best first: rows of the trie's table and
+            sums of log-probabilities; -1 and minus infinity where there are no more SIDs.
+        """
+        self.eval()
+        device = self.codes.device
+        self.trie = self.trie.to(device)
+        rows = np.full((len(histories), num_beams), -1, dtype=np.int64)
+        scores = np.full((len(histories), num_beams), -np.inf, dtype=np.float32)
+        # Histories of one length share a batch.
+        order = np.argsort([len(history) for history in histories], kind="stable")
+        for low in range(0, len(order), batch_size):
+            part = order[low : low + batch_size]
+            x = self.last_states([histories[row] for row in part])[:, None]
+            states = self.trie.root_states(len(part))
+            sums = torch.zeros(len(part), 1, device=device)
+            for level in range(len(self.sizes)):
+                logits = self.logits(x, level)
+                step = trie_beam_step(
+                    logits, sums, states, self.trie, level, k=num_beams, score="valid"
+                )
+                sums, states = step.scores, step.states
+                if level + 1 < len(self.sizes):
+                    x = x.take_along_dim(step.parents[..., None], 1)
+                    x = x + functional.embedding(step.tokens.clamp(min=0), self.before[level])
+            found = states[..., 0].masked_fill(sums.isneginf(), -1)
+            rows[part], scores[part] = found.cpu().numpy(), sums.cpu().numpy()
+        return rows, scores
+
+
+class _Gated(nn.Module):
+    """A gated feed-forward network (Shazeer, 2020) added to its input."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(self.norm(x)).chunk(2, dim=-1)
+        return x + self.drop(self.down(functional.silu(gate) * value))
+
+
+def _table(size: int, width: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(size, width) * 0.02)
+
+
+def _legal_codes(codes: np.ndarray, sizes: Sequence[int]) -> Tensor:
+    """Returns which codes may follow the first l codes of each item, bool ``[L, N, max K]``."""
+    legal = torch.zeros(len(sizes), len(codes), max(sizes), dtype=torch.bool)
+    for level in range(len(sizes)):
+        _, prefix = np.unique(codes[:, :level], axis=0, return_inverse=True)
+        table = np.zeros((int(prefix.max()) + 1, max(sizes)), dtype=bool)
+        table[prefix.ravel(), codes[:, level]] = True
+        legal[level] = torch.from_numpy(table[prefix.ravel()])
+    return legal

@@ -1,0 +1,204 @@
+"""Models with one position per item: batches, training, SASRec and the depth decoder."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from plum.errors import InvalidArgument, InvalidData
+from plum.lm.depth import DepthGenerator
+from plum.lm.sasrec import SASRec
+from plum.lm.timeline import DeviceBatches, TimelineConfig, TimelineShape, train_timeline
+
+SHAPE = TimelineShape(width=32, layers=2, heads=2, dropout=0.1, max_items=12)
+CONFIG = TimelineConfig(
+    epochs=60, batch_size=8, learning_rate=5e-3, warmup=5, average=0.9, eval_every=5, patience=None
+)
+SIZES = (4, 5, 3)
+
+
+def generator(codes: np.ndarray, **options) -> DepthGenerator:
+    return DepthGenerator(codes, SIZES, SHAPE, seed=1, **options)
+
+
+def recall(model, histories: list[np.ndarray]) -> float:
+    """How often the item that the walk of the fixture comes to next is ranked first."""
+    if isinstance(model, SASRec):
+        first = model.recommend(histories, 1)[:, 0]
+    else:
+        rows, _ = model.search(histories, 4)
+        first = np.array(model.trie.items(model.trie.root_states(1))[0][0])[rows[:, 0]]
+    return float(np.mean(first == [(history[-1] + 1) % 30 for history in histories]))
+
+
+@pytest.mark.parametrize("shapes", [None, 3])
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_batches_are_windows_of_the_histories(histories, batch_size, shapes):
+    more = [*histories, np.array([7]), np.array([], dtype=int)]
+    options = {"batch_size": batch_size, "seed": 3, "shapes": shapes}
+    batches = DeviceBatches(more, 9, device=torch.device("cpu"), **options)
+    starts, count, found = set(), 0, set()
+    for items in batches.epoch(2):
+        inside = items >= 0
+        # Windows step by one, and filling is behind them.
+        assert (inside.int().diff(dim=1) <= 0).all()
+        assert (items.diff(dim=1)[inside[:, 1:]] % 30 == 1).all()
+        real = inside[:, 0]
+        count += int(real.sum())
+        starts |= set(items[real, 0].tolist())
+        found.add(tuple(items.shape))
+        assert items.shape[1] <= 10
+        if shapes is None:
+            assert real.all() and inside[:, -1].any()
+    assert count == sum(-(-len(history) // 10) for history in histories)
+    assert len(starts) > 5
+    if shapes is not None:
+        assert found <= {(batch_size, width) for width in (4, 7, 10)}
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "generator"])
+def test_a_state_sees_nothing_behind_its_item(codes, kind):
+    model = SASRec(30, SHAPE) if kind == "sasrec" else generator(codes)
+    model.eval()
+    items = torch.randint(0, 30, (3, 8), generator=torch.Generator().manual_seed(0))
+    other = items.clone()
+    other[:, 5] = (other[:, 5] + 1) % 30
+    before, after = model.states(items), model.states(other)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+    # Filling and batching change nothing; of a longer history the last items count.
+    rows = [items[0, :3].numpy(), np.concatenate([np.array([9, 9, 9, 9, 9]), items[1].numpy()])]
+    together = model.last_states(rows)
+    torch.testing.assert_close(together[0], model.last_states(rows[:1])[0])
+    torch.testing.assert_close(together[1], model.last_states([rows[1][-12:]])[0])
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "generator", "smooth generator", "item loss"])
+def test_a_certain_next_item_is_learned(codes, histories, kind):
+    every = {"smooth generator": {"label_smoothing": 0.1}, "item loss": {"item_loss": 0.5}}
+    options = every.get(kind, {})
+    model = SASRec(30, SHAPE) if kind == "sasrec" else generator(codes, **options)
+    history = train_timeline(model, histories, CONFIG, validate=lambda: recall(model, histories))
+    assert recall(model, histories) == max(record["score"] for record in history) == 1.0
+    assert history[0]["train_loss"] > 1.5 * history[-1]["train_loss"]
+
+
+def test_training_repeats_and_keeps_the_best_weights(codes, histories):
+    scores = iter([0.1, 0.5, 0.2, 0.3] * 2)
+    config = TimelineConfig(epochs=20, batch_size=8, eval_every=1, patience=2)
+    kept, seen = [], []
+    for _ in range(2):
+        model = generator(codes)
+
+        def validate(model=model) -> float:
+            seen.append(model.heads[0].detach().clone())
+            return next(scores)
+
+        history = train_timeline(model, histories, config, validate=validate)
+        assert [record["score"] for record in history] == [0.1, 0.5, 0.2, 0.3]
+        kept.append(model.heads[0])
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], seen[1])
+    assert not torch.equal(kept[0], seen[3])
+
+
+def test_training_stops_when_its_time_is_over(histories):
+    config = TimelineConfig(epochs=10**6, eval_every=10**6, max_seconds=0.2)
+    begin = time.monotonic()
+    history = train_timeline(SASRec(30, SHAPE), histories, config, validate=lambda: 0.0)
+    assert len(history) == 1
+    assert time.monotonic() - begin < 20
+
+
+def test_what_cannot_be_trained_is_named(codes, histories):
+    with pytest.raises(InvalidData, match=r"histories\[0\]"):
+        train_timeline(SASRec(3, SHAPE), histories, CONFIG, validate=lambda: 0.0)
+    with pytest.raises(InvalidData, match="two items"):
+        train_timeline(SASRec(30, SHAPE), [np.array([1])], CONFIG, validate=lambda: 0.0)
+    model = SASRec(30, SHAPE)
+    with torch.no_grad():
+        model.items[3] = torch.nan
+    with pytest.raises(InvalidData, match="finite"):
+        train_timeline(model, histories, CONFIG, validate=lambda: 0.0)
+    with pytest.raises(InvalidArgument, match="heads"):
+        TimelineShape(width=32, heads=5)
+    with pytest.raises(InvalidData, match="histories"):
+        SASRec(30, SHAPE).recommend([np.array([], dtype=int)], 3)
+
+
+def test_sasrec_ranks_by_its_scores_and_leaves_out_what_was_seen(histories):
+    model = SASRec(30, SHAPE, seed=2)
+    ranked = model.recommend(histories, 30, batch_size=7)
+    scores = model.last_states(histories) @ model.items.T
+    np.testing.assert_array_equal(ranked, scores.argsort(dim=1, descending=True).numpy())
+    unseen = model.recommend(histories, 30, exclude_seen=True)
+    for row, every, history in zip(unseen, ranked, histories, strict=True):
+        wanted = [item for item in every if item not in set(history)]
+        assert row.tolist() == wanted + [-1] * (30 - len(wanted))
+
+
+def test_probabilities_of_the_catalog_add_up_and_the_beam_finds_the_best(codes, histories):
+    model = generator(codes)
+    with torch.no_grad():
+        for head in model.heads:
+            head.mul_(50)
+    rows, scores = model.search(histories, 30, batch_size=5)
+    np.testing.assert_allclose(np.exp(scores).sum(1), 1, rtol=1e-5)
+    assert (np.sort(rows, axis=1) == np.arange(30)).all()
+    # The loss of a target is minus its score.
+    item_at = np.array(model.trie.items(model.trie.root_states(1))[0][0])
+    states = model.last_states(histories)
+    for place in (0, 11, 29):
+        targets = torch.from_numpy(item_at[rows[:, place]].astype(np.int64))
+        losses = [model.loss(s[None], t[None]).item() for s, t in zip(states, targets, strict=True)]
+        np.testing.assert_allclose(losses, -scores[:, place], rtol=1e-4)
+    narrow, best = model.search(histories, 12)
+    np.testing.assert_array_equal(narrow[:, 0], rows[:, 0])
+    np.testing.assert_allclose(best[:, 0], scores[:, 0], rtol=1e-5)
+    many, none = model.search(histories, 40)
+    assert (many[:, 30:] == -1).all() and np.isneginf(none[:, 30:]).all()
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "generator"])
+def test_filling_has_no_share_in_the_loss(codes, kind):
+    model = (
+        SASRec(30, SHAPE)
+        if kind == "sasrec"
+        else generator(codes, label_smoothing=0.2, item_loss=0.5)
+    )
+    model.eval()
+    states = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    wanted = model.loss(states[[0, 2]], torch.tensor([5, 6]))
+    found = model.loss(states, torch.tensor([5, -100, 6, -100]))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["sasrec", "generator"])
+def test_graphs_train_as_well_as_single_kernels(codes, histories, kind):
+    losses = []
+    for graphs in (False, True):
+        model = (SASRec(30, SHAPE) if kind == "sasrec" else generator(codes)).cuda()
+        config = replace(CONFIG, graphs=graphs, bf16=True)
+        history = train_timeline(
+            model, histories, config, validate=lambda model=model: recall(model, histories)
+        )
+        assert history[-1]["score"] == 1.0
+        losses.append(history[-1]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
+def test_no_parameter_belongs_to_an_item(codes):
+    shapes = {tuple(p.shape) for p in generator(codes).parameters()}
+    assert shapes == {tuple(p.shape) for p in generator(codes[:11]).parameters()}
+
+
+def test_items_may_share_a_sid(codes, histories):
+    model = generator(codes[np.arange(30) // 2])
+    rows, scores = model.search(histories, 20)
+    assert (rows[:, :15] >= 0).all() and (rows[:, 15:] == -1).all()
+    np.testing.assert_allclose(np.exp(scores).sum(1), 1, rtol=1e-5)

@@ -1,0 +1,113 @@
+"""The recommendation experiments run from prepared inputs to the page, and go on later."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.quality import recommendation
+from benchmarks.quality.recommendation_inputs import (
+    co_occurrence_vectors,
+    load_inputs,
+    unique_sids,
+)
+from plum.files import read_json
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A log of 60 users who walk through 60 items in steps of one."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 15, 60)
+    walks = [(rng.integers(60) + np.arange(length)) % 60 for length in lengths]
+    codes = np.stack(np.unravel_index(4 * np.arange(60) + np.arange(60) % 3, (4, 8, 8)), axis=1)
+    path = tmp_path_factory.mktemp("inputs")
+    tensors = {
+        "items": np.concatenate(walks).astype(np.int32),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "codes.fused": codes.astype(np.int32),
+        "sizes.fused": np.array([4, 8, 8]),
+    }
+    save_file(tensors, path / "smoke.safetensors")
+    return path
+
+
+def run(folder: Path, results: Path, monkeypatch, *more: str) -> int:
+    words = ["recommendation", "run", "--inputs", str(folder), "--results", str(results)]
+    monkeypatch.setattr(sys, "argv", [*words, "--preset", "smoke", *more])
+    return recommendation.main()
+
+
+def test_a_run_writes_its_results_and_is_not_repeated(folder, tmp_path, monkeypatch, capfd):
+    more = ("--only", "generator", "popularity", "--parallel", "2")
+    assert run(folder, tmp_path, monkeypatch, *more) == 0
+    result = read_json(tmp_path / "recommendation.json")
+    assert {run["model"] for run in result["runs"]} == {"generator", "popularity"}
+    (found,) = [run for run in result["runs"] if run["model"] == "generator"]
+    assert found["metrics"]["invalid_rate"] == found["metrics"]["duplicate_rate"] == 0
+    assert 0 < found["metrics"]["recall@1"] <= found["metrics"]["recall@10"] <= 1
+    assert len(found["level_accuracy"]) == len(found["level_perplexity"]) == 3
+    assert min(found["level_perplexity"]) >= 1
+    assert found["validation_recall@10"] == max(r["score"] for r in found["history"])
+    page = recommendation.render(result)
+    assert f"{found['metrics']['recall@10']:.4f}" in page
+    capfd.readouterr()
+    assert run(folder, tmp_path, monkeypatch, *more) == 0
+    assert capfd.readouterr().out == ""
+    assert read_json(tmp_path / "recommendation.json") == result
+
+
+def test_a_job_that_is_short_of_time_reports_what_it_has(folder):
+    inputs = load_inputs(folder / "smoke.safetensors")
+    for job in recommendation.smoke_jobs():
+        if job.model in ("generator", "sasrec", "flat"):
+            endless = replace(job, config={**job.config, "epochs": 10**5, "patience": None})
+            found = recommendation.run_job(endless, inputs, 1.0)
+            assert found["stopped_by_time"], job
+            assert json.loads(json.dumps(found))["metrics"]["recall@50"] > 0
+
+
+def test_the_splits_are_leave_one_out(folder):
+    inputs = load_inputs(folder / "smoke.safetensors")
+    (before, wanted), (later, last) = inputs.split("validation"), inputs.split("test")
+    for user, history in enumerate(inputs.training()):
+        items = inputs.items[inputs.offsets[user] : inputs.offsets[user + 1]]
+        np.testing.assert_array_equal(history, items[:-2])
+        np.testing.assert_array_equal(before[user], items[:-2])
+        np.testing.assert_array_equal(later[user], items[:-1])
+        assert (wanted[user], last[user]) == (items[-2], items[-1])
+
+
+def test_every_preset_has_jobs_of_different_names():
+    for jobs in recommendation.PRESETS.values():
+        keys = [job.key for job in jobs()]
+        assert len(set(keys)) == len(keys)
+    first = [job.key for job in recommendation.gpu_jobs()[:4]]
+    assert [key.split(" / ")[:2] for key in first] == [
+        ["ml-1m", "generator"],
+        ["ml-1m", "sasrec"],
+        ["beauty", "generator"],
+        ["beauty", "sasrec"],
+    ]
+
+
+def test_items_that_are_taken_together_have_similar_vectors_and_sids_are_unique():
+    rng = np.random.default_rng(1)
+    # Users stay within one half of the catalog.
+    histories = [rng.integers(0, 20, 30) + 20 * (user % 2) for user in range(200)]
+    vectors = co_occurrence_vectors(histories, 42, width=8)
+    assert not vectors[40:].any()
+    similar = vectors[:40] @ vectors[:40].T
+    same = np.arange(40)[:, None] // 20 == np.arange(40) // 20
+    assert similar[same].mean() > similar[~same].mean() + 0.3
+    codes, sizes = unique_sids({"behavior": torch.from_numpy(vectors)}, (4, 4, 32))
+    assert len(np.unique(codes, axis=0)) == 42 and sizes == (4, 4, 32)
