@@ -41,6 +41,8 @@ _SPARE = 4
 # thread; children that are ranked together, and among how many others.
 _FEW_SLOTS, _SLOTS, _SLOTS_PER_THREAD = 1024, 8192, 16
 _OUTPUTS, _RANKED = 512, 64
+# Whether the second launch begins before the first has ended, from sm_90 on.
+_OVERLAP = False
 # Beams whose counts are read together.
 _BEAMS = tl.constexpr(1024)
 # Denied rows of a block.
@@ -185,11 +187,14 @@ def _beams_kernel(
     MANY: tl.constexpr,
     OLD: tl.constexpr,
     LANES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Keys and items of the k best legal children of one beam and some more, and how many.
 
     They are lists of `room` slots for each beam. A row that is `ONE` block stays in registers.
     """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0).to(tl.int64)
     request = program // num_beams
     beam = program % num_beams
@@ -333,6 +338,7 @@ def _merge_kernel(
     OUTPUTS: tl.constexpr,
     RANKED: tl.constexpr,
     LANES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The k best children of a request in order; p_best, p_slots and p_wide are scratch."""
     request = tl.program_id(0).to(tl.int64)
@@ -349,6 +355,9 @@ def _merge_kernel(
     p_at = p_table + tl.where((level >= 0) & (level < num_levels), level, 0) * search.FIELDS
     starts_at = tl.load(p_at + search.STARTS_AT)
     p_level_codes = p_codes + tl.load(p_at + search.CODES_AT)
+    if OVERLAP:
+        # What the first launch wrote is read from here on.
+        tl.extra.cuda.gdc_wait()
     # k children of one beam reach its cut.
     most, least = 0, tl.full([], choose.NEVER + 1, tl.int32)
     for start in range(0, num_beams, _BEAMS):
@@ -555,6 +564,7 @@ def beams_config(rows: int, width: int, k: int, limited: bool) -> dict[str, int]
         "MANY": many,
         "OLD": old,
         "LANES": 32 * warps,
+        "OVERLAP": _OVERLAP,
         "num_warps": warps,
     }
     return config | ({"maxnreg": _REGISTERS} if crowd and _REGISTERS else {})
@@ -574,5 +584,6 @@ def merge_config(beams: int, k: int) -> dict[str, int]:
         "OUTPUTS": min(_OUTPUTS, ranked),
         "RANKED": min(_RANKED, ranked),
         "LANES": 32 * warps,
+        "OVERLAP": _OVERLAP,
         "num_warps": warps,
-    }
+    } | ({"launch_pdl": True} if _OVERLAP else {})
