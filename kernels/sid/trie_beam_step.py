@@ -1,13 +1,9 @@
 """One step of beam search over the legal children of a trie, as Triton kernels.
 
 Two launches. The first takes one program a beam: the log of the sum of exponentials, the legal
-children, and of those the k best. The second takes one program a request: the k best of all its
-beams, and their states. The shapes of both follow from those of the arguments alone, so a step can
-be captured in a CUDA graph.
-
-A child is a 64-bit key: its score, as an integer in the same order, above its ordinal
-(beam << 16 | code) turned round. The k best children are the k largest keys, ties included, so the
-order in which they are found does not matter.
+children, and of those the k best and some more. The second takes one program a request: the k best
+of all its beams, and their states. The shapes of both follow from those of the arguments alone, so
+a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,218 +16,115 @@ import triton.language as tl
 from torch import Tensor
 
 if __package__:
+    from . import trie_children as children
+    from . import trie_choose as choose
     from . import trie_search as search
 else:
+    import trie_children as children
+    import trie_choose as choose
     import trie_search as search
 
 # The largest k: what a program keeps has to fit into its registers.
 MAX_K = 4096
-# Columns of a block of logits, and children of a block: most nodes have few. What is counted below
-# each child takes registers.
+# Columns of a block of logits. A row of one block is read once, before its state is known.
 _COLUMNS = 4096
-_FEW, _MANY, _LIMITED = 128, 512, 256
-# Keys of a block of the second launch; children that are ranked among as many others together.
-_SLOTS = 4096
-_RANKED = 128
+# Children of a block: a node takes the first of these blocks that holds it, or many of the second.
+# Where each child is looked for in a filter or a deny list, that takes registers.
+_FEW, _MANY, _LIMITED = 64, 512, 256
+# Columns of a row for each thread of the first launch, and registers of that (None: as it takes):
+# where there are many rows one warp a row does least, where there are few more are sooner done.
+_PER_THREAD, _REGISTERS = 64, 128
+_FEW_ROWS, _PER_THREAD_OF_FEW_ROWS = 1024, 16
+# A list of k children has room for k / _SPARE more, so that the cut need not be exact.
+_SPARE = 4
+# Slots of a block of the second launch where they are few and where many, and of those for each
+# thread; children that are ranked together, and among how many others.
+_FEW_SLOTS, _SLOTS, _SLOTS_PER_THREAD = 1024, 8192, 16
+_OUTPUTS, _RANKED = 512, 64
+# Whether the second launch begins before the first has ended, from sm_90 on.
+_OVERLAP = False
+# Beams whose counts are read together.
+_BEAMS = tl.constexpr(1024)
 # Denied rows of a block.
 _DENIED = tl.constexpr(1024)
-# Below the key of any score.
-_NEVER = tl.constexpr(-(1 << 63))
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def _make_key(b_score, b_ordinal):
-    """Returns int64, larger for a larger score, then for a lower ordinal."""
-    # -0 and +0 are one score.
-    b_score = tl.where(b_score == 0, 0.0, b_score)
-    b_bits = b_score.to(tl.int32, bitcast=True)
-    b_bits ^= (b_bits >> 31) & 0x7FFFFFFF
-    return (b_bits.to(tl.int64) << 32) | (0xFFFFFFFF - b_ordinal)
+def _one_block(
+    task, out, VALID: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr
+):
+    """Fills the list of a beam whose children are one block; without LANES, all have a place.
 
-
-@triton.jit
-def _score_of(b_key):
-    b_bits = (b_key >> 32).to(tl.int32)
-    b_bits ^= (b_bits >> 31) & 0x7FFFFFFF
-    return b_bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _keep(p_keys, p_payloads, kept, least, b_key, b_payload, wanted, room):
-    """Adds the keys of a block above `least` to the `kept` ones, in no order.
-
-    Where there is no room for all, at least the `wanted` best of both stay. Returns how many are
-    kept, and the new `least`.
-
-    Args:
-        p_keys: int64 [room], distinct.
-        p_payloads: [room], what belongs to each key.
-        kept: How many there are, at most BLOCK.
-        least: What a key has to be above to be one of the `wanted` best.
-        b_key: int64 [BLOCK], distinct, `_NEVER` for none.
-        b_payload: [BLOCK].
-        wanted: Keys that matter, at most `room`.
-        room: Keys that there is room for.
+    Returns how many it holds, and a key that `wanted` of them reach.
     """
-    m_new = b_key > least
-    found = tl.sum(m_new.to(tl.int32), axis=0)
-    if kept + found > room:
-        o_lane = tl.arange(0, b_key.shape[0])
-        b_old = tl.load(p_keys + o_lane, o_lane < kept, other=_NEVER)
-        b_old_payload = tl.load(p_payloads + o_lane, o_lane < kept, other=0)
-        high = tl.max(tl.maximum(b_old, b_key), axis=0)
-        b_low = tl.minimum(tl.where(o_lane < kept, b_old, high), tl.where(m_new, b_key, high))
-        low = tl.min(b_low, axis=0)
-        # As many keys as `count` reach `low`; fewer than wanted are above `high`.
-        count = kept + found
-        while count > room:
-            middle = (low >> 1) + (high >> 1) + (low & high & 1) + ((low ^ high) & 1)
-            b_reach = (b_old >= middle).to(tl.int32) + (b_key >= middle).to(tl.int32)
-            reach = tl.sum(b_reach, axis=0)
-            low = tl.where(reach >= wanted, middle, low)
-            high = tl.where(reach >= wanted, high, middle - 1)
-            count = tl.where(reach >= wanted, reach, count)
-        least = low - 1
-        m_old = b_old > least
-        m_new = b_key > least
-        o_old = tl.cumsum(m_old.to(tl.int32), axis=0) - 1
-        # Every thread has read what is about to be overwritten.
-        tl.debug_barrier()
-        tl.store(p_keys + o_old, b_old, mask=m_old)
-        tl.store(p_payloads + o_old, b_old_payload, mask=m_old)
-        kept = tl.sum(m_old.to(tl.int32), axis=0)
-        found = tl.sum(m_new.to(tl.int32), axis=0)
-    if found > 0:
-        o_new = kept + tl.cumsum(m_new.to(tl.int32), axis=0) - 1
-        tl.store(p_keys + o_new, b_key, mask=m_new)
-        tl.store(p_payloads + o_new, b_payload, mask=m_new)
-    # What one thread wrote, others read.
-    tl.debug_barrier()
-    return kept + found, least
-
-
-@triton.jit
-def _add_exponentials(b_top, b_sum, b_x):
-    """Adds values to sums of exp(x - top) that are kept per lane; a NaN stays in them."""
-    b_above = b_x - b_top
-    b_power = tl.exp(-tl.abs(b_above))
-    m_above = b_above > 0
-    b_sum = tl.where(m_above, b_sum * b_power + 1, b_sum + b_power)
-    return tl.where(m_above, b_x, b_top), b_sum
-
-
-@triton.jit
-def _log_sum(b_top, b_sum):
-    """Returns the largest value and the log of the sum of exp(x - largest)."""
-    top = tl.max(b_top, axis=0)
-    return top, tl.log(tl.sum(b_sum * tl.exp(b_top - top), axis=0))
-
-
-@triton.jit
-def _row_log_sum(p_row, stride_column, width, COLUMNS: tl.constexpr):
-    b_top = tl.full([COLUMNS], _LOWEST, tl.float32)
-    b_sum = tl.full([COLUMNS], 0, tl.float32)
-    for start in range(0, width, COLUMNS):
-        o_v = start + tl.arange(0, COLUMNS)
-        p_x = p_row + o_v.to(tl.int64) * stride_column
-        b_x = tl.load(p_x, o_v < width, other=-float("inf"))
-        b_top, b_sum = _add_exponentials(b_top, b_sum, b_x.to(tl.float32))
-    return _log_sum(b_top, b_sum)
-
-
-@triton.jit
-def _denied_among(deny, b_low, b_high, mask):
-    """Returns int64 [BLOCK]: the denied rows in [low, high)."""
-    p_denied, p_denied_ranks, denied_begin, denied_end = deny
-    b_zero = tl.full(b_low.shape, 0, tl.int64)
-    b_begin, b_end = b_zero + denied_begin, b_zero + denied_end
-    b_begin = search.lower_bound(p_denied, b_begin, b_end, b_low, mask)
-    b_end = search.lower_bound(p_denied, b_begin, b_end, b_high, mask)
-    # How many the first n of the list are is counted at n - 1.
-    b_before = tl.load(p_denied_ranks + b_begin - 1, mask & (b_begin > 0), other=0)
-    return tl.load(p_denied_ranks + b_end - 1, mask & (b_end > 0), other=0) - b_before
-
-
-@triton.jit
-def _is_left(trie, filter, deny, node, b_entry, b_code, mask):
-    """Returns bool [BLOCK]: filter and deny list leave a row below the child."""
-    p_at, p_codes, p_starts, p_begins, p_ranks = trie
-    p_bits, p_bit_ranks, p_masks = filter
-    p_denied, _, denied_begin, denied_end = deny
-    level, low, _, last = node
-    by_mask = True
-    if p_bits is not None:
-        by_mask = tl.load(p_at + search.MASKS_AT) >= 0
-        if by_mask:
-            p_mask = search.mask_of(p_at, p_begins, p_ranks, p_masks, level, low)
-            mask &= search.bit(p_mask, b_code, mask) > 0
-    if denied_begin < denied_end or not by_mask:
-        if tl.load(p_at + search.STARTS_AT) >= 0:
-            p_start = p_starts + tl.load(p_at + search.STARTS_AT) + b_entry
-            b_low = tl.load(p_start, mask, other=0).to(tl.int64)
-            b_high = tl.load(p_start + 1, mask, other=0).to(tl.int64)
-        else:
-            p_level_codes = p_codes + tl.load(p_at + search.CODES_AT)
-            b_low = b_entry
-            b_high = search.run_end(p_level_codes, b_entry, b_code, last, mask)
-        b_left = b_high - b_low
-        if p_bits is not None:
-            b_left = search.rank(p_bits, p_bit_ranks, b_high, mask)
-            b_left -= search.rank(p_bits, p_bit_ranks, b_low, mask)
-        if p_denied is not None:
-            b_left -= _denied_among(deny, b_low, b_high, mask)
-        mask &= b_left > 0
-    return mask
-
-
-@triton.jit
-def _children(p_columns, stride_column, trie, filter, deny, node, start, BLOCK: tl.constexpr):
-    """Returns entries from `start` on, their codes and logits [BLOCK]; -inf if not legal."""
-    p_at, p_codes, _, _, _ = trie
-    p_bits, _, _ = filter
-    p_denied, _, _, _ = deny
-    _, _, first, last = node
-    b_entry = start + tl.arange(0, BLOCK).to(tl.int64)
-    mask = b_entry < last
-    p_level_codes = p_codes + tl.load(p_at + search.CODES_AT)
-    b_code = tl.load(p_level_codes + b_entry, mask, other=0).to(tl.int64)
-    if tl.load(p_at + search.STARTS_AT) < 0:
-        # A child is a run of equal codes.
-        m_inner = mask & (b_entry > first)
-        b_before = tl.load(p_level_codes + b_entry - 1, m_inner, other=0).to(tl.int64)
-        mask &= ~m_inner | (b_before != b_code)
-    if p_bits is not None or p_denied is not None:
-        mask = _is_left(trie, filter, deny, node, b_entry, b_code, mask)
-    b_x = tl.load(p_columns + b_code * stride_column, mask, other=-float("inf"))
-    return b_entry, b_code, b_x.to(tl.float32)
-
-
-@triton.jit
-def _best_children(row, trie, filter, deny, node, out, VALID: tl.constexpr, BLOCK: tl.constexpr):
-    """Fills the `room` of `out` with the best children of a beam; returns how many."""
-    p_columns, stride_column, beam, base, top, log_sum = row
-    p_keys, p_entries, room = out
-    _, _, first, last = node
+    row, trie, filter, deny, node, wanted, room = task
+    p_columns, stride_column, b_row, base, top, log_sum = row
+    p_keys, p_items, spread, _, first = out
+    # What is loaded is on its way while the row is summed.
+    b_code, mask = children.children_of(trie, filter, deny, node, 0, BLOCK)
     if VALID:
-        b_top = tl.full([BLOCK], _LOWEST, tl.float32)
+        b_x = children.logits_of(p_columns, stride_column, b_code, mask)
+        top = children.top_of(b_x)
+        log_sum = children.log_sum_below(b_x, top)
+    elif ONE:
+        b_row = b_row.to(tl.float32)
+        top = children.top_of(b_row)
+        b_x = children.logits_of(p_columns, stride_column, b_code, mask)
+        log_sum = children.log_sum_below(b_row, top)
+    else:
+        b_x = children.logits_of(p_columns, stride_column, b_code, mask)
+    b_key = choose.key_of(base + ((b_x - top) - log_sum))
+    least = tl.full([], choose.NEVER + 1, tl.int32)
+    o_child = tl.arange(0, BLOCK)
+    if LANES == 0:
+        _, _, _, last, _, _ = node
+        kept = (last - first).to(tl.int32)
+        o_slot = choose.slot_of(o_child, spread)
+        tl.store(p_keys + o_slot, b_key, mask=o_child < kept)
+        b_item = (b_code.to(tl.int64) << 32) | (first + o_child)
+        tl.store(p_items + o_slot, b_item, mask=o_child < kept)
+    else:
+        kept = tl.full([], 0, tl.int32)
+        kept, least = choose.keep(out, kept, least, b_key, o_child, wanted, room, False, 1, LANES)
+    return kept, least
+
+
+@triton.jit
+def _many_blocks(
+    task,
+    out,
+    VALID: tl.constexpr,
+    ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OLD: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """As `_one_block` for any number of children."""
+    row, trie, filter, deny, node, wanted, room = task
+    p_columns, stride_column, b_row, base, top, log_sum = row
+    _, _, first, last, _, _ = node
+    count = (last - first).to(tl.int32)
+    if VALID:
+        b_top = tl.full([BLOCK], children.LOWEST, tl.float32)
         b_sum = tl.full([BLOCK], 0, tl.float32)
-        for start in range(first, last, BLOCK):
-            found = _children(p_columns, stride_column, trie, filter, deny, node, start, BLOCK)
-            b_top, b_sum = _add_exponentials(b_top, b_sum, found[2])
-        top, log_sum = _log_sum(b_top, b_sum)
+        for start in range(0, count, BLOCK):
+            b_code, mask = children.children_of(trie, filter, deny, node, start, BLOCK)
+            b_x = children.logits_of(p_columns, stride_column, b_code, mask)
+            b_top, b_sum = children.add_exponentials(b_top, b_sum, b_x)
+        top, log_sum = children.log_sum(b_top, b_sum)
+    elif ONE:
+        b_row = b_row.to(tl.float32)
+        top = children.top_of(b_row)
+        log_sum = children.log_sum_below(b_row, top)
     kept = 0
-    least = tl.full([], _NEVER, tl.int64)
-    for start in range(first, last, BLOCK):
-        b_entry, b_code, b_x = _children(
-            p_columns, stride_column, trie, filter, deny, node, start, BLOCK
-        )
-        b_score = base + ((b_x - top) - log_sum)
-        # A NaN is above nothing.
-        m_chosen = b_score > -float("inf")
-        b_key = tl.where(m_chosen, _make_key(b_score, (beam << 16) | b_code), _NEVER)
-        kept, least = _keep(p_keys, p_entries, kept, least, b_key, b_entry, room, room)
-    return kept
+    least = tl.full([], choose.NEVER + 1, tl.int32)
+    for start in range(0, count, BLOCK):
+        b_code, mask = children.children_of(trie, filter, deny, node, start, BLOCK)
+        b_x = children.logits_of(p_columns, stride_column, b_code, mask)
+        b_key = choose.key_of(base + ((b_x - top) - log_sum))
+        o_child = start + tl.arange(0, BLOCK)
+        kept, least = choose.keep(out, kept, least, b_key, o_child, wanted, room, False, OLD, LANES)
+    return kept, least
 
 
 @triton.jit(do_not_specialize=["num_denied"])
@@ -253,7 +146,9 @@ def _rank_denied_kernel(p_denied, p_table, p_filter_bits, p_ranks, num_denied):
         total += tl.sum(m_counts.to(tl.int32), axis=0)
 
 
-@triton.jit(do_not_specialize=["num_beams", "num_levels", "level", "column", "room", "num_denied"])
+@triton.jit(
+    do_not_specialize=["num_beams", "num_levels", "level", "column", "k", "room", "num_denied"]
+)
 def _beams_kernel(
     p_logits,
     p_scores,
@@ -271,8 +166,9 @@ def _beams_kernel(
     p_denied,
     p_denied_ranks,
     p_keys,
-    p_entries,
+    p_items,
     p_counts,
+    p_cuts,
     stride_batch,
     stride_beam,
     stride_column,
@@ -281,17 +177,34 @@ def _beams_kernel(
     num_levels,
     level,
     column,
+    k,
     room,
     num_denied,
     VALID: tl.constexpr,
+    ONE: tl.constexpr,
     COLUMNS: tl.constexpr,
     FEW: tl.constexpr,
     MANY: tl.constexpr,
+    OLD: tl.constexpr,
+    LANES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Keys and entries of the `room` best legal children of one beam, in no order, and how many."""
+    """Keys and items of the k best legal children of one beam and some more, and how many.
+
+    They are lists of `room` slots for each beam. A row that is `ONE` block stays in registers.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0).to(tl.int64)
     request = program // num_beams
     beam = program % num_beams
+    p_row = p_logits + request * stride_batch + beam * stride_beam
+    b_row = 0.0
+    if ONE and not VALID:
+        # On its way while the state is looked up.
+        o_v = tl.arange(0, COLUMNS)
+        p_x = p_row + o_v.to(tl.int64) * stride_column
+        b_row = tl.load(p_x, o_v < width, other=-float("inf"))
     if p_levels is not None:
         level = tl.load(p_levels + request).to(tl.int32)
     known = (level >= 0) & (level < num_levels)
@@ -300,19 +213,30 @@ def _beams_kernel(
         column = tl.load(p_columns + level)
     base = tl.load(p_scores + program)
     p_at = p_table + level * search.FIELDS
-    low, high = search.clamped(
-        tl.load(p_states + 2 * program),
-        tl.load(p_states + 2 * program + 1),
-        tl.load(p_at + search.ROWS),
-    )
+    # Both ends of the range at once: each load waits for the one before.
+    o_end = tl.arange(0, 2)
+    b_end, rows = tl.load(p_states + 2 * program + o_end), tl.load(p_at + search.ROWS)
+    starts_at, begins_at = tl.load(p_at + search.STARTS_AT), tl.load(p_at + search.BEGINS_AT)
+    ranks_at, codes_at = tl.load(p_at + search.RANKS_AT), tl.load(p_at + search.CODES_AT)
+    low = tl.minimum(tl.maximum(tl.sum(tl.where(o_end == 0, b_end, 0), axis=0), 0), rows)
+    high = tl.minimum(tl.maximum(tl.sum(tl.where(o_end == 1, b_end, 0), axis=0), low), rows)
     known &= base > -float("inf")
-    first, last = search.node(p_at, p_begins, p_ranks, low, high)
+    first, last = low, high
+    if starts_at >= 0:
+        b_end = tl.where(o_end == 0, low, high)
+        b_end = search.rank(p_begins + begins_at, p_ranks + ranks_at, b_end, o_end >= 0)
+        first = tl.sum(tl.where(o_end == 0, b_end, 0), axis=0)
+        # A range that is no node may end before its first run begins.
+        last = tl.max(b_end, axis=0)
     kept = 0
+    least = tl.full([], choose.NEVER + 1, tl.int32)
+    spread = num_beams * choose.CHUNK
+    p_keys += request * num_beams * room + beam * choose.CHUNK
+    p_items += request * num_beams * room + beam * choose.CHUNK
     if known & (first < last):
-        p_row = p_logits + request * stride_batch + beam * stride_beam
         top, log_sum = 0.0, 0.0
-        if not VALID:
-            top, log_sum = _row_log_sum(p_row, stride_column, width, COLUMNS)
+        if not VALID and not ONE:
+            top, log_sum = children.row_log_sum(p_row, stride_column, width, COLUMNS)
         denied_begin, denied_end = 0, 0
         if p_denied is not None:
             p_denied += request * num_denied
@@ -320,31 +244,80 @@ def _beams_kernel(
             for start in range(0, num_denied, _DENIED):
                 o_d = start + tl.arange(0, _DENIED)
                 # What is no row is below or above all of them.
-                b_row = tl.load(p_denied + o_d, o_d < num_denied, other=0x7FFFFFFFFFFFFFFF)
-                denied_begin += tl.sum((b_row < low).to(tl.int32), axis=0)
-                denied_end += tl.sum((b_row < high).to(tl.int32), axis=0)
+                b_denied = tl.load(p_denied + o_d, o_d < num_denied, other=0x7FFFFFFFFFFFFFFF)
+                denied_begin += tl.sum((b_denied < low).to(tl.int32), axis=0)
+                denied_end += tl.sum((b_denied < high).to(tl.int32), axis=0)
         p_level = p_row + column.to(tl.int64) * stride_column
-        row = (p_level, stride_column, beam, base, top, log_sum)
+        row = (p_level, stride_column, b_row, base, top, log_sum)
         trie = (p_at, p_codes, p_starts, p_begins, p_ranks)
         filter = (p_filter_bits, p_filter_ranks, p_filter_masks)
         deny = (p_denied, p_denied_ranks, denied_begin, denied_end)
-        node = (level, low, first, last)
-        out = (p_keys + program * room, p_entries + program * room, room)
+        p_node_codes = p_codes + codes_at + first
+        node = (level, low, first, last, p_node_codes, starts_at)
+        task = (row, trie, filter, deny, node, k, room)
+        out = (p_keys, p_items, spread, p_node_codes, first)
         # Most nodes are narrow, and then most lanes of a wide block do nothing.
-        if FEW == MANY or last - first > FEW:
-            kept = _best_children(row, trie, filter, deny, node, out, VALID, MANY)
+        count = last - first
+        if count <= tl.minimum(FEW, room):
+            kept, least = _one_block(task, out, VALID, ONE, FEW, 0)
+        elif count <= MANY:
+            kept, least = _one_block(task, out, VALID, ONE, MANY, LANES)
         else:
-            kept = _best_children(row, trie, filter, deny, node, out, VALID, FEW)
+            kept, least = _many_blocks(task, out, VALID, ONE, MANY, OLD, LANES)
+        # The rest of the last chunk.
+        o_place = kept + tl.arange(0, choose.CHUNK)
+        m_rest = o_place < tl.cdiv(kept, choose.CHUNK) * choose.CHUNK
+        p_rest = p_keys + choose.slot_of(o_place, spread)
+        tl.store(p_rest, tl.full([choose.CHUNK], choose.NEVER, tl.int32), mask=m_rest)
     tl.store(p_counts + program, kept)
+    tl.store(p_cuts + program, least)
+
+
+@triton.jit
+def _keep_slots(
+    out,
+    lists,
+    kept,
+    least,
+    start,
+    k,
+    SLOTS: tl.constexpr,
+    OLD: tl.constexpr,
+    SORTED: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Adds what is in the slots of a request from the n-th on, as `choose.keep` does."""
+    p_keys, p_counts, chunks = lists
+    _, _, _, _, num_beams = out
+    o_chunk = start // choose.CHUNK + tl.arange(0, SLOTS // choose.CHUNK)
+    b_count = tl.load(p_counts + o_chunk % num_beams, o_chunk < chunks, other=0)
+    m_chunk = o_chunk // num_beams * choose.CHUNK < b_count
+    b_slot = o_chunk[:, None] * choose.CHUNK + tl.arange(0, choose.CHUNK)[None, :]
+    b_key = tl.load(p_keys + b_slot, m_chunk[:, None], other=choose.NEVER)
+    b_key, b_slot = tl.reshape(b_key, [SLOTS]), tl.reshape(b_slot, [SLOTS])
+    return choose.keep(out, kept, least, b_key, b_slot, k, SORTED, True, OLD, LANES)
+
+
+@triton.jit
+def _wide(out, o_lane, mask):
+    """Returns int64 keys, of which no two are equal, of children of a list, and their entries."""
+    p_keys, p_slots, _, p_items, num_beams = out
+    b_slot = tl.load(p_slots + o_lane, mask, other=0)
+    b_key = tl.load(p_keys + o_lane, mask, other=choose.NEVER)
+    b_ordinal = choose.ordinal_of(b_slot, p_items, num_beams, mask)
+    b_entry = tl.load(p_items + b_slot, mask, other=0) & 0xFFFFFFFF
+    return (b_key.to(tl.int64) << 32) | (0xFFFFFFFF - b_ordinal), b_entry
 
 
 @triton.jit(do_not_specialize=["num_beams", "num_levels", "level", "k", "room"])
 def _merge_kernel(
     p_keys,
-    p_entries,
+    p_items,
     p_counts,
+    p_cuts,
     p_best,
     p_slots,
+    p_wide,
     p_states,
     p_levels,
     p_table,
@@ -359,44 +332,70 @@ def _merge_kernel(
     level,
     k,
     room,
-    LANES: tl.constexpr,
+    SORTED: tl.constexpr,
+    FEW: tl.constexpr,
     SLOTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
     RANKED: tl.constexpr,
+    LANES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """The k best children of a request in order; p_best and p_slots [B, LANES] are scratch."""
+    """The k best children of a request in order; p_best, p_slots and p_wide are scratch."""
     request = tl.program_id(0).to(tl.int64)
-    slots = num_beams * room
-    p_keys += request * slots
-    p_entries += request * slots
-    p_best += request * LANES
-    p_slots += request * LANES
-    kept = 0
-    least = tl.full([], _NEVER, tl.int64)
-    for start in range(0, slots, SLOTS):
-        o_slot = start + tl.arange(0, SLOTS)
-        b_beam = o_slot // room
-        b_count = tl.load(p_counts + request * num_beams + b_beam, o_slot < slots, other=0)
-        b_key = tl.load(p_keys + o_slot, o_slot - b_beam * room < b_count, other=_NEVER)
-        kept, least = _keep(p_best, p_slots, kept, least, b_key, o_slot, k, LANES)
+    p_keys += request * num_beams * room
+    p_items += request * num_beams * room
+    p_counts += request * num_beams
+    p_cuts += request * num_beams
+    p_best += request * SORTED
+    p_slots += request * SORTED
+    p_wide += request * SORTED
     if p_levels is not None:
         level = tl.load(p_levels + request).to(tl.int32)
     # Of a level that the trie has not, nothing was kept.
     p_at = p_table + tl.where((level >= 0) & (level < num_levels), level, 0) * search.FIELDS
     starts_at = tl.load(p_at + search.STARTS_AT)
     p_level_codes = p_codes + tl.load(p_at + search.CODES_AT)
-    for start in range(0, tl.maximum(k, kept), RANKED):
-        o_lane = start + tl.arange(0, RANKED)
+    if OVERLAP:
+        # What the first launch wrote is read from here on.
+        tl.extra.cuda.gdc_wait()
+    # k children of one beam reach its cut.
+    most, least = 0, tl.full([], choose.NEVER + 1, tl.int32)
+    for start in range(0, num_beams, _BEAMS):
+        o_beam = start + tl.arange(0, _BEAMS)
+        b_count = tl.load(p_counts + o_beam, o_beam < num_beams, other=0)
+        b_cut = tl.load(p_cuts + o_beam, o_beam < num_beams, other=choose.NEVER)
+        most = tl.maximum(most, tl.max(b_count, axis=0))
+        least = tl.maximum(least, tl.max(b_cut, axis=0))
+    out = (p_best, p_slots, choose.CHUNK, p_items, num_beams)
+    chunks = tl.cdiv(most, choose.CHUNK) * num_beams
+    lists = (p_keys, p_counts, chunks)
+    slots = chunks * choose.CHUNK
+    kept = tl.full([], 0, tl.int32)
+    if slots <= FEW:
+        kept, least = _keep_slots(out, lists, kept, least, 0, k, FEW, 1, SORTED, LANES)
+    else:
+        kept, least = _keep_slots(out, lists, kept, least, 0, k, SLOTS, 1, SORTED, LANES)
+        for start in range(SLOTS, slots, SLOTS):
+            tl.debug_barrier()
+            kept, least = _keep_slots(
+                out, lists, kept, least, start, k, SLOTS, SORTED, SORTED, LANES
+            )
+    # What one thread wrote, others read.
+    tl.debug_barrier()
+    if SORTED > OUTPUTS:
+        for start in range(0, kept, OUTPUTS):
+            o_lane = start + tl.arange(0, OUTPUTS)
+            b_wide, _ = _wide(out, o_lane, o_lane < kept)
+            tl.store(p_wide + o_lane, b_wide, mask=o_lane < kept)
+        tl.debug_barrier()
+    for start in range(0, tl.maximum(k, kept), OUTPUTS):
+        o_lane = start + tl.arange(0, OUTPUTS)
         m_kept = o_lane < kept
-        b_key = tl.load(p_best + o_lane, m_kept, other=_NEVER)
-        b_above = tl.full([RANKED], 0, tl.int32)
-        for other in range(0, kept, RANKED):
-            o_other = other + tl.arange(0, RANKED)
-            b_other = tl.load(p_best + o_other, o_other < kept, other=_NEVER)
-            b_above += tl.sum((b_other[None, :] > b_key[:, None]).to(tl.int32), axis=1)
-        b_ordinal = 0xFFFFFFFF - (b_key & 0xFFFFFFFF)
+        b_wide, b_low = _wide(out, o_lane, m_kept)
+        if SORTED <= OUTPUTS:
+            tl.store(p_wide + o_lane, b_wide, mask=m_kept)
+        b_ordinal = 0xFFFFFFFF - (b_wide & 0xFFFFFFFF)
         b_beam, b_code = b_ordinal >> 16, b_ordinal & 0xFFFF
-        b_slot = tl.load(p_slots + o_lane, m_kept, other=0)
-        b_low = tl.load(p_entries + b_slot, m_kept, other=0).to(tl.int64)
         if starts_at >= 0:
             p_start = p_starts + starts_at + b_low
             b_low = tl.load(p_start, m_kept, other=0).to(tl.int64)
@@ -406,13 +405,21 @@ def _merge_kernel(
             b_last = tl.load(p_state + 1, m_kept, other=0)
             b_last = tl.minimum(b_last, tl.load(p_at + search.ROWS))
             b_high = search.run_end(p_level_codes, b_low, b_code, b_last, m_kept)
+        if SORTED <= OUTPUTS:
+            tl.debug_barrier()
+        b_above = tl.full([OUTPUTS, RANKED], 0, tl.int32)
+        for other in range(0, kept, RANKED):
+            o_other = other + tl.arange(0, RANKED)
+            b_other = tl.load(p_wide + o_other, o_other < kept, other=-0x7FFFFFFFFFFFFFFF)
+            b_above += (b_other[None, :] > b_wide[:, None]).to(tl.int32)
         # Places without a child come behind those with one.
-        b_place = tl.where(m_kept, b_above, o_lane)
+        b_place = tl.where(m_kept, tl.sum(b_above, axis=1), o_lane)
         m_place = b_place < k
         o_out = request * k + b_place
         tl.store(p_tokens + o_out, tl.where(m_kept, b_code, -1), mask=m_place)
         tl.store(p_parents + o_out, tl.where(m_kept, b_beam, 0), mask=m_place)
-        b_score = tl.where(m_kept, _score_of(b_key), -float("inf"))
+        b_key = (b_wide >> 32).to(tl.int32)
+        b_score = tl.where(m_kept, choose.score_of(b_key), -float("inf"))
         tl.store(p_scores + o_out, b_score, mask=m_place)
         tl.store(p_after + 2 * o_out, tl.where(m_kept, b_low, 0), mask=m_place)
         tl.store(p_after + 2 * o_out + 1, tl.where(m_kept, b_high, 0), mask=m_place)
@@ -459,11 +466,10 @@ def trie_beam_step(
     each = level.contiguous() if isinstance(level, Tensor) else None
     every = 0 if each is not None else level
     column = 0 if each is not None else columns[level]
-    # A row has no more children than columns.
-    room = min(k, max(width, 1))
-    keys = tokens.new_empty(batch * beams * room)
-    entries = torch.empty(keys.shape, dtype=torch.uint32, device=device)
-    counts = torch.empty(batch * beams, dtype=torch.int32, device=device)
+    room = list_room(width, k)
+    keys = torch.empty(batch * beams * room, dtype=torch.int32, device=device)
+    items = tokens.new_empty(keys.shape)
+    counts, cuts = keys.new_empty((2, batch * beams))
     states = states.contiguous()
     denied = ranks = None
     if deny is not None and deny.numel():
@@ -484,28 +490,31 @@ def trie_beam_step(
             denied,
             ranks,
             keys,
-            entries,
+            items,
             counts,
+            cuts,
             *logits.stride(),
             beams,
             width,
             len(trie.table),
             every,
             column,
+            k,
             room,
             0 if denied is None else denied.shape[1],
             VALID=valid,
-            **beams_config(width, room, bool(filter) or denied is not None),
+            **beams_config(batch * beams, width, k, bool(filter) or denied is not None),
         )
     if batch:
-        config = merge_config(beams, room, k)
-        scratch = tokens.new_empty(batch * config["LANES"])
+        config = merge_config(beams, k)
+        scratch = keys.new_empty((2, batch * config["SORTED"]))
         _merge_kernel[(batch,)](
             keys,
-            entries,
+            items,
             counts,
-            scratch,
-            torch.empty_like(scratch, dtype=torch.int32),
+            cuts,
+            *scratch,
+            torch.empty_like(scratch[0], dtype=torch.int64),
             states,
             each,
             *trie[:3],
@@ -523,33 +532,58 @@ def trie_beam_step(
     return tokens, parents, best, after
 
 
-def beams_config(width: int, room: int, limited: bool) -> dict[str, int]:
+def list_room(width: int, k: int) -> int:
+    """Returns the slots of a beam's list: for its k best children and some more, or for all."""
+    # A row has no more children than columns.
+    room = min(k + max(k // _SPARE, 1), max(width, 1))
+    return triton.cdiv(room, choose.CHUNK.value) * choose.CHUNK.value
+
+
+def beams_config(rows: int, width: int, k: int, limited: bool) -> dict[str, int]:
     """Returns block sizes and warps of the first launch.
 
     Args:
+        rows: B W.
         width: V.
-        room: Children that are kept of each beam.
+        k: Children to keep.
         limited: Whether there is a filter or a deny list.
     """
-    few, many = (_LIMITED, _LIMITED) if limited else (_FEW, _MANY)
     columns = min(_COLUMNS, triton.next_power_of_2(max(width, 1)))
-    # A block has room for what is kept.
-    many = max(few, min(many, columns), triton.next_power_of_2(room))
-    return {
+    one = columns >= width
+    few, many = (_LIMITED, _LIMITED) if limited else (_FEW, _MANY)
+    # A matrix level may have more entries of a node than the row has columns.
+    many = max(few, min(many, columns))
+    old = max(2, triton.next_power_of_2(list_room(width, k)))
+    crowd = rows > _FEW_ROWS and one and not limited and old <= 512
+    lanes = max(columns, many, old) // (_PER_THREAD if crowd else _PER_THREAD_OF_FEW_ROWS)
+    warps = min(max(lanes // 32, 1), 32)
+    config = {
+        "ONE": one,
         "COLUMNS": columns,
         "FEW": few,
         "MANY": many,
-        "num_warps": 8 if columns > 2048 or many > 512 else 4,
+        "OLD": old,
+        "LANES": 32 * warps,
+        "OVERLAP": _OVERLAP,
+        "num_warps": warps,
     }
+    return config | ({"maxnreg": _REGISTERS} if crowd and _REGISTERS else {})
 
 
-def merge_config(beams: int, room: int, k: int) -> dict[str, int]:
-    """Returns block sizes and warps of the second launch, for W beams of `room` children each."""
-    lanes = triton.next_power_of_2(k)
-    slots = max(lanes, min(_SLOTS, triton.next_power_of_2(max(beams * room, 1))))
+def merge_config(beams: int, k: int) -> dict[str, int]:
+    """Returns block sizes and warps of the second launch, for W beams of which k children stay."""
+    # Twice as many as k or less: the more, the sooner a cut is found.
+    ranked = triton.next_power_of_2(max(k + k // _SPARE, 2))
+    slots = min(_SLOTS, triton.next_power_of_2(max(beams, 1) * choose.CHUNK.value * ranked))
+    slots = max(slots, ranked, choose.CHUNK.value)
+    warps = min(max(slots // _SLOTS_PER_THREAD // 32, 4), 32)
     return {
-        "LANES": lanes,
+        "SORTED": ranked,
+        "FEW": min(_FEW_SLOTS, slots),
         "SLOTS": slots,
-        "RANKED": min(_RANKED, lanes),
-        "num_warps": max(4, slots // 256),
-    }
+        "OUTPUTS": min(_OUTPUTS, ranked),
+        "RANKED": min(_RANKED, ranked),
+        "LANES": 32 * warps,
+        "OVERLAP": _OVERLAP,
+        "num_warps": warps,
+    } | ({"launch_pdl": True} if _OVERLAP else {})

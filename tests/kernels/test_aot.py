@@ -119,9 +119,9 @@ def trie_beam_step(architecture: int) -> list[Variant]:
     kernel = importlib.import_module("plum.kernels.trie_beam_step")
     numbers = (
         *("stride_batch", "stride_beam", "num_beams", "width", "num_levels", "level", "column"),
-        *("room", "num_denied"),
+        *("k", "room", "num_denied"),
     )
-    scratch = {"p_keys": "*i64", "p_entries": "*u32", "p_counts": "*i32"}
+    scratch = {"p_items": "*i64", **dict.fromkeys(("p_keys", "p_counts", "p_cuts"), "*i32")}
     types = {"p_scores": "*fp32", "p_states": "*i64", **scratch, **TRIE}
     types |= dict.fromkeys(numbers, "i32")
     filter = {"p_filter_bits": "*i64", "p_filter_ranks": "*u32", "p_filter_masks": "*i64"}
@@ -129,27 +129,30 @@ def trie_beam_step(architecture: int) -> list[Variant]:
     optional = {**LEVELS, **filter, **deny}
     ranks = {"p_denied": "*i64", "p_table": "*i64", "p_filter_bits": "*i64", "p_ranks": "*i32"}
     found: list[Variant] = [("_rank_denied_kernel", {**ranks, "num_denied": "i32"}, {}, {})]
-    for logits, width, k, valid, given in (
-        ("*bf16", 2048, 64, False, {}),
-        ("*bf16", 2048, 64, True, {}),
-        ("*fp32", 32768, 128, False, {**filter, **deny}),
-        ("*fp16", 2048, 64, True, optional),
+    for logits, rows, width, k, valid, given in (
+        ("*bf16", 512, 2048, 64, False, {}),
+        ("*bf16", 512, 2048, 64, True, {}),
+        ("*bf16", 4096, 2048, 128, False, {}),
+        ("*bf16", 4096, 2048, 128, True, {}),
+        ("*fp32", 4096, 32768, 128, False, {**filter, **deny}),
+        ("*fp16", 4096, 2048, kernel.MAX_K, True, optional),
     ):
-        constants = kernel.beams_config(width, k, bool(given))
-        options = {"num_warps": constants.pop("num_warps")}
+        constants = kernel.beams_config(rows, width, k, bool(given))
+        names = ("num_warps", "maxnreg")
+        options = {name: constants.pop(name) for name in names if name in constants}
         constants |= {"VALID": valid, "stride_column": 1}
         constants |= {name: None for name in optional if name not in given}
         found.append(("_beams_kernel", {"p_logits": logits, **types, **given}, constants, options))
     types = {
-        **dict.fromkeys(("p_best", "p_states", "p_tokens", "p_parents", "p_after"), "*i64"),
+        **dict.fromkeys(("p_wide", "p_states", "p_tokens", "p_parents", "p_after"), "*i64"),
         **dict.fromkeys(("num_beams", "num_levels", "level", "k", "room"), "i32"),
-        "p_slots": "*i32",
+        **dict.fromkeys(("p_best", "p_slots"), "*i32"),
         "p_scores": "*fp32",
         **scratch,
         **TRIE,
     }
-    for beams, k, each in ((64, 64, None), (4096, kernel.MAX_K, "*i64")):
-        constants = kernel.merge_config(beams, k, k)
+    for beams, k, each in ((64, 64, None), (128, 128, None), (4096, kernel.MAX_K, "*i64")):
+        constants = kernel.merge_config(beams, k)
         options = {"num_warps": constants.pop("num_warps")}
         levels = {"p_levels": each} if each else {}
         constants |= {} if each else {"p_levels": None}
@@ -167,7 +170,7 @@ VARIANTS = {
     "trie_walk": trie_walk,
 }
 # Files without a kernel of their own.
-SHARED_FILES = {"trie_search"}
+SHARED_FILES = {"trie_children", "trie_choose", "trie_search"}
 
 SCRIPT = """
 import importlib, json, re, subprocess, sys, tempfile

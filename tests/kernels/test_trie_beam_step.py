@@ -24,12 +24,9 @@ TOLERANCE = 2e-5
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that rows, nodes and merges take several."""
-    monkeypatch.setattr(kernel, "_COLUMNS", 16)
-    monkeypatch.setattr(kernel, "_FEW", 4)
-    monkeypatch.setattr(kernel, "_MANY", 8)
-    monkeypatch.setattr(kernel, "_LIMITED", 8)
-    monkeypatch.setattr(kernel, "_SLOTS", 16)
-    monkeypatch.setattr(kernel, "_RANKED", 8)
+    sizes = {"_COLUMNS": 16, "_FEW": 4, "_MANY": 8, "_LIMITED": 8, "_SLOTS": 64}
+    for name, size in (*sizes.items(), ("_FEW_SLOTS", 16), ("_OUTPUTS", 8), ("_RANKED", 4)):
+        monkeypatch.setattr(kernel, name, size)
 
 
 def assert_same(step: BeamStep, expected: BeamStep) -> None:
@@ -160,6 +157,67 @@ def test_many_ties_fall_in_order(small_blocks, how, k):
         if how == "full" and not bool(logits.any()):
             for name in ("tokens", "parents", "states"):
                 assert torch.equal(getattr(step, name), getattr(expected, name))
+
+
+# Children of each beam, k, and what the blocks of `small_blocks` make of them.
+NODES = {
+    "all of a few children": ([3, 1, 4], 4),
+    "the best of one block": ([8, 7, 8], 4),
+    "of many blocks": ([30, 9, 100], 5),
+    "fewer children than k": ([2, 1, 1], 50),
+    "one beam": ([60], 9),
+    "more beams than children": ([1] * 40, 70),
+    "more beams than k": ([2] * 40, 3),
+    "more slots than a block has": ([100] * 6, 40),
+}
+
+
+@pytest.mark.parametrize("how", ["full", "valid"])
+@pytest.mark.parametrize("nodes", NODES)
+def test_nodes_of_every_size(small_blocks, nodes, how):
+    counts, k = NODES[nodes]
+    random = np.random.default_rng(len(nodes))
+    size = max(128, len(counts))
+    codes = [(i, c) for i, n in enumerate(counts) for c in random.permutation(size)[:n]]
+    trie = SidTrie.from_codes(codes, codebook_sizes=[size, size]).to(DEVICE)
+    states = trie_walk(torch.arange(len(counts)).view(-1, 1).to(DEVICE), trie)[None]
+    shape = 1, len(counts)
+    logits = torch.from_numpy(random.normal(0, 2, (*shape, size))).float().to(DEVICE)
+    near, far = (
+        torch.from_numpy(random.normal(at, 1, shape)).float().to(DEVICE) for at in (-3, -3e37)
+    )
+    # At a score of -3e37 all children of a beam are equal, to the reference too.
+    for rows, scores in ((logits, near), (logits, far), (logits * 0, near * 0), (logits, 2 * near)):
+        step = trie_beam_step(rows, scores, states, trie, 1, k=k, score=how, backend="triton")
+        expected = trie_beam_step(
+            rows, scores, states, trie, 1, k=k, score=how, backend="reference"
+        )
+        if rows is logits and scores is not far:
+            assert_same(step, expected)
+            continue
+        torch.testing.assert_close(step.scores, expected.scores, rtol=1e-7, atol=TOLERANCE)
+        if scores is far or len(set(counts)) == 1 or how == "full":
+            for name in ("tokens", "parents", "states"):
+                assert torch.equal(getattr(step, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("scale", [0, 1])
+def test_more_children_than_the_largest_k(scale):
+    random = np.random.default_rng(scale)
+    codes = [(i, c) for i in range(5) for c in random.permutation(2048)[:2000]]
+    trie = SidTrie.from_codes(codes, codebook_sizes=[5, 2048]).to(DEVICE)
+    states = trie_walk(torch.arange(5).view(-1, 1).to(DEVICE), trie)[None]
+    # Many children of one beam have one score.
+    logits = torch.from_numpy(random.integers(0, 9, (1, 5, 2048))).float().to(DEVICE) * scale
+    args = logits, torch.zeros(1, 5, device=DEVICE), states, trie, 1
+    step = trie_beam_step(*args, k=kernel.MAX_K, backend="triton")
+    expected = trie_beam_step(*args, k=kernel.MAX_K, backend="reference")
+    torch.testing.assert_close(step.scores, expected.scores, rtol=0, atol=TOLERANCE)
+    columns = (-step.scores[0], step.parents[0], step.tokens[0])
+    ranking = list(zip(*(column.tolist() for column in columns), strict=True))
+    assert ranking == sorted(set(ranking)) and len(ranking) == kernel.MAX_K
+    if not scale:
+        assert torch.equal(step.states, expected.states)
 
 
 def test_a_whole_search_gives_every_sid_once():

@@ -1,0 +1,134 @@
+"""What the program of a beam reads: its row of logits, and the children that are left to it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+if __package__:
+    from . import trie_search as search
+else:
+    import trie_search as search
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _exp(b_x):
+    """Returns exp(x), 0 instead of what is denormal: for that, others take twice the steps."""
+    return tl.exp2(b_x * _LOG2_E)
+
+
+@triton.jit
+def add_exponentials(b_top, b_sum, b_x):
+    """Adds values to sums of exp(x - top) that are kept per lane; a NaN stays in them."""
+    b_above = b_x - b_top
+    b_power = _exp(-tl.abs(b_above))
+    m_above = b_above > 0
+    b_sum = tl.where(m_above, b_sum * b_power + 1, b_sum + b_power)
+    return tl.where(m_above, b_x, b_top), b_sum
+
+
+@triton.jit
+def log_sum(b_top, b_sum):
+    """Returns the largest value and the log of the sum of exp(x - largest)."""
+    top = tl.max(b_top, axis=0)
+    return top, tl.log(tl.sum(b_sum * _exp(b_top - top), axis=0))
+
+
+@triton.jit
+def top_of(b_x):
+    """Returns the largest value, above -inf."""
+    return tl.maximum(tl.max(b_x, axis=0), LOWEST)
+
+
+@triton.jit
+def log_sum_below(b_x, top):
+    """Returns the log of the sum of exp(x - top)."""
+    return tl.log(tl.sum(_exp(b_x - top), axis=0))
+
+
+@triton.jit
+def row_log_sum(p_row, stride_column, width, COLUMNS: tl.constexpr):
+    """As `log_sum` of a row of any width, COLUMNS at a time."""
+    b_top = tl.full([COLUMNS], LOWEST, tl.float32)
+    b_sum = tl.full([COLUMNS], 0, tl.float32)
+    for start in range(0, width, COLUMNS):
+        o_v = start + tl.arange(0, COLUMNS)
+        p_x = p_row + o_v.to(tl.int64) * stride_column
+        b_x = tl.load(p_x, o_v < width, other=-float("inf"))
+        b_top, b_sum = add_exponentials(b_top, b_sum, b_x.to(tl.float32))
+    return log_sum(b_top, b_sum)
+
+
+@triton.jit
+def _denied_among(deny, b_low, b_high, mask):
+    """Returns int64 [BLOCK]: the denied rows in [low, high)."""
+    p_denied, p_denied_ranks, denied_begin, denied_end = deny
+    b_zero = tl.full(b_low.shape, 0, tl.int64)
+    b_begin, b_end = b_zero + denied_begin, b_zero + denied_end
+    b_begin = search.lower_bound(p_denied, b_begin, b_end, b_low, mask)
+    b_end = search.lower_bound(p_denied, b_begin, b_end, b_high, mask)
+    # How many the first n of the list are is counted at n - 1.
+    b_before = tl.load(p_denied_ranks + b_begin - 1, mask & (b_begin > 0), other=0)
+    return tl.load(p_denied_ranks + b_end - 1, mask & (b_end > 0), other=0) - b_before
+
+
+@triton.jit
+def _is_left(trie, filter, deny, node, b_entry, b_code, mask):
+    """Returns bool [BLOCK]: filter and deny list leave a row below the child."""
+    p_at, p_codes, p_starts, p_begins, p_ranks = trie
+    p_bits, p_bit_ranks, p_masks = filter
+    p_denied, _, denied_begin, denied_end = deny
+    level, low, _, last, _, starts_at = node
+    by_mask = True
+    if p_bits is not None:
+        by_mask = tl.load(p_at + search.MASKS_AT) >= 0
+        if by_mask:
+            p_mask = search.mask_of(p_at, p_begins, p_ranks, p_masks, level, low)
+            mask &= search.bit(p_mask, b_code, mask) > 0
+    if denied_begin < denied_end or not by_mask:
+        if starts_at >= 0:
+            p_start = p_starts + starts_at + b_entry
+            b_low = tl.load(p_start, mask, other=0).to(tl.int64)
+            b_high = tl.load(p_start + 1, mask, other=0).to(tl.int64)
+        else:
+            p_level_codes = p_codes + tl.load(p_at + search.CODES_AT)
+            b_low = b_entry
+            b_high = search.run_end(p_level_codes, b_entry, b_code, last, mask)
+        b_left = b_high - b_low
+        if p_bits is not None:
+            b_left = search.rank(p_bits, p_bit_ranks, b_high, mask)
+            b_left -= search.rank(p_bits, p_bit_ranks, b_low, mask)
+        if p_denied is not None:
+            b_left -= _denied_among(deny, b_low, b_high, mask)
+        mask &= b_left > 0
+    return mask
+
+
+@triton.jit
+def children_of(trie, filter, deny, node, start, BLOCK: tl.constexpr):
+    """Returns the codes of a node's children from the n-th on, int32, and which are legal."""
+    p_bits, _, _ = filter
+    p_denied, _, _, _ = deny
+    _, _, first, last, p_node_codes, starts_at = node
+    o_child = start + tl.arange(0, BLOCK)
+    mask = o_child < (last - first).to(tl.int32)
+    p_code = p_node_codes + o_child
+    b_code = tl.load(p_code, mask, other=0).to(tl.int32)
+    if starts_at < 0:
+        # A child is a run of equal codes.
+        m_inner = mask & (o_child > 0)
+        b_before = tl.load(p_code - 1, m_inner, other=0).to(tl.int32)
+        mask &= ~m_inner | (b_before != b_code)
+    if p_bits is not None or p_denied is not None:
+        mask = _is_left(trie, filter, deny, node, first + o_child, b_code.to(tl.int64), mask)
+    return b_code, mask
+
+
+@triton.jit
+def logits_of(p_columns, stride_column, b_code, mask):
+    """Returns fp32 [BLOCK], -inf where the mask is not set."""
+    p_x = p_columns + b_code.to(tl.int64) * stride_column
+    return tl.load(p_x, mask, other=-float("inf")).to(tl.float32)
