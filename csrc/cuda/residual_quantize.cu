@@ -32,6 +32,8 @@ constexpr float kLongest = 60000.f;
 // Codewords before it in which a repeated codeword is looked for.
 constexpr int kRepeatWindow = 4096;
 constexpr unsigned kAll = 0xffffffffu;
+// Candidates that a warp lists of the rows of which three or more are in one lane.
+constexpr int kListed = 160;
 
 // Codewords of a stage: some 8 to 12 KiB of operands.
 template <int kWidth>
@@ -258,7 +260,7 @@ __device__ double distance(float* rows, int row, const float* __restrict__ codew
   double sum = 0;
   for (int four = lane; four < kWidth / 4; four += 32) {
     const float4 r = quarter<kWidth>(rows, row, four);
-    const float4 c = reinterpret_cast<const float4*>(codeword)[four];
+    const float4 c = __ldg(reinterpret_cast<const float4*>(codeword) + four);
     const double x = double{r.x} - c.x, y = double{r.y} - c.y;
     const double z = double{r.z} - c.z, w = double{r.w} - c.w;
     sum += (x * x + y * y) + (z * z + w * w);
@@ -272,7 +274,7 @@ __device__ double ordered_distance(float* rows, int row, const float* __restrict
   double sum = 0;
   for (int four = 0; four < kWidth / 4; ++four) {
     const float4 r = quarter<kWidth>(rows, row, four);
-    const float4 c = reinterpret_cast<const float4*>(codeword)[four];
+    const float4 c = __ldg(reinterpret_cast<const float4*>(codeword) + four);
     for (const auto& [a, b] : {make_float2(r.x, c.x), make_float2(r.y, c.y), make_float2(r.z, c.z),
                                make_float2(r.w, c.w)}) {
       const double difference = __dsub_rn(a, b);
@@ -282,18 +284,45 @@ __device__ double ordered_distance(float* rows, int row, const float* __restrict
   return sum;
 }
 
-// The exact nearest codeword of one of the warp's rows, whose candidates are in the four lanes from
-// `leader` on: those of their best scores that reach the threshold, all codes of a lane whose third
-// does too. Called by the whole warp.
+// What a warp lists: a row above kCodeBits and a code.
+constexpr int kCodeBits = 24;
+struct List {
+  int count;
+  int entries[kListed];
+};
+
+// The exact nearest codeword of one of the warp's rows. Its candidates are listed, or in the four
+// lanes from `leader` on: those of their best scores that reach the threshold, all codes of a lane
+// whose third does too. Called by the whole warp.
 template <int kWidth>
 __device__ int decide(float* rows, int row, const Best& best, float threshold, int leader, int mask,
-                      const float* __restrict__ book, int size, int lane) {
+                      const float* __restrict__ book, int size, const List* list, int lane) {
   constexpr double kSlack = 1 + (kWidth + 32) * 0x1p-50;
   threshold = __shfl_sync(kAll, threshold, leader);
   double least = INFINITY, next = INFINITY, ordered = INFINITY;
   int winner = 0;
-  for (int pass = 0; pass < 2; ++pass) {
-    for (int quad_lane = 0; quad_lane < 4; ++quad_lane) {
+  int pass = 0;
+  const auto consider = [&](int code) {
+    const float* codeword = book + int64_t{code} * kWidth;
+    const double found = distance<kWidth>(rows, row, codeword, lane);
+    if (pass == 0) {
+      next = fmin(next, fmax(least, found));
+      if (found < least) winner = code;
+      least = fmin(least, found);
+    } else if (found <= least * kSlack) {
+      const double exact = ordered_distance<kWidth>(rows, row, codeword);
+      if (exact < ordered || (exact == ordered && code < winner)) winner = code;
+      ordered = fmin(ordered, exact);
+    }
+  };
+  for (; pass < 2; ++pass) {
+    if (list != nullptr) {
+      for (int i = 0; i < list->count; ++i) {
+        const int entry = list->entries[i];
+        if (entry >> kCodeBits == row) consider(entry & ((1 << kCodeBits) - 1));
+      }
+    }
+    for (int quad_lane = 0; list == nullptr && quad_lane < 4; ++quad_lane) {
       const float first = __shfl_sync(kAll, best.first, leader + quad_lane);
       const float second = __shfl_sync(kAll, best.second, leader + quad_lane);
       const float third = __shfl_sync(kAll, best.third, leader + quad_lane);
@@ -302,18 +331,7 @@ __device__ int decide(float* rows, int row, const Best& best, float threshold, i
       for (int i = 0; i < count; ++i) {
         const int place = whole ? i : __float_as_int(i ? second : first) & mask;
         const int code = code_at(place, quad_lane);
-        if (code >= size) continue;
-        const float* codeword = book + int64_t{code} * kWidth;
-        const double found = distance<kWidth>(rows, row, codeword, lane);
-        if (pass == 0) {
-          next = fmin(next, fmax(least, found));
-          if (found < least) winner = code;
-          least = fmin(least, found);
-        } else if (found <= least * kSlack) {
-          const double exact = ordered_distance<kWidth>(rows, row, codeword);
-          if (exact < ordered || (exact == ordered && code < winner)) winner = code;
-          ordered = fmin(ordered, exact);
-        }
+        if (code < size) consider(code);
       }
     }
     if (next > least * kSlack) break;
@@ -325,6 +343,8 @@ template <int kWidth>
 __global__ void __launch_bounds__(32 * kMaxWarps, kWidth > 256 ? 1 : 2)
     search_kernel(Search search) {
   constexpr int kSteps = kWidth / 16, kCodes = kStage<kWidth>, kBytes = kStageBytes<kWidth>;
+  // Steps whose codewords are asked for together.
+  constexpr int kAhead = kSteps < 4 ? kSteps : 4;
   // The largest relative error of a sum of squares, and what flushed denormals hide.
   constexpr float kInflated = 1 + (kWidth + 32) * 0x1p-23f, kFlushed = 0x1p-57f;
   extern __shared__ float4 shared[];
@@ -332,6 +352,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWidth > 256 ? 1 : 2)
   const int group = lane / 4, quad_lane = lane % 4;
   float* rows = reinterpret_cast<float*>(shared) + warp * kWarpRows * kWidth;
   char* buffers = reinterpret_cast<char*>(shared) + warps * kWarpRows * kWidth * sizeof(float);
+  List* list = reinterpret_cast<List*>(buffers + 2 * kBytes) + warp;
   const Levels& levels = search.levels;
   const Workspace& work = search.work;
   const int stages = levels.stage[levels.count];
@@ -379,17 +400,29 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWidth > 256 ? 1 : 2)
     const float* books = work.books + int64_t{levels.first[before]} * kWidth;
     float squares[2] = {0, 0}, shifted[2] = {0, 0}, errors[2] = {0, 0}, largest[2] = {0, 0};
     unsigned operand[kSteps][4];
+    const float4* codewords[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      codewords[half] = reinterpret_cast<const float4*>(books + int64_t{code[half]} * kWidth);
+    }
+    float4 ahead[kAhead][2];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int four = step * 4 + quad_lane;
-      const float4 middle = reinterpret_cast<const float4*>(center)[four];
+      const float4 middle = __ldg(reinterpret_cast<const float4*>(center) + four);
+      if (level > 0 && step % kAhead == 0) {
+#pragma unroll
+        for (int each = 0; each < 2 * kAhead; ++each) {
+          ahead[each / 2][each % 2] =
+              __ldg(codewords[each % 2] + (step + each / 2) * 4 + quad_lane);
+        }
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float4& kept = quarter<kWidth>(rows, group + 8 * half, four);
         float4 r = kept;
         if (level > 0) {
-          const float4 c =
-              reinterpret_cast<const float4*>(books + int64_t{code[half]} * kWidth)[four];
+          const float4 c = ahead[step % kAhead][half];
           r = make_float4(r.x - c.x, r.y - c.y, r.z - c.z, r.w - c.w);
           kept = r;
         }
@@ -440,53 +473,81 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWidth > 256 ? 1 : 2)
     const int last_stage = levels.stage[level + 1];
     // All ones from the highest bit of the last place of a lane down.
     const int mask = (1 << (32 - __clz((last_stage - first_stage) * kCodes / 4 - 1))) - 1;
-    Best best[2];
-    for (int stage = first_stage; stage < last_stage; ++stage) {
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
-      // The stage has arrived for all, and all are done with the one before it.
-      __syncthreads();
-      prefetch(stage + 1);
-      const char* buffer = buffers + stage % 2 * kBytes;
-      const auto* fragments = reinterpret_cast<const uint4*>(buffer) + lane;
-      const auto* bias = reinterpret_cast<const float2*>(buffer + kCodes * 2 * kWidth) + quad_lane;
+    const auto screen = [&](auto visit) {
+      for (int stage = first_stage; stage < last_stage; ++stage) {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        // The stage has arrived for all, and all are done with the one before it.
+        __syncthreads();
+        prefetch(stage + 1);
+        const char* buffer = buffers + stage % 2 * kBytes;
+        const auto* fragments = reinterpret_cast<const uint4*>(buffer) + lane;
+        const auto* bias =
+            reinterpret_cast<const float2*>(buffer + kCodes * 2 * kWidth) + quad_lane;
 #pragma unroll
-      for (int tile = 0; tile < kCodes / 8; tile += 2) {
-        // Even and odd steps apart: four sums to add to, none of which waits for another.
-        float even[2][4], odd[2][4] = {};
-#pragma unroll
-        for (int each = 0; each < 2; ++each) {
-          const float2 start = bias[(tile + each) * 4];
-          even[each][0] = even[each][2] = start.x;
-          even[each][1] = even[each][3] = start.y;
-        }
-#pragma unroll
-        for (int pair = 0; pair < kSteps / 2; ++pair) {
+        for (int tile = 0; tile < kCodes / 8; tile += 2) {
+          // Even and odd steps apart: four sums to add to, none of which waits for another.
+          float even[2][4], odd[2][4] = {};
 #pragma unroll
           for (int each = 0; each < 2; ++each) {
-            const uint4 b = fragments[((tile + each) * (kSteps / 2) + pair) * 32];
-            multiply(even[each], operand[2 * pair], b.x, b.y);
-            multiply(odd[each], operand[2 * pair + 1], b.z, b.w);
+            const float2 start = bias[(tile + each) * 4];
+            even[each][0] = even[each][2] = start.x;
+            even[each][1] = even[each][3] = start.y;
           }
-        }
 #pragma unroll
-        for (int each = 0; each < 2; ++each) {
-          const int place = ((stage - first_stage) * (kCodes / 8) + tile + each) * 2;
+          for (int pair = 0; pair < kSteps / 2; ++pair) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            best[i / 2].add(even[each][i] + odd[each][i], place + i % 2, mask);
+            for (int each = 0; each < 2; ++each) {
+              const uint4 b = fragments[((tile + each) * (kSteps / 2) + pair) * 32];
+              multiply(even[each], operand[2 * pair], b.x, b.y);
+              multiply(odd[each], operand[2 * pair + 1], b.z, b.w);
+            }
+          }
+#pragma unroll
+          for (int each = 0; each < 2; ++each) {
+            const int place = ((stage - first_stage) * (kCodes / 8) + tile + each) * 2;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              visit(i / 2, even[each][i] + odd[each][i], place + i % 2);
+            }
           }
         }
       }
+    };
+    Best best[2];
+    screen([&](int half, float score, int place) { best[half].add(score, place, mask); });
+    float thresholds[2];
+    bool listed[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float top = quad_max(best[half].first), bound = threshold_terms[half];
+      const float tag = (mask + 3) * 0x1p-23f * (fabsf(top) + 2 * bound);
+      float threshold = top - 2.001f * (bound + tag);
+      // Beyond this, elements overflow: all codewords are candidates.
+      thresholds[half] = length[half] < kLongest ? threshold : -INFINITY;
+      const bool third = begin + group + 8 * half < search.rows && !bad[half] &&
+                         length[half] < kLongest && !(best[half].third < threshold);
+      listed[half] = quad_sum(int{third}) > 0;
+    }
+    // Few blocks have rows with many candidates, and then the level is screened once more.
+    if (__syncthreads_or(listed[0] || listed[1])) {
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      if (lane == 0) list->count = 0;
+      __syncthreads();
+      prefetch(first_stage);
+      screen([&](int half, float score, int place) {
+        if (listed[half] && !(score < thresholds[half])) {
+          const int at = atomicAdd(&list->count, 1);
+          const int entry = (group + 8 * half) << kCodeBits | code_at(place, quad_lane);
+          if (at < kListed) list->entries[at] = entry;
+        }
+      });
+      __syncwarp();
     }
     const float* book = work.books + int64_t{levels.first[level]} * kWidth;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = begin + group + 8 * half;
-      const float top = quad_max(best[half].first), bound = threshold_terms[half];
-      const float tag = (mask + 3) * 0x1p-23f * (fabsf(top) + 2 * bound);
-      float threshold = top - 2.001f * (bound + tag);
-      // Beyond this, elements overflow: all codewords are candidates.
-      if (!(length[half] < kLongest)) threshold = -INFINITY;
+      const float threshold = thresholds[half];
       // Not "at least": scores may be NaN then.
       const bool reaches = !(best[half].first < threshold);
       const int found =
@@ -497,8 +558,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWidth > 256 ? 1 : 2)
       chosen = quad_sum(chosen);
       for (unsigned left = __ballot_sync(kAll, unsure && quad_lane == 0); left; left &= left - 1) {
         const int leader = __ffs(left) - 1;
-        const int decided = decide<kWidth>(rows, leader / 4 + 8 * half, best[half], threshold,
-                                           leader, mask, book, size, lane);
+        // A list that had no room for all names none.
+        const bool complete =
+            __shfl_sync(kAll, int{listed[half]}, leader) && list->count <= kListed;
+        const int decided =
+            decide<kWidth>(rows, leader / 4 + 8 * half, best[half], threshold, leader, mask, book,
+                           size, complete ? list : nullptr, lane);
         if (group == leader / 4) chosen = decided;
       }
       code[half] = row < search.rows && !bad[half] ? chosen : 0;
@@ -577,7 +642,8 @@ void run(Search search, const float* codebooks, void* workspace, cudaStream_t st
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const auto bytes = [](int warps) {
-    return warps * kWarpRows * kWidth * static_cast<int>(sizeof(float)) + 2 * kStageBytes<kWidth>;
+    const int rows = kWarpRows * kWidth * static_cast<int>(sizeof(float));
+    return warps * (rows + static_cast<int>(sizeof(List))) + 2 * kStageBytes<kWidth>;
   };
   int warps = kMaxWarps;
   while (warps > 1 && bytes(warps) > room) --warps;
