@@ -38,21 +38,26 @@ def residual_quantize(architecture: int) -> list[Variant]:
     types = {
         **dict.fromkeys(("p_books", "p_bias", "p_centers", "p_bounds", "p_norms"), "*fp32"),
         **dict.fromkeys(("p_residual", "p_rows"), "*fp32"),
-        **dict.fromkeys(("p_operand", "p_t"), "*bf16"),
-        **dict.fromkeys(("p_codes", "p_layout"), "*i32"),
+        **dict.fromkeys(("p_operand", "p_t"), "*fp16"),
+        **dict.fromkeys(("p_codes", "p_layout", "p_listed"), "*i32"),
         **dict.fromkeys(("p_usage", "p_bad_row", "p_scratch"), "*i64"),
         **dict.fromkeys(("num_rows", "width", "num_levels", "window"), "i32"),
     }
     found: list[Variant] = []
-    for width, rows in ((32, "*fp32"), (384, "*fp32"), (384, "*bf16"), (1024, "*fp16")):
+    for width, rows, listed in (
+        (32, "*fp32", False),
+        (384, "*fp32", False),
+        (384, "*bf16", True),
+        (1024, "*fp16", False),
+    ):
         constants = kernel.default_config(width, SHARED[architecture])
         options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
-        constants |= {"RESIDUAL": rows == "*fp32", "USAGE": rows == "*fp32"}
+        constants |= {"RESIDUAL": rows == "*fp32", "USAGE": rows == "*fp32", "LISTED": listed}
         found.append(("_residual_quantize_kernel", {"p_x": rows, **types}, constants, options))
     # A launch makes a constant of a width of 1.
     constants = kernel.default_config(1, SHARED[architecture])
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
-    constants |= {"RESIDUAL": True, "USAGE": True, "width": 1}
+    constants |= {"RESIDUAL": True, "USAGE": True, "LISTED": True, "width": 1}
     del types["width"]
     found.append(("_residual_quantize_kernel", {"p_x": "*fp32", **types}, constants, options))
     return found
@@ -170,7 +175,7 @@ VARIANTS = {
     "trie_walk": trie_walk,
 }
 # Files without a kernel of their own.
-SHARED_FILES = {"trie_children", "trie_choose", "trie_search"}
+SHARED_FILES = {"residual_choose", "trie_children", "trie_choose", "trie_search"}
 
 SCRIPT = """
 import importlib, json, re, subprocess, sys, tempfile
