@@ -42,6 +42,9 @@ class EmbedConfig(_Section):
         default=None, description="folder or tar of <item id>.jpg; the data set's own without it"
     )
     corrupt_images: Literal["raise", "missing"] = "raise"
+    behavior: int | None = Field(
+        default=None, ge=1, description="width of vectors of the training log; none without it"
+    )
     batch_size: int = Field(default=64, ge=1)
 
 
