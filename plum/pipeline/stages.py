@@ -186,7 +186,7 @@ def _tokenize(work: Workspace) -> None:
     dataset = Dataset.load(work.input("data"))
     embeddings, present = _embeddings(work)
     checkpoint = work.folder / "checkpoint"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"whiten": True} if settings.whiten else {}
     if settings.kind != "rq-kmeans":
         options["epochs"] = settings.epochs
     if settings.kind == "rq-vae":

@@ -17,8 +17,8 @@ from plum.quantize.losses import reconstruction_loss
 from plum.quantize.residual_quantizer import QuantizerOutput, ResidualQuantizer
 from plum.quantize.storage import load_module, save_module
 
-# Rows encoded at once, which bounds the memory of a whole catalog.
-_CHUNK = 8192
+# Rows encoded at once: hidden layers of more leave the cache, at four fifths of the speed.
+_CHUNK = 2048
 
 
 @dataclasses.dataclass(frozen=True)
