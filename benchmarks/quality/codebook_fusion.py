@@ -30,8 +30,8 @@ from plum.sid import resolve_collisions
 
 NAME = "codebook_fusion"
 SIZES, SEEDS, BEHAVIOR = (256, 256, 256, 256), range(3), 128
-# Sixteen dimensions: SIDs of 32 bits then tell near doubles apart, which wider latents do not.
-LATENT = 16
+# Few dimensions: SIDs of 32 bits then tell near doubles apart, which on wider latents they do not.
+LATENT = 12
 TEXT, BOTH = ("text",), ("text", "behavior")
 # Variant to kind of tokenizer, modalities, whitening and co-occurrence loss.
 VARIANTS: dict[str, tuple[str, tuple[str, ...], bool, bool]] = {
@@ -39,7 +39,6 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], bool, bool]] = {
     "RQ-KMeans, text + behavior": ("rq-kmeans", BOTH, False, False),
     "RQ-KMeans, text + behavior, whitened": ("rq-kmeans", BOTH, True, False),
     "RQ-VAE, text": ("rq-vae", TEXT, False, False),
-    "RQ-VAE, text, co-occurrence": ("rq-vae", TEXT, False, True),
     "RQ-VAE, text + behavior": ("rq-vae", BOTH, False, False),
     "RQ-VAE, text + behavior, co-occurrence": ("rq-vae", BOTH, False, True),
 }
