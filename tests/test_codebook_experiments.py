@@ -94,7 +94,13 @@ def test_guard_counts_runs_whose_kept_or_last_state_lost_codes():
 
 
 def test_ablation_table_has_a_row_a_variant():
-    run = {"epochs": 15, "images": "posters.npz", "usage": [1.0, 0.5], "unexplained_variance": 0.4}
+    run = {
+        "first": 64,
+        "epochs": 15,
+        "images": "posters.npz",
+        "usage": [1.0, 0.5],
+        "unexplained_variance": 0.4,
+    }
     run |= {"prefix_lift": [1.5, 30.0]}
     runs = [
         run | {"variant": "SID-v1", "unique_sid_ratio": 0.9},
@@ -105,8 +111,8 @@ def test_ablation_table_has_a_row_a_variant():
         {"runs": runs, "published": sid_v2_ablation.PUBLISHED, "definitions": {}}
     )
     rows = text.splitlines()[6:8]
-    assert rows[0] == "| SID-v2 | 15 | 2 | 98.00% | 96.7% | 50.0% | 0.400 | 2 / 40 |"
-    assert rows[1] == "| SID-v1 | 15 | 1 | 90.00% | 94.0% | 50.0% | 0.400 | 1.5 / 30 |"
+    assert rows[0] == "| SID-v2 | 64 | 15 | 2 | 98.00% | 96.7% | 50.0% | 0.400 | 2 / 40 |"
+    assert rows[1] == "| SID-v1 | 64 | 15 | 1 | 90.00% | 94.0% | 50.0% | 0.400 | 1.5 / 30 |"
     assert "posters.npz" in text and text.startswith("## ")
 
 
