@@ -43,7 +43,8 @@ class RQVAEConfig:
             scaling it as a whole.
         reconstruction_weights: Modality to the weight of its reconstruction loss; 1 for those left
             out.
-        co_occurrence_weight: Weight of the co-occurrence loss; 0 builds no projection head.
+        co_occurrence_weight: Weight of the co-occurrence loss; 0 builds no projection head. The
+            other losses are sums over ``latent_dim`` features: a weight of that order is as much.
         temperature: τ of the co-occurrence loss.
         seed: Seed of the weights and of the quantizer.
     """
