@@ -220,6 +220,29 @@ def tokenize(
 
 
 @app.command()
+def append(
+    run_dir: Annotated[Path, typer.Option("--run", help="Folder of a finished run.")],
+    items: Annotated[Path, typer.Option(help="New items, Parquet or CSV.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder or tar of <item id>.jpg; default: the run's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Gives new items SIDs by a run's frozen tokenizer, so that it recommends them too."""
+    from plum.pipeline.append import append_items
+
+    with _progress() as progress_of:
+        table = append_items(run_dir, items, images=images, progress_of=progress_of)
+    counts = {"generation": table.generation, "items": table.num_items, "sids": table.num_sids}
+    if as_json:
+        print(json.dumps(counts, indent=2))
+        return
+    Console().print(
+        f"{table.num_items:,} items on {table.num_sids:,} SIDs, generation {table.generation}"
+    )
+
+
+@app.command()
 def report(
     paths: Annotated[
         list[Path],

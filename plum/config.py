@@ -42,6 +42,9 @@ class EmbedConfig(_Section):
         default=None, description="folder or tar of <item id>.jpg; the data set's own without it"
     )
     corrupt_images: Literal["raise", "missing"] = "raise"
+    behavior: int | None = Field(
+        default=None, ge=1, description="width of vectors of the training log; none without it"
+    )
     batch_size: int = Field(default=64, ge=1)
 
 
@@ -55,6 +58,7 @@ class TokenizeConfig(_Section):
     latent_dim: int | None = Field(default=None, ge=1)
     epochs: int = Field(default=100, ge=1, description="of rq-vae and r-vq")
     patience: int | None = Field(default=None, ge=1, description="of rq-vae")
+    whiten: bool = Field(default=False, description="each modality, of rq-vae and rq-kmeans")
     progressive_masking: bool = Field(default=False, description="of rq-vae")
     co_occurrence_weight: float = Field(default=0.0, ge=0, description="of rq-vae; 0 for none")
     co_occurrence_window: int = Field(default=5, ge=1, description="in positions of a history")
@@ -65,6 +69,8 @@ class TokenizeConfig(_Section):
         for name in ("patience", "progressive_masking", "co_occurrence_weight"):
             if getattr(self, name) and self.kind != "rq-vae":
                 raise ValueError(f"{name} needs the kind rq-vae, not {self.kind}")
+        if self.whiten and self.kind == "r-vq":
+            raise ValueError("whiten needs the kind rq-vae or rq-kmeans, not r-vq")
         return self
 
 

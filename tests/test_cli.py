@@ -115,3 +115,9 @@ def test_errors_are_one_line_and_a_status(tmp_path, arguments, status, message):
 def test_debug_shows_the_traceback(tmp_path):
     result = plum("report", tmp_path / "nothing", "--debug")
     assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+def test_append_without_a_run_says_what_to_do(tmp_path):
+    result = plum("append", "--run", tmp_path / "none", "--items", tmp_path / "new.csv")
+    assert result.returncode == 1 and "\n" not in result.stderr.strip()
+    assert "a run with an index" in result.stderr and "plum run --output" in result.stderr

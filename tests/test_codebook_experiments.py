@@ -4,17 +4,22 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.quality import (
+    codebook_fusion,
     codebook_guard,
     codebook_stability,
     codebook_usage,
     sid_v2_ablation,
+    tokenize_million,
 )
+from plum.data import Sequences, behavior_vectors
+from plum.pipeline.embedding_file import EmbeddingFile
 from plum.quantize import fit_tokenizer
 
 
@@ -89,7 +94,13 @@ def test_guard_counts_runs_whose_kept_or_last_state_lost_codes():
 
 
 def test_ablation_table_has_a_row_a_variant():
-    run = {"epochs": 15, "images": "posters.npz", "usage": [1.0, 0.5], "unexplained_variance": 0.4}
+    run = {
+        "first": 64,
+        "epochs": 15,
+        "images": "posters.npz",
+        "usage": [1.0, 0.5],
+        "unexplained_variance": 0.4,
+    }
     run |= {"prefix_lift": [1.5, 30.0]}
     runs = [
         run | {"variant": "SID-v1", "unique_sid_ratio": 0.9},
@@ -100,6 +111,53 @@ def test_ablation_table_has_a_row_a_variant():
         {"runs": runs, "published": sid_v2_ablation.PUBLISHED, "definitions": {}}
     )
     rows = text.splitlines()[6:8]
-    assert rows[0] == "| SID-v2 | 15 | 2 | 98.00% | 96.7% | 50.0% | 0.400 | 2 / 40 |"
-    assert rows[1] == "| SID-v1 | 15 | 1 | 90.00% | 94.0% | 50.0% | 0.400 | 1.5 / 30 |"
+    assert rows[0] == "| SID-v2 | 64 | 15 | 2 | 98.00% | 96.7% | 50.0% | 0.400 | 2 / 40 |"
+    assert rows[1] == "| SID-v1 | 64 | 15 | 1 | 90.00% | 94.0% | 50.0% | 0.400 | 1.5 / 30 |"
     assert "posters.npz" in text and text.startswith("## ")
+
+
+@pytest.fixture
+def catalog() -> tuple[dict[str, torch.Tensor], torch.Tensor, Sequences]:
+    """Texts of which every second repeats the one before, and what users took together."""
+    draw = np.random.default_rng(0)
+    text = draw.standard_normal((60, 10)).repeat(2, axis=0).astype(np.float32)
+    items = draw.integers(0, 118, 900).astype(np.int32)
+    sequences = Sequences([f"u{n}" for n in range(90)], np.arange(0, 901, 10), items, 120)
+    behavior, present = behavior_vectors(sequences, dim=12)
+    vectors = {"text": torch.from_numpy(text), "behavior": torch.from_numpy(behavior)}
+    return vectors, torch.from_numpy(present), sequences
+
+
+def test_behavior_tells_items_of_one_text_apart(catalog, monkeypatch):
+    monkeypatch.setattr(codebook_fusion, "SIZES", (8, 8, 8))
+    monkeypatch.setattr(codebook_fusion, "LATENT", 6)
+    monkeypatch.setattr(codebook_fusion, "SETTINGS", {"epochs": 12, "batch_size": 32})
+    runs = [codebook_fusion.run(variant, 0, *catalog) for variant in codebook_fusion.VARIANTS]
+    for run in runs:
+        alone = "behavior" not in run["variant"]
+        assert run["unique"] <= 0.5 if alone else run["unique"] > 0.6, run
+        # Each of the 60 texts, and the prefixes they share, has room on the last level.
+        assert run["balanced"] > run["unique"] and len(run["prefix_lift"]) == 3
+    result = {"runs": runs, "published": {"LETTER": 0.9989}, "definitions": {"unique": "what"}}
+    result |= {"sizes": [8, 8, 8], "latent_dim": 6, "items": 120, "with_behavior": 118}
+    text = codebook_fusion.render(result)
+    assert text.startswith("## ") and "| LETTER |  | 99.89% |" in text
+    assert f"| RQ-KMeans, text | 1 | {runs[0]['unique']:.2%} |" in text
+
+
+def test_rates_are_those_of_two_cores_and_the_table_is_compared():
+    result = {"items": 1000, "distinct_ids": 1000, "sizes": [4, 4], "threads": 1, "killed": True}
+    result |= {"rates": {"search": 900.0, "encode": 300.0}, "parts_kept": 3, "same_table": False}
+    spent = {"cpu": 8.0, "wall": 11.0, "peak_bytes": 2.5e9}
+    text = tokenize_million.render(result | {"whole": spent, "resumed": spent})
+    assert "| encoder and search | 300 | 600 | 200,000 |" in text
+    assert "| Parquet to SID table | 125 | 250 | 100,000 |" in text
+    assert "another table" in text and "2.5 GB" in text
+
+
+def test_rows_of_the_million_are_finite_and_of_length_one(tmp_path):
+    tokenize_million.write_items(tmp_path / "items.parquet", 300)
+    file = EmbeddingFile(tmp_path / "items.parquet")
+    assert file.dims == {"embedding": 384} and file.num_rows == 300
+    norms = file.select(["item-0", "item-299"])["embedding"].norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(2))

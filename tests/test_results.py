@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.quality import encoder_similarity, report, results
+from benchmarks.quality import encoder_similarity, report, results, sid_v2_ablation
 from plum.embed import similarity_report
 
 
@@ -75,6 +75,19 @@ def test_what_the_encoder_section_says_in_words_holds():
     assert naive[0]["centered"]["std"] > naive[1]["centered"]["std"]
     # The mean and the neighbors do not agree on which encoder is the better one.
     assert naive[0]["neighbor_agreement"]["neighbors"] > naive[1]["neighbor_agreement"]["neighbors"]
+
+
+def test_what_the_ablation_says_in_words_holds():
+    runs = results.load_result(sid_v2_ablation.NAME)["runs"]
+    unique = {}
+    for variant in sid_v2_ablation.VARIANTS:
+        of = [run for run in runs if (run["variant"], run["first"]) == (variant, 64)]
+        assert len(of) == len(sid_v2_ablation.SEEDS)
+        unique[variant] = np.mean([run["unique_sid_ratio"] for run in of])
+    whole = unique.pop("SID-v2")
+    parts = ("- multi-resolution", "- co-occurrence", "- multi-modal")
+    assert all(unique[part] < whole for part in parts)
+    assert min(unique, key=unique.__getitem__) == "SID-v1"
 
 
 def test_paragraphs_and_lists_are_filled():

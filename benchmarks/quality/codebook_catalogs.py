@@ -92,6 +92,6 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options that all of these scripts share."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--cache", type=Path, default=Path(".cache/quality"))
+    parser.add_argument("--cache", type=Path, default=Path("runs/quality"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/quality"))
     return parser

@@ -48,7 +48,7 @@ def main() -> None:
                 evaluate_every=2,
                 update=update,
                 kmeans_init=kmeans_init,
-                revive_every=100 if revival else 0,
+                revive_every=None if revival else 0,
             )
             assert isinstance(model, RQVAE)
             run = dict(zip(KEY, (update, kmeans_init, revival, seed), strict=True))

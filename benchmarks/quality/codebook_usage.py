@@ -2,7 +2,7 @@
 
 Usage: python -m benchmarks.quality.codebook_usage --data DIR [--epochs N] [--only ml-1m]
 
-Trains an RQ-VAE on the MiniLM embeddings of real catalogs, with five seeds each: the two ML-1M
+Trains an RQ-VAE on the MiniLM embeddings of real catalogs, with three seeds each: the two ML-1M
 tables and the ML-10M table of the blog "Scaling PLUM with Hierarchical Semantic IDs", and Amazon
 Beauty with 4 x 256 codes as LETTER. The result holds every run that is done; started again, the
 script makes those that are missing.
@@ -23,12 +23,15 @@ from plum.files import read_json, write_json
 from plum.quantize import RQVAE, balanced_codes, fit_tokenizer
 
 NAME = "codebook_usage"
-SEEDS = range(5)
+SEEDS = range(3)
+# The reconstruction error of a catalog is mostly a matter of the decoder: what 18 or 24 bits tell
+# apart, a wide one can decode. Wider latents and a higher rate lower it too, at a lower cosine.
+WIDE: dict[str, Any] = {"hidden_dims": (2048,), "latent_dim": 128, "lr": 4e-3}
 # Catalog and codebook sizes; training options that differ from the defaults.
 TABLES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
-    "ML-1M [64, 64, 64]": ("ml-1m", (64, 64, 64), {"batch_size": 64}),
-    "ML-1M [64, 32, 16]": ("ml-1m", (64, 32, 16), {"batch_size": 64}),
-    "ML-10M [512, 256, 128]": ("ml-10m", (512, 256, 128), {"batch_size": 256}),
+    "ML-1M [64, 64, 64]": ("ml-1m", (64, 64, 64), {"batch_size": 64, **WIDE}),
+    "ML-1M [64, 32, 16]": ("ml-1m", (64, 32, 16), {"batch_size": 64, **WIDE}),
+    "ML-10M [512, 256, 128]": ("ml-10m", (512, 256, 128), {"batch_size": 256, **WIDE}),
     "Beauty [256, 256, 256, 256]": ("beauty", (256, 256, 256, 256), {"batch_size": 256}),
 }
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -86,7 +89,7 @@ def balanced(model: RQVAE, latents: torch.Tensor, codes: torch.Tensor) -> dict[s
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--only", choices=sorted({catalog for catalog, _, _ in TABLES.values()}))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     options = parser.parse_args()
@@ -153,7 +156,10 @@ def render(result: dict[str, Any]) -> str:
         f"Collapse guard (at least {GUARD:.0%} of the codes of every level at inference):"
         f" {sum(guarded)} of {len(guarded)} runs.",
         "Of the 12,101 Beauty items 12,080 have a text of their own, so 99.83 % is the most that"
-        " text alone can tell apart.",
+        " text alone can tell apart; a second modality is under the title on unique SIDs.",
+        f"The MovieLens tables have {WIDE['hidden_dims'][0]:,} hidden units, latents of"
+        f" {WIDE['latent_dim']} dimensions and a learning rate of {WIDE['lr']}; Beauty has the"
+        " defaults. The error is that of the items that were trained on, as the blog's.",
         "",
         *(f"- {name}: {text}." for name, text in result["definitions"].items()),
     ]

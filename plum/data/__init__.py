@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from plum.data.amazon import read_amazon
+from plum.data.behavior import behavior_vectors
 from plum.data.dataset import Dataset, filter_interactions, render_texts
 from plum.data.download import download_movielens
 from plum.data.movielens import MOVIELENS, find_template, read_movielens, read_movies
 from plum.data.pairs import co_occurring_pairs
 from plum.data.split import Sequences, Split, sequences_of
 from plum.data.synthetic import synthetic_dataset
-from plum.data.tables import read_tables
+from plum.data.tables import read_items, read_tables
 from plum.errors import InvalidArgument
 
 __all__ = [
@@ -22,12 +23,14 @@ __all__ = [
     "Dataset",
     "Sequences",
     "Split",
+    "behavior_vectors",
     "co_occurring_pairs",
     "download_movielens",
     "filter_interactions",
     "find_template",
     "load_dataset",
     "read_amazon",
+    "read_items",
     "read_movielens",
     "read_movies",
     "read_tables",

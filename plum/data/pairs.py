@@ -40,6 +40,28 @@ def co_occurring_pairs(
     for name, value in options.items():
         if value < 1:
             raise InvalidArgument(name, "at least 1", value)
+    total = sequences.num_items
+    keys, counts, occurs = count_pairs(sequences, window)
+    keys, counts = keys[counts >= min_count], counts[counts >= min_count]
+    low, high = np.divmod(keys, total)
+    score = counts / np.sqrt(occurs[low] * occurs[high])
+    source, partner = np.concatenate([low, high]), np.concatenate([high, low])
+    order = np.lexsort((partner, -np.tile(score, 2), source))
+    starts = np.searchsorted(source[order], np.arange(total))
+    place = np.arange(len(order)) - starts[source[order]]
+    kept = np.unique(order[place < max_per_item] % max(len(keys), 1))
+    return np.stack([low[kept], high[kept]], axis=1)
+
+
+def count_pairs(
+    sequences: Sequences, window: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Counts how often two different items are at most ``window`` positions apart, in training.
+
+    Returns:
+        ``a * num_items + b`` of every pair a < b that occurs, ascending; its count; and how often
+        each item occurs, ``[num_items]``.
+    """
     histories = sequences.training()
     total = sequences.num_items
     items = np.concatenate([np.zeros(0, np.int64), *histories])
@@ -55,16 +77,7 @@ def co_occurring_pairs(
                 np.minimum(a, b) * total + np.maximum(a, b), return_counts=True
             )
             keys, counts = _merged(keys, counts, found, times)
-    keys, counts = keys[counts >= min_count], counts[counts >= min_count]
-    low, high = np.divmod(keys, total)
-    occurs = np.bincount(items, minlength=total)
-    score = counts / np.sqrt(occurs[low] * occurs[high])
-    source, partner = np.concatenate([low, high]), np.concatenate([high, low])
-    order = np.lexsort((partner, -np.tile(score, 2), source))
-    starts = np.searchsorted(source[order], np.arange(total))
-    place = np.arange(len(order)) - starts[source[order]]
-    kept = np.unique(order[place < max_per_item] % max(len(keys), 1))
-    return np.stack([low[kept], high[kept]], axis=1)
+    return keys, counts, np.bincount(items, minlength=total)
 
 
 def _merged(

@@ -44,18 +44,13 @@ def read_tables(
             is missing or of a type that cannot be used, a timestamp cannot be read, or as
             :class:`Dataset` says.
     """
-    items = _read_table(Path(items_path), ("item_id",))
-    items = items.select(
-        _id(items_path, items["item_id"]),
-        *(_text(items_path, column) for column in items.drop("item_id")),
-    )
+    items = read_items(items_path)
     log = _read_table(Path(interactions_path), ("user_id", "item_id", "timestamp"))
     log = log.select(
         _id(interactions_path, log["user_id"]),
         _id(interactions_path, log["item_id"]),
         _seconds(interactions_path, log["timestamp"]),
     )
-    check_items(str(items_path), items)
     in_seconds = pl.col("timestamp").floor().cast(pl.Int64)
     check_interactions(str(interactions_path), log.with_columns(in_seconds), items)
     # Sorted while fractions of a second are still there; Dataset keeps the order of equal seconds.
@@ -64,6 +59,26 @@ def read_tables(
         columns = [column for column in items.columns if column != "item_id"]
         text_template = " | ".join(f"{{{column}}}" for column in columns)
     return Dataset(name, items, log, text_template)
+
+
+def read_items(path: str | Path) -> pl.DataFrame:
+    """Reads a catalog without a log.
+
+    Args:
+        path: As ``items_path`` of :func:`read_tables`.
+
+    Returns:
+        ``item_id`` and text columns, all strings.
+
+    Raises:
+        InvalidData: As :func:`read_tables` says.
+    """
+    items = _read_table(Path(path), ("item_id",))
+    items = items.select(
+        _id(path, items["item_id"]), *(_text(path, column) for column in items.drop("item_id"))
+    )
+    check_items(str(path), items)
+    return items
 
 
 def _read_table(path: Path, required: tuple[str, ...]) -> pl.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -162,15 +163,17 @@ class EmbeddingFile:
             else:
                 widths = column.list.len().fill_null(0)
             self._check(frame, start, name, widths == dim, f"{dim} numbers", "another number")
-            flat = column.explode().cast(pl.Float32).to_numpy()
-            x = np.array(flat, dtype=np.float32).reshape(len(frame), dim)
+            x = column.explode().cast(pl.Float32).to_numpy().reshape(len(frame), dim)
             # A sum is finite only if all it adds is, unless it overflows; then look closer.
             finite = np.isfinite(x.sum(axis=1))
             if not finite.all():
                 finite = np.isfinite(x).all(axis=1)
             good = pl.Series(finite)
             self._check(frame, start, name, good, "finite numbers", "NaN, infinity or no value")
-            vectors[name] = torch.from_numpy(x)
+            with warnings.catch_warnings():
+                # Not writable, as it is a view of the frame; nothing here writes.
+                warnings.simplefilter("ignore", UserWarning)
+                vectors[name] = torch.from_numpy(x)
         return vectors
 
     def _check(

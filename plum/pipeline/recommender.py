@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import polars as pl
 import torch
 from numpy.typing import NDArray
 
@@ -15,12 +16,17 @@ from plum.data import Dataset
 from plum.decode import SidBeamSearch
 from plum.errors import InvalidArgument, InvalidData
 from plum.eval import expand_sids
+from plum.files import read_json, settle_folder
 from plum.lm import Generator, SidFormat, load_generator
 from plum.sid import SidTable, SidVocabulary
 from plum.trie import SidTrie
 
 if TYPE_CHECKING:
     from plum.config import Config
+
+
+# Folder of a run that holds the items appended to its catalog.
+APPENDED = "appended"
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,44 @@ class Recommendation:
     title: str
     sid: tuple[int, ...]
     score: float
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The items of a run and their SIDs.
+
+    Attributes:
+        dataset: Items in the order of the table, and the log of the run.
+        table: Their SIDs.
+        trie: File of the trie.
+        stale: The run has been tokenized again since items were appended: ``dataset`` holds them,
+            ``table`` and ``trie`` do not.
+    """
+
+    dataset: Dataset
+    table: SidTable
+    trie: Path
+    stale: bool = False
+
+
+def open_catalog(run_dir: Path, *, appended: bool = True) -> Catalog:
+    """Opens the catalog of a run, with the items appended to it or without.
+
+    Raises:
+        InvalidData: a part is missing or damaged.
+    """
+    dataset = Dataset.load(run_dir / "data")
+    table = SidTable.load(run_dir / "tokenize" / "table")
+    trie, folder = run_dir / "index" / "trie.safetensors", run_dir / APPENDED
+    settle_folder(folder)
+    if not (appended and folder.exists()):
+        return Catalog(dataset, table, trie)
+    items = pl.read_parquet(folder / "items.parquet")
+    items = pl.concat([dataset.items, items.select(dataset.items.columns)])
+    dataset = replace(dataset, items=items)
+    if read_json(folder / "manifest.json")["base"] != table.digest:
+        return Catalog(dataset, table, trie, stale=True)
+    return Catalog(dataset, SidTable.load(folder / "table"), folder / "trie.safetensors")
 
 
 class Recommender:
@@ -58,23 +102,36 @@ class Recommender:
         self._titles = titles_of(dataset)
 
     @classmethod
-    def load(cls, run_dir: Path, config: Config) -> Recommender:
+    def load(cls, run_dir: Path, config: Config, *, appended: bool = True) -> Recommender:
         """Reads the recommender of a run.
 
+        Args:
+            run_dir: Folder of the run.
+            config: Its configuration.
+            appended: Recommend also the items that ``plum append`` added to the catalog.
+
         Raises:
-            InvalidData: a stage of the run is missing or damaged.
+            InvalidData: a stage of the run is missing or damaged, or the items were appended to
+                SIDs that the run no longer has.
         """
         model = run_dir / "finetune" / "model"
         if not model.is_dir():
             raise InvalidData(
                 run_dir, "a finished run", "no finetune/model", f"run: plum run --output {run_dir}"
             )
-        table = SidTable.load(run_dir / "tokenize" / "table")
-        generator = load_generator(str(model), SidVocabulary(table.codebook_sizes))
+        catalog = open_catalog(run_dir, appended=appended)
+        if catalog.stale:
+            raise InvalidData(
+                run_dir / APPENDED,
+                "items appended to the SIDs of this run",
+                "to those of an earlier one",
+                "append them again with plum append, or delete the folder",
+            )
+        generator = load_generator(str(model), SidVocabulary(catalog.table.codebook_sizes))
         if torch.cuda.is_available():
             generator.model.to(torch.device("cuda"))  # type: ignore[arg-type]
-        trie = SidTrie.load(run_dir / "index" / "trie.safetensors")
-        return cls(Dataset.load(run_dir / "data"), table, trie, generator, config)
+        trie = SidTrie.load(catalog.trie)
+        return cls(catalog.dataset, catalog.table, trie, generator, config)
 
     def rank(
         self,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from plum.config import DataConfig, EmbedConfig, load_config
 from plum.data import (
     Dataset,
     Sequences,
+    behavior_vectors,
     co_occurring_pairs,
     filter_interactions,
     find_template,
     load_dataset,
+    render_texts,
     sequences_of,
 )
 from plum.embed import encode_images, encode_texts, similarity_report
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, InvalidData
 from plum.eval import ItemKNN, Popularity, ranking_metrics
 from plum.files import atomic_path, write_json
 from plum.lm import (
@@ -92,24 +95,44 @@ def _data(work: Workspace) -> None:
     dataset.save(work.folder)
 
 
-def _embed(work: Workspace) -> None:
-    settings = work.settings
-    dataset = Dataset.load(work.input("data"))
+def encode_items(
+    items: pl.DataFrame,
+    dataset: Dataset,
+    settings: EmbedConfig,
+    run_dir: Path,
+    progress: Callable[[int, int], None],
+) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.bool_]]]:
+    """Encodes text and images of items by the template of a data set and from its images.
+
+    Returns:
+        Modality to fp32 ``[N, D_m]``, and modality to bool ``[N]``, the items that have it.
+
+    Raises:
+        InvalidArgument: the template names a column that is not there, or there are no images.
+        InvalidData: an item has no text.
+    """
+    template = dataset.text_template
     if settings.template is not None:
-        dataset = replace(dataset, text_template=find_template(settings.template))
+        template = find_template(settings.template)
+    texts = render_texts(items, template)
+    if "" in texts:
+        item = items["item_id"][texts.index("")]
+        raise InvalidData(
+            f"item {item!r}", f"text in a column of the template {template!r}", "none"
+        )
     # Beside the stages, so that it outlives a change of the catalog.
-    cache = work.run_dir / "cache" / "embeddings"
+    cache = run_dir / "cache" / "embeddings"
     vectors = {
         "text": encode_texts(
-            dataset.texts(),
+            texts,
             encoder=settings.encoder,
             layer=settings.layer,
             cache_dir=cache,
             batch_size=settings.batch_size,
-            progress=work.progress,
+            progress=progress,
         )
     }
-    present = {"text": np.ones(dataset.items.height, dtype=bool)}
+    present = {"text": np.ones(items.height, dtype=bool)}
     if settings.image is not None:
         images = settings.images or dataset.images
         if images is None:
@@ -118,13 +141,24 @@ def _embed(work: Workspace) -> None:
                 f"the data set {dataset.name!r} brings none",
             )  # fmt: skip
         vectors["image"], present["image"] = encode_images(
-            dataset.items["item_id"].to_list(),
+            items["item_id"].to_list(),
             images=images,
             encoder=settings.image,
             cache_dir=cache,
             corrupt=settings.corrupt_images,
             batch_size=settings.batch_size,
-            progress=work.progress,
+            progress=progress,
+        )
+    return vectors, present
+
+
+def _embed(work: Workspace) -> None:
+    settings = work.settings
+    dataset = Dataset.load(work.input("data"))
+    vectors, present = encode_items(dataset.items, dataset, settings, work.run_dir, work.progress)
+    if settings.behavior is not None:
+        vectors["behavior"], present["behavior"] = behavior_vectors(
+            sequences_of(dataset), dim=settings.behavior, seed=work.seed
         )
     tensors = {name: torch.from_numpy(rows) for name, rows in vectors.items()}
     for name, mask in present.items():
@@ -161,7 +195,7 @@ def _tokenize(work: Workspace) -> None:
     dataset = Dataset.load(work.input("data"))
     embeddings, present = _embeddings(work)
     checkpoint = work.folder / "checkpoint"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"whiten": True} if settings.whiten else {}
     if settings.kind != "rq-kmeans":
         options["epochs"] = settings.epochs
     if settings.kind == "rq-vae":
@@ -271,7 +305,7 @@ def _finetune(work: Workspace) -> None:
 
 
 def _evaluate(work: Workspace) -> None:
-    recommender = Recommender.load(work.run_dir, load_config(work.run_dir / "config.json"))
+    recommender = _recommender(work)
     sequences = sequences_of(recommender.dataset)
     test = sequences.split("test")
     k = DEPTHS[-1]
@@ -308,6 +342,12 @@ def _trained_sasrec(sequences: Sequences, seed: int) -> SASRec:
     return sasrec
 
 
+def _recommender(work: Workspace) -> Recommender:
+    """Returns the recommender of the stages alone, whatever was appended to the run."""
+    config = load_config(work.run_dir / "config.json")
+    return Recommender.load(work.run_dir, config, appended=False)
+
+
 def _rank_in_parts(
     recommender: Recommender, users: list[str], histories: list[Items], k: int, work: Workspace
 ) -> Items:
@@ -338,7 +378,7 @@ def _rank_in_parts(
 
 
 def _recommend(work: Workspace) -> None:
-    recommender = Recommender.load(work.run_dir, load_config(work.run_dir / "config.json"))
+    recommender = _recommender(work)
     sequences = sequences_of(recommender.dataset)
     test = sequences.split("test")
     rng = np.random.default_rng(work.seed)

@@ -31,7 +31,9 @@ def balanced_codes(
 
     Rows of groups that fit anyway keep the nearest codeword. What a row gets depends on its group
     alone, and neither on the order of the rows, given ``priority``, nor on the number of threads or
-    on how groups are spread over calls.
+    on how groups are spread over calls. For SIDs, the policy ``"balanced"`` of
+    :func:`plum.sid.resolve_collisions` moves rows so that the sum of their distances is least; this
+    is for groups as large as a catalog, where that takes too long.
 
     Args:
         residuals: fp32 ``[N, D]``, finite, what is left of each row at this level.

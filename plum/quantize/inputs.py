@@ -59,7 +59,7 @@ class InputScaling(nn.Module):
 
     Whitening rotates on the principal axes and scales each to variance 1, so that every direction
     counts alike in the reconstruction loss. Axes of little variance are damped: an axis of
-    variance v is divided by ``sqrt(v + 0.01 mean(v))``.
+    variance v is divided by ``sqrt(v + 0.1 mean(v))``.
 
     Attributes:
         center: ``[D]``.
@@ -71,7 +71,7 @@ class InputScaling(nn.Module):
     scale: Tensor
     axes: Tensor | None
 
-    _DAMPING = 0.01
+    _DAMPING = 0.1
 
     def __init__(self, width: int, *, whiten: bool = False) -> None:
         """Creates the identity on ``[N, width]``, until :meth:`fit`."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from plum.errors import InvalidArgument
-from plum.quantize.inputs import check_embeddings
+from plum.quantize.inputs import InputScaling, check_embeddings
 from plum.quantize.residual_quantizer import ResidualQuantizer
 from plum.quantize.storage import load_module, save_module
 
@@ -24,8 +24,9 @@ _CHUNK = 16384
 class ProjectedQuantizer(nn.Module):
     """Embeddings that are centered, scaled, joined, projected or not, and quantized.
 
-    Every modality is scaled to the same variance; the projection is on the first ``latent_dim``
-    principal components.
+    Every modality is scaled to the same variance, or whitened first; the projection is on the first
+    ``latent_dim`` principal components. Those of several whitened modalities are the directions in
+    which the modalities agree (canonical correlation analysis, Kettenring 1971).
 
     Attributes:
         quantizer: The residual quantizer of the projected embeddings.
@@ -41,6 +42,7 @@ class ProjectedQuantizer(nn.Module):
         codebook_sizes: Sequence[int],
         *,
         latent_dim: int | None = None,
+        whiten: bool = False,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -51,6 +53,7 @@ class ProjectedQuantizer(nn.Module):
             codebook_sizes: ``K_l`` of each of the ``L`` levels.
             latent_dim: Most principal components ``D`` that are kept; there are never more than
                 the inputs have dimensions. None quantizes the embeddings as they are.
+            whiten: Whiten each modality (:class:`plum.quantize.inputs.InputScaling`).
             seed: Seed of everything random.
             options: Further arguments of :class:`ResidualQuantizer`.
 
@@ -68,6 +71,11 @@ class ProjectedQuantizer(nn.Module):
         self.options = options
         width = total if self.latent_dim is None else self.latent_dim
         self.quantizer = ResidualQuantizer(width, codebook_sizes, seed=seed, **options)
+        self.scaling = nn.ModuleDict(
+            {name: InputScaling(width, whiten=True) for name, width in input_dims.items()}
+            if whiten
+            else {}
+        )
         self.register_buffer("center", torch.zeros(total))
         self.register_buffer("scale", torch.ones(total))
         basis = None if self.latent_dim is None else torch.eye(total, self.latent_dim)
@@ -84,6 +92,8 @@ class ProjectedQuantizer(nn.Module):
             InvalidArgument: the embeddings are not as above.
         """
         count = check_embeddings(embeddings, self.input_dims)
+        for name, scaling in self.scaling.items():
+            cast(InputScaling, scaling).fit(embeddings[name])
         # fp64, a chunk at a time: a copy of everything would be twice the embeddings.
         totals = [x.double().sum(dim=0) for x in self._chunks(embeddings)]
         center = torch.stack(totals).sum(dim=0) / count
@@ -128,6 +138,9 @@ class ProjectedQuantizer(nn.Module):
         for parts in zip(
             *(embeddings[name].split(_CHUNK) for name in self.input_dims), strict=True
         ):
+            if self.scaling:
+                named = zip(self.input_dims, parts, strict=True)
+                parts = tuple(self.scaling[name](part) for name, part in named)
             yield torch.cat(parts, dim=1)
 
     def encode(self, embeddings: Mapping[str, Tensor]) -> Tensor:
@@ -144,7 +157,10 @@ class ProjectedQuantizer(nn.Module):
         x = self.quantizer.decode(codes)
         x = (x if self.basis is None else x @ self.basis.T) / self.scale + self.center
         parts = x.split(list(self.input_dims.values()), dim=1)
-        return dict(zip(self.input_dims, parts, strict=True))
+        decoded = dict(zip(self.input_dims, parts, strict=True))
+        for name, scaling in self.scaling.items():
+            decoded[name] = cast(InputScaling, scaling).inverse(decoded[name])
+        return decoded
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically."""
@@ -152,6 +168,7 @@ class ProjectedQuantizer(nn.Module):
             "input_dims": self.input_dims,
             "codebook_sizes": list(self.quantizer.codebook_sizes),
             "latent_dim": self.latent_dim,
+            "whiten": bool(self.scaling),
             "seed": self.quantizer.seed,
             **self.options,
         }

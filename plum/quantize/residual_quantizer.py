@@ -510,6 +510,18 @@ class ResidualQuantizer(nn.Module):
         return {**self.__dict__, "_optimizer": None}
 
 
+def memory_for(steps: int, batch_size: int, codebook_sizes: Sequence[int]) -> dict[str, Any]:
+    """Returns ``decay`` and ``revive_every`` that suit a training of ``steps`` steps.
+
+    The moving averages remember M steps, and dead codes are revived every M. A code that is never
+    used falls below a tenth of its share after ``2.3 M`` steps, so M is at most a tenth of the
+    training, and 100. It is at least 10, and as many as bring a code of the largest level ten rows,
+    so that chance does not make a living code look dead.
+    """
+    memory = max(min(100, steps // 10), 10, -(-10 * max(codebook_sizes) // batch_size))
+    return {"decay": 1 - 1 / memory, "revive_every": memory}
+
+
 def _mixed(*keys: int) -> int:
     """Mixes integers into one seed, so that neighboring keys give unrelated streams."""
     return int(np.random.SeedSequence(keys).generate_state(1)[0])

@@ -24,10 +24,13 @@ class RQKMeans(ProjectedQuantizer):
         codebook_sizes: Sequence[int],
         *,
         latent_dim: int = 64,
+        whiten: bool = False,
         seed: int = 0,
     ) -> None:
         """Creates a model that :func:`fit_rq_kmeans` fits; see :class:`ProjectedQuantizer`."""
-        super().__init__(input_dims, codebook_sizes, latent_dim=latent_dim, seed=seed)
+        super().__init__(
+            input_dims, codebook_sizes, latent_dim=latent_dim, whiten=whiten, seed=seed
+        )
 
 
 def fit_rq_kmeans(
@@ -35,6 +38,7 @@ def fit_rq_kmeans(
     codebook_sizes: Sequence[int],
     *,
     latent_dim: int = 64,
+    whiten: bool = False,
     max_iters: int = 50,
     batch_size: int | None = None,
     seed: int = 0,
@@ -46,6 +50,7 @@ def fit_rq_kmeans(
         embeddings: Modality to fp32 ``[N, D_m]``, finite.
         codebook_sizes: ``K_l`` of each of the ``L`` levels.
         latent_dim: Principal components that are kept.
+        whiten: Whiten each modality first, so that the components are what modalities agree on.
         max_iters: k-means iterations a level.
         batch_size: Rows a mini-batch of k-means; None for full iterations.
         seed: Seed of k-means.
@@ -60,7 +65,7 @@ def fit_rq_kmeans(
     """
     check_embeddings(embeddings)
     dims = {name: x.shape[1] for name, x in embeddings.items()}
-    model = RQKMeans(dims, codebook_sizes, latent_dim=latent_dim, seed=seed)
+    model = RQKMeans(dims, codebook_sizes, latent_dim=latent_dim, whiten=whiten, seed=seed)
     model.to(next(iter(embeddings.values())).device).eval()
     model.fit_projection(embeddings)
     model.quantizer.init_codebooks(

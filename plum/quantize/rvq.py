@@ -11,6 +11,7 @@ from torch import Tensor
 from plum.errors import InvalidArgument
 from plum.quantize.inputs import check_embeddings
 from plum.quantize.projected import ProjectedQuantizer
+from plum.quantize.residual_quantizer import memory_for
 
 # Rows a codeword for the k-means start: more change the centroids little and cost much.
 _ROWS_PER_CODE = 256
@@ -29,8 +30,8 @@ def fit_rvq(
     *,
     latent_dim: int | None = None,
     update: str = "ema",
-    decay: float = 0.99,
-    revive_every: int = 100,
+    decay: float | None = None,
+    revive_every: int | None = None,
     dead_share: float = 0.1,
     epochs: int = 50,
     batch_size: int | None = None,
@@ -45,8 +46,9 @@ def fit_rvq(
         codebook_sizes: ``K_l`` of each of the ``L`` levels.
         latent_dim: Principal components to quantize; None for the embeddings as they are.
         update: ``"ema"`` or ``"gradient"`` (Adam on the codebook loss).
-        decay: Decay of the moving averages.
-        revive_every: Steps between revivals of dead codes; 0 for none.
+        decay: Decay of the moving averages; None for what
+            :func:`plum.quantize.residual_quantizer.memory_for` says.
+        revive_every: Steps between revivals of dead codes; 0 for none, None as ``decay``.
         dead_share: Fraction of the uniform share below which a code is dead.
         epochs: Passes over the items.
         batch_size: Rows a step; None for an eighth of the items, but 32 to 512.
@@ -68,15 +70,17 @@ def fit_rvq(
             raise InvalidArgument(name, "at least 1", value)
     if not lr > 0:
         raise InvalidArgument("lr", "a positive number", lr)
+    memory = memory_for(epochs * -(-count // batch_size), batch_size, codebook_sizes)
+    memory |= {} if decay is None else {"decay": decay}
+    memory |= {} if revive_every is None else {"revive_every": revive_every}
     model = RVQ(
         {name: x.shape[1] for name, x in embeddings.items()},
         codebook_sizes,
         latent_dim=latent_dim,
         seed=seed,
         update=update,
-        decay=decay,
-        revive_every=revive_every,
         dead_share=dead_share,
+        **memory,
     ).to(next(iter(embeddings.values())).device)
     model.fit_projection(embeddings)
     x = model.latents(embeddings)

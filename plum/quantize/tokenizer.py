@@ -87,7 +87,7 @@ def fit_tokenizer(
         return fit_rvq(embeddings, codebook_sizes, progress=progress, **shape, **options)
     shape["latent_dim"] = 64 if latent_dim is None else latent_dim
     if kind == "rq-kmeans":
-        _check_options(options, {"max_iters", "batch_size"})
+        _check_options(options, {"max_iters", "batch_size", "whiten"})
         return fit_rq_kmeans(embeddings, codebook_sizes, progress=progress, **shape, **options)
     if kind != "rq-vae":
         raise InvalidArgument("kind", f"one of {', '.join(KINDS)}", repr(kind))

@@ -25,6 +25,7 @@ from plum.quantize.distributed import (
 from plum.quantize.inputs import check_embeddings
 from plum.quantize.losses import co_occurrence_loss
 from plum.quantize.partners import Partners
+from plum.quantize.residual_quantizer import memory_for
 from plum.quantize.rqvae import RQVAE, RQVAEConfig
 
 # Rows a codeword for the k-means start: more change the centroids little and cost much.
@@ -133,6 +134,10 @@ def fit_rqvae(
         got = "none" if pairs is None else f"{len(pairs)} pairs"
         raise InvalidArgument("pairs", expected, f"{got}, weight {config.co_occurrence_weight}")
     partners = None if pairs is None else Partners(pairs, count)
+    steps = (epochs - warmup_epochs) * -(-count // batch_size)
+    for name, value in memory_for(steps, batch_size, config.codebook_sizes).items():
+        if getattr(config, name) is None:
+            config = dataclasses.replace(config, **{name: value})
     settings = {
         **dataclasses.asdict(config),
         **{"epochs": epochs, "warmup_epochs": warmup_epochs, "batch_size": batch_size, "lr": lr},

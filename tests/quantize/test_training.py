@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from plum.quantize import (
     fit_tokenizer,
     multi_resolution_sizes,
 )
+from plum.quantize.residual_quantizer import memory_for
 from plum.quantize.tokenizer import KINDS
 from plum.quantize.training import _rank
 
@@ -344,3 +346,32 @@ def test_real_posters_use_every_level_and_hardly_collide(shared_data, kind, opti
     used = [len(codes[:, level].unique()) / 128 for level in range(3)]
     assert min(used) >= 0.95
     assert len(codes.unique(dim=0)) / len(codes) >= 0.97
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "sizes", "memory"),
+    [
+        (5000, 256, (256, 256), 100),  # long enough for the most
+        (234, 256, (256, 256), 23),  # a tenth of the training
+        (20, 256, (256, 256), 10),  # the least
+        (234, 256, (64, 4096), 160),  # ten rows on a code of the largest level
+    ],
+)
+def test_averages_remember_as_long_as_the_training_can_use(steps, batch_size, sizes, memory):
+    chosen = memory_for(steps, batch_size, sizes)
+    assert chosen == {"decay": pytest.approx(1 - 1 / memory), "revive_every": memory}
+
+
+def test_short_trainings_notice_dead_codes_by_default():
+    """Codebooks far from any row: with a long memory none would be revived in time."""
+    x = {"text": clusters(1024, seed=3)}
+    options = {"epochs": 14, "batch_size": 64, "kmeans_init": False, "evaluate_every": 14}
+    config = RQVAEConfig({"text": 24}, (32,), latent_dim=16, codebook_sizes=(32, 32))
+    model, history = fit_rqvae(x, config, **options)
+    chosen = memory_for(13 * 16, 64, (32, 32))
+    assert {name: getattr(model.config, name) for name in chosen} == chosen
+    assert min(history[-1]["usage"]) >= 0.95
+    long = dataclasses.replace(config, decay=0.99, revive_every=100)
+    model, history = fit_rqvae(x, long, **options)
+    assert (model.config.decay, model.config.revive_every) == (0.99, 100)
+    assert min(history[-1]["usage"]) < 0.95

@@ -1,0 +1,154 @@
+"""Appending to a run: new items are recommended, nothing else changes, and errors are clear."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from plum.config import load_config, resolve_config
+from plum.data import Dataset
+from plum.errors import InvalidData
+from plum.pipeline import append
+from plum.pipeline.append import append_items
+from plum.pipeline.recommender import Recommender, open_catalog
+from plum.pipeline.run import run_stages
+from plum.quantize import load_tokenizer
+from plum.sid import SidTable
+from plum.trie import SidTrie
+
+from ..tiny_encoder import LETTERS, build_encoder
+
+SETTINGS = [
+    *("data.num_items=60", "data.num_users=60", "tokenize.codebook_sizes=[8, 8, 8]"),
+    *("tokenize.epochs=8", "embed.behavior=6", "finetune.epochs=1", "finetune.max_items=8"),
+]
+
+
+def run(folder: Path, *settings: str) -> None:
+    config = resolve_config(preset="demo", settings=[*SETTINGS, *settings])
+    names = ["data", "embed", "tokenize", "index", "finetune"]
+    run_stages(config, folder, names, progress_of=lambda stage: lambda done, total: None)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = build_encoder(tmp_path_factory.mktemp("encoder"), words=LETTERS, length=512)
+    return f"embed.encoder={json.dumps(str(folder))}"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, encoder: str) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    run(folder, encoder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def write_new(path: Path, run_dir: Path, names: list[str], rows: list[int]) -> Path:
+    """New items with the texts of items of the run, and a column that the run does not know."""
+    items = pl.read_parquet(run_dir / "data" / "items.parquet")[rows]
+    items = items.with_columns(pl.Series("item_id", names), pl.lit("blue").alias("color"))
+    items.write_parquet(path)
+    return path
+
+
+def recommender(folder: Path) -> Recommender:
+    return Recommender.load(folder, load_config(folder / "config.json"))
+
+
+def test_new_items_get_sids_and_are_recommended(copied, tmp_path):
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    base = SidTable.load(copied / "tokenize" / "table")
+    known = base.item_ids[4]
+    table = append_items(copied, write_new(tmp_path / "n.parquet", copied, ["x", known], [3, 4]))
+    assert table.item_ids == [*base.item_ids, "x"] and table.parent == base.digest
+    assert np.array_equal(table.codes[:-1], base.codes)
+    # The SID of an item whose behavior is not known, only its text.
+    tokenizer = load_tokenizer(copied / "tokenize" / "model")
+    text = Dataset.load(copied / "data").texts()[3]
+    vectors = append.encode_items(
+        pl.read_parquet(copied / "appended" / "items.parquet"),
+        Dataset.load(copied / "data"),
+        load_config(copied / "config.json").embed,
+        copied,
+        lambda done, total: None,
+    )[0]
+    inputs = {"text": torch.from_numpy(vectors["text"]), "behavior": torch.zeros(1, 6)}
+    codes = tokenizer.encode(inputs, {"behavior": torch.zeros(1, dtype=torch.bool)})
+    assert table.codes[-1].tolist() == codes[0].tolist()
+    found = recommender(copied)
+    assert found.dataset.texts()[-1] == text
+    assert found.trie.num_items == 61 and found.trie.num_sids == table.num_sids
+    everything = found.recommend([base.item_ids[0], "x"], 60)
+    assert len(everything) == 59 and "x" not in {item.item_id for item in everything}
+    assert "x" in {item.item_id for item in found.recommend([base.item_ids[0]], 60)}
+    # The stages are what they were, and without the appended items so is the recommender.
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert open_catalog(copied, appended=False).table.item_ids == base.item_ids
+
+
+def test_appending_goes_on_from_what_was_appended(copied, tmp_path):
+    first = append_items(copied, write_new(tmp_path / "a.parquet", copied, ["x"], [3]))
+    again = append_items(copied, tmp_path / "a.parquet")
+    assert (again.generation, again.digest) == (1, first.digest)
+    second = append_items(copied, write_new(tmp_path / "b.parquet", copied, ["y", "x"], [8, 9]))
+    assert second.item_ids[-2:] == ["x", "y"] and second.generation == 2
+    assert np.array_equal(second.codes[:-1], first.codes) and second.parent == first.digest
+    trie = SidTrie.load(copied / "appended" / "trie.safetensors")
+    assert trie.num_items == 62
+    assert np.array_equal(trie.codes_at(trie.rows(["x", "y"])).numpy(), second.codes_of(["x", "y"]))
+
+
+def test_items_appended_to_other_sids_are_encoded_again(copied, tmp_path, encoder):
+    append_items(copied, write_new(tmp_path / "a.parquet", copied, ["x"], [3]))
+    run(copied, encoder, "tokenize.latent_dim=8")
+    with pytest.raises(InvalidData, match=r"earlier one.*plum append"):
+        recommender(copied)
+    table = append_items(copied, write_new(tmp_path / "b.parquet", copied, ["y"], [8]))
+    base = SidTable.load(copied / "tokenize" / "table")
+    assert table.item_ids == [*base.item_ids, "x", "y"] and table.parent == base.digest
+    assert recommender(copied).trie.num_items == 62
+
+
+def test_cut_off_the_catalog_stays_as_it_was(copied, tmp_path, monkeypatch):
+    append_items(copied, write_new(tmp_path / "a.parquet", copied, ["x"], [3]))
+    new = write_new(tmp_path / "b.parquet", copied, ["y"], [8])
+
+    def fails(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(append, "write_json", fails)
+    with pytest.raises(OSError, match="no space"):
+        append_items(copied, new)
+    assert recommender(copied).table.item_ids[-1] == "x"
+    monkeypatch.undo()
+    assert append_items(copied, new).item_ids[-2:] == ["x", "y"]
+
+
+def test_what_cannot_be_appended(copied, tmp_path):
+    with pytest.raises(InvalidData, match="index"):
+        append_items(tmp_path / "nothing", tmp_path / "a.parquet")
+    pl.DataFrame({"item_id": ["x"], "color": ["blue"]}).write_csv(tmp_path / "a.csv")
+    with pytest.raises(InvalidData, match=r"item 'x'.*text"):
+        append_items(copied, tmp_path / "a.csv")
+    assert not (copied / "appended").exists()
+
+
+def test_a_suffix_that_the_generator_has_no_token_for(tmp_path, encoder):
+    run(tmp_path / "run", encoder, "tokenize.collisions=suffix")
+    table = SidTable.load(tmp_path / "run" / "tokenize" / "table")
+    room = table.codebook_sizes[-1]
+    names = [f"x{n}" for n in range(room + 1)]
+    new = write_new(tmp_path / "n.parquet", tmp_path / "run", names, [3] * (room + 1))
+    with pytest.raises(InvalidData, match=r"tokens.*policy"):
+        append_items(tmp_path / "run", new)
