@@ -24,8 +24,9 @@ TOLERANCE = 2e-5
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that rows, nodes and merges take several."""
-    sizes = {"_COLUMNS": 16, "_FEW": 4, "_MANY": 8, "_LIMITED": 8, "_SLOTS": 64}
-    for name, size in (*sizes.items(), ("_FEW_SLOTS", 16), ("_OUTPUTS", 8), ("_RANKED", 4)):
+    sizes = {"_COLUMNS": 16, "_FEW": 4, "_MANY": 8, "_WIDE": 16, "_LIMITED": 8}
+    sizes |= {"_SLOTS": 64, "_OUTPUTS": 8, "_RANKED": 4, "_BEAMS": 2, "_NEAR": 1}
+    for name, size in sizes.items():
         monkeypatch.setattr(kernel, name, size)
 
 
