@@ -13,6 +13,9 @@ list of
     launch    "whole", or "first" where the second launch is left out
     time      in ``unit``, the median of the repetitions; or ``error``, why there is none
 
+In files of ``benchmarks/results``, ``notes`` say more, and a result may have a ``version`` and a
+``commit`` of its own, ``rows`` where they are others, and counts that were taken with it.
+
 Without a GPU the calls are timed as they are, by the interpreter: that is for tests.
 """
 
@@ -51,12 +54,12 @@ BEAM_SHAPES = {
     "skew 32x128 level 1": ("skew", 1_000_000, 2048, 32, 128, 1),
 }
 BEAM_SETTINGS: tuple[dict[str, Any], ...] = (
-    *({"_PER_THREAD": n, "_REGISTERS": r} for n, r in ((16, None), (16, 96), (32, 80), (32, 168))),
+    *({"_PER_THREAD": n, "_REGISTERS": r} for n, r in ((16, 96), (32, 80), (32, 168), (64, 128))),
     *({"_PER_THREAD_NARROW": n, "_REGISTERS": r} for n, r in ((32, 96), (64, 168))),
     *({"_WIDE": n} for n in (512, 1024)),
     *({"_MANY": n} for n in (256, 1024)),
     *({"_NEAR": n} for n in (2, 8, 1024)),
-    *({"_SPARE": n} for n in (2, 8)),
+    *({"_SPARE": n} for n in (1, 2, 8)),
     *({"_MERGE_WARPS": n} for n in (4, 16)),
     *({"_RANKED": n} for n in (16, 64)),
     {"_OVERLAP": True},
@@ -336,7 +339,8 @@ def table(report: dict[str, Any]) -> str:
     rows: dict[str, dict[str, str]] = {}
     for result in report["results"]:
         settings = {**result["options"], **result["settings"]}
-        key = ", ".join([result["launch"], *(f"{k}={v}" for k, v in settings.items())])
+        facts = [str(result[key]) for key in ("version", "rows", "launch") if key in result]
+        key = ", ".join([*facts, *(f"{k}={v}" for k, v in settings.items())])
         cell = f"{result['time']:,.2f}" if "time" in result else "failed"
         rows.setdefault(key, {})[result["shape"]] = cell
     lines = [

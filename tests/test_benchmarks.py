@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -404,6 +405,23 @@ def test_a_sweep_writes_what_it_timed(kernel, monkeypatch, tmp_path):
     shown = sweep_gpu.table(report)
     assert "| first, _NO_SUCH=1 | failed |" in shown.replace("score=full, ", "")
     assert sweep_gpu.sweep(kernel, path, minutes=0, workers=0)["results"] == []
+
+
+def test_committed_sweeps_have_the_form_of_new_ones():
+    found = sorted((gpu_run.ROOT / "benchmarks" / "results").glob("*-sweep.json"))
+    assert len(found) >= 2
+    for path in found:
+        report = json.loads(path.read_text())
+        assert report["kernel"] in sweep_gpu.SWEEPS
+        assert report["unit"] == sweep_gpu.SWEEPS[report["kernel"]][2]
+        shapes = {**sweep_gpu.BEAM_SHAPES, **sweep_gpu.SEARCH_SHAPES}
+        for result in report["results"]:
+            assert result["shape"] in shapes and result["launch"] in ("whole", "first")
+            assert ("time" in result) != ("error" in result)
+        # No configuration is there twice.
+        timed = sum("time" in result for result in report["results"])
+        cells = sweep_gpu.table(report).replace("failed", "-").split("|")
+        assert sum(bool(re.fullmatch(r" [\d,]+\.\d\d ", cell)) for cell in cells) == timed
 
 
 def test_a_launch_is_left_out(monkeypatch):

@@ -43,8 +43,8 @@ _FEW_ROWS, _REGISTERS = 1024, 128
 _SPARE = 4
 # Of all beams of a request together, some `_NEAR` k children are looked at before the others.
 _NEAR = 4
-# Slots of a block of the second launch, and of those for each thread, but at least so many warps;
-# children that are ranked together, and among how many others.
+# Slots of a block of the second launch, and of those for each thread, but so many warps where there
+# is something to rank for each; children that are ranked together, and among how many others.
 _SLOTS, _SLOTS_PER_THREAD, _MERGE_WARPS = 4096, 16, 8
 _OUTPUTS, _RANKED = 512, 32
 # Whether the second launch begins before the first has ended, from sm_90 on.
@@ -476,13 +476,16 @@ def merge_config(beams: int, width: int, k: int) -> dict[str, int]:
     near = near_slots(beams, width, k)
     slots = min(_SLOTS, triton.next_power_of_2(max(beams, 1) * near))
     slots = max(slots, ranked, choose.CHUNK.value)
-    warps = min(max(max(slots, ranked) // _SLOTS_PER_THREAD // 32, _MERGE_WARPS), 32)
+    outputs = min(_OUTPUTS, ranked)
+    # No more threads than outputs: each ranks its own.
+    least = max(4, min(_MERGE_WARPS, outputs // 32))
+    warps = min(max(slots // _SLOTS_PER_THREAD // 32, least), 32)
     return {
         "BEAMS": min(_BEAMS, triton.next_power_of_2(max(beams, 1))),
         "NEAR": near,
         "SORTED": ranked,
         "SLOTS": slots,
-        "OUTPUTS": min(_OUTPUTS, ranked),
+        "OUTPUTS": outputs,
         "RANKED": min(_RANKED, ranked),
         "LANES": 32 * warps,
         "OVERLAP": _OVERLAP,

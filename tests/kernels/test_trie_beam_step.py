@@ -170,6 +170,8 @@ NODES = {
     "more beams than children": ([1] * 40, 70),
     "more beams than k": ([2] * 40, 3),
     "more slots than a block has": ([100] * 6, 40),
+    "of wide blocks": ([16, 14, 12, 15], 9),
+    "of many lists": ([12, 16] * 7, 30),
 }
 
 
@@ -187,8 +189,12 @@ def test_nodes_of_every_size(small_blocks, nodes, how):
     near, far = (
         torch.from_numpy(random.normal(at, 1, shape)).float().to(DEVICE) for at in (-3, -3e37)
     )
+    # All that is chosen is in one beam's list, most of it behind its first slots.
+    peaked = near.clone()
+    peaked[0, -1] += 40
     # At a score of -3e37 all children of a beam are equal, to the reference too.
-    for rows, scores in ((logits, near), (logits, far), (logits * 0, near * 0), (logits, 2 * near)):
+    steps = ((logits, near), (logits, peaked), (logits, far), (logits * 0, near * 0))
+    for rows, scores in steps:
         step = trie_beam_step(rows, scores, states, trie, 1, k=k, score=how, backend="triton")
         expected = trie_beam_step(
             rows, scores, states, trie, 1, k=k, score=how, backend="reference"
