@@ -54,7 +54,10 @@ BEAM_SHAPES = {
     "skew 32x128 level 1": ("skew", 1_000_000, 2048, 32, 128, 1),
 }
 BEAM_SETTINGS: tuple[dict[str, Any], ...] = (
-    *({"_PER_THREAD": n, "_REGISTERS": r} for n, r in ((16, 96), (32, 80), (32, 168), (64, 128))),
+    *(
+        {"_PER_THREAD": n, "_REGISTERS": r}
+        for n, r in ((16, 96), (32, 80), (32, 168), (32, None), (64, 128))
+    ),
     *({"_PER_THREAD_NARROW": n, "_REGISTERS": r} for n, r in ((32, 96), (64, 168))),
     *({"_WIDE": n} for n in (512, 1024)),
     *({"_MANY": n} for n in (256, 1024)),
