@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one call of under eight minutes and without a network.
+"""Everything that needs a GPU, in one call of under ten minutes and without a network.
 
 Usage: python benchmarks/gpu_run.py RESULTS [--no-build] [--cpu] [--minutes 7.8]
 
