@@ -11,7 +11,7 @@ TORCH_VERSION ?= 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-cpp test-python test-demo lint format bench gpu gpu-quality clean
+.PHONY: demo test test-cpp test-python test-demo lint format bench gpu gpu-sweep gpu-quality clean
 
 demo: $(STAMP)
 	$(BIN)/plum run --preset demo --output runs/demo
@@ -59,9 +59,15 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/report.py $(RESULTS)/cpu.json
 
 # One call on a GPU machine without a network: build, GPU tests, compute-sanitizer, benchmarks.
-# GPU_BUILD=0 takes the build that is there.
+# GPU_BUILD=0 takes the build that is there, CPU=1 adds the CPU benchmarks.
 gpu:
-	$(PYTHON) benchmarks/gpu_run.py $(RESULTS) $(if $(filter 0,$(GPU_BUILD)),--no-build)
+	$(PYTHON) benchmarks/gpu_run.py $(RESULTS) --minutes $(MINUTES) \
+		$(if $(filter 0,$(GPU_BUILD)),--no-build) $(if $(CPU),--cpu)
+
+# The configurations of one Triton kernel on a GPU: KERNEL=trie_beam_step or residual_quantize.
+KERNEL ?= trie_beam_step
+gpu-sweep:
+	$(PYTHON) -m benchmarks.sweep_gpu $(KERNEL) $(RESULTS)/sweep-$(KERNEL).json --minutes $(MINUTES)
 
 # Recommendation quality on a GPU machine without a network, from what
 # `python -m benchmarks.quality.recommendation prepare` wrote elsewhere.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from benchmarks import (
     bench_trie_build,
     gpu_run,
     report,
+    sweep_gpu,
     trie_catalogs,
 )
 from benchmarks.cases import embedding_like, make_case, share_equal
@@ -343,6 +346,95 @@ def test_steps_end_as_they_should():
     assert good.summary == "3 passed" and bad.summary == "why" and late.summary == "no time left"
     assert "begun" in slow.output and slow.took < 20
     assert gpu_run.exit_code([[good], [skipped], [good, bad], [slow]]) == 12
+
+
+def test_benchmarks_that_are_interrupted_leave_their_results(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "test_two.py").write_text(
+        "import time\n"
+        "def test_quick(benchmark):\n    benchmark(sum, [1, 2])\n"
+        "def test_endless(benchmark):\n    time.sleep(100)\n"
+    )
+    written = tmp_path / "gpu.json"
+    command = [*("-m", "pytest", "-p", "no:cacheprovider", "-q", "-s", "--rootdir", str(tmp_path))]
+    command += [str(tmp_path), "--benchmark-max-time=0.1", f"--benchmark-json={written}"]
+    step = gpu_run.Step("benchmarks", [sys.executable, *command], 24.0)
+    step.run(time.monotonic() + 60)
+    assert step.status == "timed out" and step.took < 23
+    names = [entry["name"] for entry in json.loads(written.read_text())["benchmarks"]]
+    assert names == ["test_quick"]
+
+
+def test_the_plan_keeps_to_its_time_and_what_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "has_gpu", lambda: False)
+    step = _step("import time; time.sleep(50)", share=0.1)
+    step.run(time.monotonic() + 20)
+    assert step.status == "timed out" and step.took < 15
+    for cpu in (False, True):
+        groups = gpu_run.plan(tmp_path, build=False, cpu=cpu)
+        steps = {step.name: step for group in groups for step in group}
+        assert (steps["CPU benchmarks"].skip is None) == cpu and steps["build"].skip
+        assert f"--ignore={gpu_run.AHEAD_OF_TIME}" in steps["tests"].command
+    assert (gpu_run.ROOT / gpu_run.AHEAD_OF_TIME).exists()
+
+
+@pytest.mark.parametrize("kernel", list(sweep_gpu.SWEEPS))
+def test_a_sweep_writes_what_it_timed(kernel, monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep_gpu, "BEAM_SHAPES", {"tiny": ("skew", 500, 16, 2, 3, 1)})
+    monkeypatch.setattr(sweep_gpu, "BEAM_SETTINGS", ({"_RANKED": 2}, {"_NO_SUCH": 1}))
+    monkeypatch.setattr(sweep_gpu, "SEARCH_SHAPES", {"tiny": (64, 16, (8, 4))})
+    settings = ({"ROWS": 32, "TILE": 32, "_PROGRAMS": 1}, {"_NO_SUCH": 1})
+    monkeypatch.setattr(sweep_gpu, "SEARCH_SETTINGS", settings)
+    module = importlib.import_module(f"plum.kernels.{kernel}")
+    before = dict(vars(module))
+    path = tmp_path / "sweep.json"
+    report = sweep_gpu.sweep(kernel, path, minutes=3, workers=0)
+    assert json.loads(path.read_text()) == report and report["kernel"] == kernel
+    assert {name: getattr(module, name) for name in before} == before
+    trials = sweep_gpu.SWEEPS[kernel][0]()
+    assert len(report["results"]) == len(trials)
+    for result in report["results"]:
+        assert ("error" in result) == ("_NO_SUCH" in result["settings"])
+        assert "error" in result or result["time"] > 0
+    times = {
+        result["launch"]: result["time"]
+        for result in report["results"]
+        if not result["settings"] and result["options"].get("score") != "valid"
+    }
+    assert set(times) == {"whole", "first"}
+    shown = sweep_gpu.table(report)
+    assert "| first, _NO_SUCH=1 | failed |" in shown.replace("score=full, ", "")
+    assert sweep_gpu.sweep(kernel, path, minutes=0, workers=0)["results"] == []
+
+
+def test_committed_sweeps_have_the_form_of_new_ones():
+    found = sorted((gpu_run.ROOT / "benchmarks" / "results").glob("*-sweep.json"))
+    assert len(found) >= 2
+    for path in found:
+        report = json.loads(path.read_text())
+        assert report["kernel"] in sweep_gpu.SWEEPS
+        assert report["unit"] == sweep_gpu.SWEEPS[report["kernel"]][2]
+        shapes = {**sweep_gpu.BEAM_SHAPES, **sweep_gpu.SEARCH_SHAPES}
+        for result in report["results"]:
+            assert result["shape"] in shapes and result["launch"] in ("whole", "first")
+            assert ("time" in result) != ("error" in result)
+        # No configuration is there twice.
+        timed = sum("time" in result for result in report["results"])
+        cells = sweep_gpu.table(report).replace("failed", "-").split("|")
+        assert sum(bool(re.fullmatch(r" [\d,]+\.\d\d ", cell)) for cell in cells) == timed
+
+
+def test_a_launch_is_left_out(monkeypatch):
+    calls = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: calls.append((grid, args, options))
+
+    kernel = sweep_gpu.WithoutLaunch(Kernel(), lambda options: options["LISTED"])
+    kernel[(3,)](1, LISTED=False)
+    kernel[(3,)](2, LISTED=True)
+    assert calls == [((3,), (1,), {"LISTED": False})]
 
 
 def test_the_gpu_run_covers_ops_and_kernels():

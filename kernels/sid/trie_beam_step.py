@@ -18,44 +18,57 @@ from torch import Tensor
 if __package__:
     from . import trie_children as children
     from . import trie_choose as choose
+    from . import trie_merge as merge
     from . import trie_search as search
 else:
     import trie_children as children
     import trie_choose as choose
+    import trie_merge as merge
     import trie_search as search
 
 # The largest k: what a program keeps has to fit into its registers.
 MAX_K = 4096
 # Columns of a block of logits. A row of one block is read once, before its state is known.
 _COLUMNS = 4096
-# Children of a block: a node takes the first of these blocks that holds it, or many of the second.
+# Children of a block: a node takes the first of these blocks that holds it, or many of `_MANY`.
 # Where each child is looked for in a filter or a deny list, that takes registers.
-_FEW, _MANY, _LIMITED = 64, 512, 256
-# Columns of a row for each thread of the first launch, and registers of that (None: as it takes):
-# where there are many rows one warp a row does least, where there are few more are sooner done.
-_PER_THREAD, _REGISTERS = 64, 128
-_FEW_ROWS, _PER_THREAD_OF_FEW_ROWS = 1024, 16
+_FEW, _MANY, _WIDE, _LIMITED = 64, 512, 2048, 256
+# Columns of a row for each thread of the first launch; one warp does least where nodes have few
+# children, up to `_NARROW` on average.
+_PER_THREAD, _PER_THREAD_NARROW, _PER_THREAD_LIMITED, _NARROW = 32, 64, 16, 8
+# Where there are more rows than `_FEW_ROWS`, registers of a thread (None: as it takes): with fewer,
+# more rows are on their way at once.
+_FEW_ROWS, _REGISTERS = 1024, 128
 # A list of k children has room for k / _SPARE more, so that the cut need not be exact.
 _SPARE = 4
-# Slots of a block of the second launch where they are few and where many, and of those for each
-# thread; children that are ranked together, and among how many others.
-_FEW_SLOTS, _SLOTS, _SLOTS_PER_THREAD = 1024, 8192, 16
-_OUTPUTS, _RANKED = 512, 64
+# Of all beams of a request together, some `_NEAR` k children are looked at before the others.
+_NEAR = 4
+# Slots of a block of the second launch, and of those for each thread, but so many warps where there
+# is something to rank for each; children that are ranked together, and among how many others.
+_SLOTS, _SLOTS_PER_THREAD, _MERGE_WARPS = 4096, 16, 8
+_OUTPUTS, _RANKED = 512, 32
 # Whether the second launch begins before the first has ended, from sm_90 on.
 _OVERLAP = False
 # Beams whose counts are read together.
-_BEAMS = tl.constexpr(1024)
+_BEAMS = 1024
 # Denied rows of a block.
 _DENIED = tl.constexpr(1024)
 
 
 @triton.jit
 def _one_block(
-    task, out, VALID: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr
+    task,
+    out,
+    VALID: tl.constexpr,
+    ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NEAR: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Fills the list of a beam whose children are one block; without LANES, all have a place.
+    """Fills the list of a beam whose children are one block; without NEAR, as they are.
 
-    Returns how many it holds, and a key that `wanted` of them reach.
+    Returns how many it holds, a key that `wanted` of them reach, and one that none behind the first
+    NEAR reaches.
     """
     row, trie, filter, deny, node, wanted, room = task
     p_columns, stride_column, b_row, base, top, log_sum = row
@@ -75,8 +88,9 @@ def _one_block(
         b_x = children.logits_of(p_columns, stride_column, b_code, mask)
     b_key = choose.key_of(base + ((b_x - top) - log_sum))
     least = tl.full([], choose.NEVER + 1, tl.int32)
+    near = tl.full([], choose.FAR, tl.int32)
     o_child = tl.arange(0, BLOCK)
-    if LANES == 0:
+    if NEAR == 0:
         _, _, _, last, _, _ = node
         kept = (last - first).to(tl.int32)
         o_slot = choose.slot_of(o_child, spread)
@@ -85,8 +99,10 @@ def _one_block(
         tl.store(p_items + o_slot, b_item, mask=o_child < kept)
     else:
         kept = tl.full([], 0, tl.int32)
-        kept, least = choose.keep(out, kept, least, b_key, o_child, wanted, room, False, 1, LANES)
-    return kept, least
+        kept, least, near = choose.keep(
+            out, kept, least, b_key, o_child, wanted, room, False, NEAR, 1, LANES
+        )
+    return kept, least, near
 
 
 @triton.jit
@@ -99,7 +115,7 @@ def _many_blocks(
     OLD: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """As `_one_block` for any number of children."""
+    """As `_one_block` for any number of children, where the best may be anywhere."""
     row, trie, filter, deny, node, wanted, room = task
     p_columns, stride_column, b_row, base, top, log_sum = row
     _, _, first, last, _, _ = node
@@ -118,13 +134,16 @@ def _many_blocks(
         log_sum = children.log_sum_below(b_row, top)
     kept = 0
     least = tl.full([], choose.NEVER + 1, tl.int32)
+    near = tl.full([], choose.FAR, tl.int32)
     for start in range(0, count, BLOCK):
         b_code, mask = children.children_of(trie, filter, deny, node, start, BLOCK)
         b_x = children.logits_of(p_columns, stride_column, b_code, mask)
         b_key = choose.key_of(base + ((b_x - top) - log_sum))
         o_child = start + tl.arange(0, BLOCK)
-        kept, least = choose.keep(out, kept, least, b_key, o_child, wanted, room, False, OLD, LANES)
-    return kept, least
+        kept, least, near = choose.keep(
+            out, kept, least, b_key, o_child, wanted, room, False, 0, OLD, LANES
+        )
+    return kept, least, near
 
 
 @triton.jit(do_not_specialize=["num_denied"])
@@ -169,6 +188,7 @@ def _beams_kernel(
     p_items,
     p_counts,
     p_cuts,
+    p_nears,
     stride_batch,
     stride_beam,
     stride_column,
@@ -185,13 +205,16 @@ def _beams_kernel(
     COLUMNS: tl.constexpr,
     FEW: tl.constexpr,
     MANY: tl.constexpr,
+    WIDE: tl.constexpr,
+    NEAR: tl.constexpr,
     OLD: tl.constexpr,
     LANES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Keys and items of the k best legal children of one beam and some more, and how many.
 
-    They are lists of `room` slots for each beam. A row that is `ONE` block stays in registers.
+    They are lists of `room` slots for each beam, the best in the first NEAR: none behind them
+    reaches the key in `p_nears`. A row that is `ONE` block stays in registers.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -202,9 +225,7 @@ def _beams_kernel(
     b_row = 0.0
     if ONE and not VALID:
         # On its way while the state is looked up.
-        o_v = tl.arange(0, COLUMNS)
-        p_x = p_row + o_v.to(tl.int64) * stride_column
-        b_row = tl.load(p_x, o_v < width, other=-float("inf"))
+        b_row = children.row_of(p_row, stride_column, width, COLUMNS)
     if p_levels is not None:
         level = tl.load(p_levels + request).to(tl.int32)
     known = (level >= 0) & (level < num_levels)
@@ -230,6 +251,7 @@ def _beams_kernel(
         last = tl.max(b_end, axis=0)
     kept = 0
     least = tl.full([], choose.NEVER + 1, tl.int32)
+    near = tl.full([], choose.FAR, tl.int32)
     spread = num_beams * choose.CHUNK
     p_keys += request * num_beams * room + beam * choose.CHUNK
     p_items += request * num_beams * room + beam * choose.CHUNK
@@ -258,12 +280,16 @@ def _beams_kernel(
         out = (p_keys, p_items, spread, p_node_codes, first)
         # Most nodes are narrow, and then most lanes of a wide block do nothing.
         count = last - first
-        if count <= tl.minimum(FEW, room):
-            kept, least = _one_block(task, out, VALID, ONE, FEW, 0)
+        if count <= tl.minimum(tl.minimum(FEW, NEAR), room):
+            kept, least, near = _one_block(task, out, VALID, ONE, FEW, 0, LANES)
+        elif count <= FEW:
+            kept, least, near = _one_block(task, out, VALID, ONE, FEW, NEAR, LANES)
         elif count <= MANY:
-            kept, least = _one_block(task, out, VALID, ONE, MANY, LANES)
+            kept, least, near = _one_block(task, out, VALID, ONE, MANY, NEAR, LANES)
+        elif count <= WIDE:
+            kept, least, near = _one_block(task, out, VALID, ONE, WIDE, NEAR, LANES)
         else:
-            kept, least = _many_blocks(task, out, VALID, ONE, MANY, OLD, LANES)
+            kept, least, near = _many_blocks(task, out, VALID, ONE, MANY, OLD, LANES)
         # The rest of the last chunk.
         o_place = kept + tl.arange(0, choose.CHUNK)
         m_rest = o_place < tl.cdiv(kept, choose.CHUNK) * choose.CHUNK
@@ -271,158 +297,7 @@ def _beams_kernel(
         tl.store(p_rest, tl.full([choose.CHUNK], choose.NEVER, tl.int32), mask=m_rest)
     tl.store(p_counts + program, kept)
     tl.store(p_cuts + program, least)
-
-
-@triton.jit
-def _keep_slots(
-    out,
-    lists,
-    kept,
-    least,
-    start,
-    k,
-    SLOTS: tl.constexpr,
-    OLD: tl.constexpr,
-    SORTED: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Adds what is in the slots of a request from the n-th on, as `choose.keep` does."""
-    p_keys, p_counts, chunks = lists
-    _, _, _, _, num_beams = out
-    o_chunk = start // choose.CHUNK + tl.arange(0, SLOTS // choose.CHUNK)
-    b_count = tl.load(p_counts + o_chunk % num_beams, o_chunk < chunks, other=0)
-    m_chunk = o_chunk // num_beams * choose.CHUNK < b_count
-    b_slot = o_chunk[:, None] * choose.CHUNK + tl.arange(0, choose.CHUNK)[None, :]
-    b_key = tl.load(p_keys + b_slot, m_chunk[:, None], other=choose.NEVER)
-    b_key, b_slot = tl.reshape(b_key, [SLOTS]), tl.reshape(b_slot, [SLOTS])
-    return choose.keep(out, kept, least, b_key, b_slot, k, SORTED, True, OLD, LANES)
-
-
-@triton.jit
-def _wide(out, o_lane, mask):
-    """Returns int64 keys, of which no two are equal, of children of a list, and their entries."""
-    p_keys, p_slots, _, p_items, num_beams = out
-    b_slot = tl.load(p_slots + o_lane, mask, other=0)
-    b_key = tl.load(p_keys + o_lane, mask, other=choose.NEVER)
-    b_ordinal = choose.ordinal_of(b_slot, p_items, num_beams, mask)
-    b_entry = tl.load(p_items + b_slot, mask, other=0) & 0xFFFFFFFF
-    return (b_key.to(tl.int64) << 32) | (0xFFFFFFFF - b_ordinal), b_entry
-
-
-@triton.jit(do_not_specialize=["num_beams", "num_levels", "level", "k", "room"])
-def _merge_kernel(
-    p_keys,
-    p_items,
-    p_counts,
-    p_cuts,
-    p_best,
-    p_slots,
-    p_wide,
-    p_states,
-    p_levels,
-    p_table,
-    p_codes,
-    p_starts,
-    p_tokens,
-    p_parents,
-    p_scores,
-    p_after,
-    num_beams,
-    num_levels,
-    level,
-    k,
-    room,
-    SORTED: tl.constexpr,
-    FEW: tl.constexpr,
-    SLOTS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    RANKED: tl.constexpr,
-    LANES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """The k best children of a request in order; p_best, p_slots and p_wide are scratch."""
-    request = tl.program_id(0).to(tl.int64)
-    p_keys += request * num_beams * room
-    p_items += request * num_beams * room
-    p_counts += request * num_beams
-    p_cuts += request * num_beams
-    p_best += request * SORTED
-    p_slots += request * SORTED
-    p_wide += request * SORTED
-    if p_levels is not None:
-        level = tl.load(p_levels + request).to(tl.int32)
-    # Of a level that the trie has not, nothing was kept.
-    p_at = p_table + tl.where((level >= 0) & (level < num_levels), level, 0) * search.FIELDS
-    starts_at = tl.load(p_at + search.STARTS_AT)
-    p_level_codes = p_codes + tl.load(p_at + search.CODES_AT)
-    if OVERLAP:
-        # What the first launch wrote is read from here on.
-        tl.extra.cuda.gdc_wait()
-    # k children of one beam reach its cut.
-    most, least = 0, tl.full([], choose.NEVER + 1, tl.int32)
-    for start in range(0, num_beams, _BEAMS):
-        o_beam = start + tl.arange(0, _BEAMS)
-        b_count = tl.load(p_counts + o_beam, o_beam < num_beams, other=0)
-        b_cut = tl.load(p_cuts + o_beam, o_beam < num_beams, other=choose.NEVER)
-        most = tl.maximum(most, tl.max(b_count, axis=0))
-        least = tl.maximum(least, tl.max(b_cut, axis=0))
-    out = (p_best, p_slots, choose.CHUNK, p_items, num_beams)
-    chunks = tl.cdiv(most, choose.CHUNK) * num_beams
-    lists = (p_keys, p_counts, chunks)
-    slots = chunks * choose.CHUNK
-    kept = tl.full([], 0, tl.int32)
-    if slots <= FEW:
-        kept, least = _keep_slots(out, lists, kept, least, 0, k, FEW, 1, SORTED, LANES)
-    else:
-        kept, least = _keep_slots(out, lists, kept, least, 0, k, SLOTS, 1, SORTED, LANES)
-        for start in range(SLOTS, slots, SLOTS):
-            tl.debug_barrier()
-            kept, least = _keep_slots(
-                out, lists, kept, least, start, k, SLOTS, SORTED, SORTED, LANES
-            )
-    # What one thread wrote, others read.
-    tl.debug_barrier()
-    if SORTED > OUTPUTS:
-        for start in range(0, kept, OUTPUTS):
-            o_lane = start + tl.arange(0, OUTPUTS)
-            b_wide, _ = _wide(out, o_lane, o_lane < kept)
-            tl.store(p_wide + o_lane, b_wide, mask=o_lane < kept)
-        tl.debug_barrier()
-    for start in range(0, tl.maximum(k, kept), OUTPUTS):
-        o_lane = start + tl.arange(0, OUTPUTS)
-        m_kept = o_lane < kept
-        b_wide, b_low = _wide(out, o_lane, m_kept)
-        if SORTED <= OUTPUTS:
-            tl.store(p_wide + o_lane, b_wide, mask=m_kept)
-        b_ordinal = 0xFFFFFFFF - (b_wide & 0xFFFFFFFF)
-        b_beam, b_code = b_ordinal >> 16, b_ordinal & 0xFFFF
-        if starts_at >= 0:
-            p_start = p_starts + starts_at + b_low
-            b_low = tl.load(p_start, m_kept, other=0).to(tl.int64)
-            b_high = tl.load(p_start + 1, m_kept, other=0).to(tl.int64)
-        else:
-            p_state = p_states + 2 * (request * num_beams + b_beam)
-            b_last = tl.load(p_state + 1, m_kept, other=0)
-            b_last = tl.minimum(b_last, tl.load(p_at + search.ROWS))
-            b_high = search.run_end(p_level_codes, b_low, b_code, b_last, m_kept)
-        if SORTED <= OUTPUTS:
-            tl.debug_barrier()
-        b_above = tl.full([OUTPUTS, RANKED], 0, tl.int32)
-        for other in range(0, kept, RANKED):
-            o_other = other + tl.arange(0, RANKED)
-            b_other = tl.load(p_wide + o_other, o_other < kept, other=-0x7FFFFFFFFFFFFFFF)
-            b_above += (b_other[None, :] > b_wide[:, None]).to(tl.int32)
-        # Places without a child come behind those with one.
-        b_place = tl.where(m_kept, tl.sum(b_above, axis=1), o_lane)
-        m_place = b_place < k
-        o_out = request * k + b_place
-        tl.store(p_tokens + o_out, tl.where(m_kept, b_code, -1), mask=m_place)
-        tl.store(p_parents + o_out, tl.where(m_kept, b_beam, 0), mask=m_place)
-        b_key = (b_wide >> 32).to(tl.int32)
-        b_score = tl.where(m_kept, choose.score_of(b_key), -float("inf"))
-        tl.store(p_scores + o_out, b_score, mask=m_place)
-        tl.store(p_after + 2 * o_out, tl.where(m_kept, b_low, 0), mask=m_place)
-        tl.store(p_after + 2 * o_out + 1, tl.where(m_kept, b_high, 0), mask=m_place)
+    tl.store(p_nears + program, near)
 
 
 def trie_beam_step(
@@ -437,6 +312,7 @@ def trie_beam_step(
     valid: bool = False,
     filter: Sequence[Tensor] = (),
     deny: Tensor | None = None,
+    mean_children: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Chooses the k best children over all beams of each request, without waiting for the device.
 
@@ -452,6 +328,8 @@ def trie_beam_step(
         filter: The rows that may be reached: bits int64, the set bits before each 512 rows (uint32
             in int32), and the trie's masks without children that hold no row; or nothing.
         deny: int64 ``[B, D]``, rows that a request must not get; what is no row is left out.
+        mean_children: Children of a node of ``level`` on average, if known: no answer depends on
+            it, but how long it takes.
 
     Returns:
         Codes int64 ``[B, k]`` (-1 where there is no k-th child), the beams they come from
@@ -469,7 +347,7 @@ def trie_beam_step(
     room = list_room(width, k)
     keys = torch.empty(batch * beams * room, dtype=torch.int32, device=device)
     items = tokens.new_empty(keys.shape)
-    counts, cuts = keys.new_empty((2, batch * beams))
+    counts, cuts, nears = keys.new_empty((3, batch * beams))
     states = states.contiguous()
     denied = ranks = None
     if deny is not None and deny.numel():
@@ -479,6 +357,8 @@ def trie_beam_step(
             denied, trie.table, filter[0] if filter else None, ranks, denied.shape[1]
         )
     if batch * beams:
+        limited = bool(filter) or denied is not None
+        config = beams_config(batch, beams, width, k, limited, mean_children)
         _beams_kernel[(batch * beams,)](
             logits,
             scores.contiguous(),
@@ -493,6 +373,7 @@ def trie_beam_step(
             items,
             counts,
             cuts,
+            nears,
             *logits.stride(),
             beams,
             width,
@@ -503,16 +384,17 @@ def trie_beam_step(
             room,
             0 if denied is None else denied.shape[1],
             VALID=valid,
-            **beams_config(batch * beams, width, k, bool(filter) or denied is not None),
+            **config,
         )
     if batch:
-        config = merge_config(beams, k)
+        config = merge_config(beams, width, k)
         scratch = keys.new_empty((2, batch * config["SORTED"]))
-        _merge_kernel[(batch,)](
+        merge.merge_kernel[(batch,)](
             keys,
             items,
             counts,
             cuts,
+            nears,
             *scratch,
             torch.empty_like(scratch[0], dtype=torch.int64),
             states,
@@ -539,29 +421,46 @@ def list_room(width: int, k: int) -> int:
     return triton.cdiv(room, choose.CHUNK.value) * choose.CHUNK.value
 
 
-def beams_config(rows: int, width: int, k: int, limited: bool) -> dict[str, int]:
+def near_slots(beams: int, width: int, k: int) -> int:
+    """Returns the slots for the best of a beam: of all W beams some `_NEAR` k, or whole lists."""
+    chunk = choose.CHUNK.value
+    near = chunk * triton.next_power_of_2(triton.cdiv(_NEAR * k, max(beams, 1) * chunk))
+    return min(near, list_room(width, k))
+
+
+def beams_config(
+    batch: int, beams: int, width: int, k: int, limited: bool, mean_children: float | None = None
+) -> dict[str, int]:
     """Returns block sizes and warps of the first launch.
 
     Args:
-        rows: B W.
+        batch: B.
+        beams: W.
         width: V.
         k: Children to keep.
         limited: Whether there is a filter or a deny list.
+        mean_children: Children of a node on average, if known.
     """
     columns = min(_COLUMNS, triton.next_power_of_2(max(width, 1)))
-    one = columns >= width
-    few, many = (_LIMITED, _LIMITED) if limited else (_FEW, _MANY)
+    few, many, wide, share = _FEW, _MANY, _WIDE, _PER_THREAD
+    if limited:
+        few = many = wide = _LIMITED
+        share = _PER_THREAD_LIMITED
+    elif mean_children is not None and mean_children <= _NARROW:
+        wide, share = many, _PER_THREAD_NARROW
     # A matrix level may have more entries of a node than the row has columns.
     many = max(few, min(many, columns))
+    wide = max(many, min(wide, columns))
     old = max(2, triton.next_power_of_2(list_room(width, k)))
-    crowd = rows > _FEW_ROWS and one and not limited and old <= 512
-    lanes = max(columns, many, old) // (_PER_THREAD if crowd else _PER_THREAD_OF_FEW_ROWS)
-    warps = min(max(lanes // 32, 1), 32)
+    crowd = batch * beams > _FEW_ROWS and not limited and old <= 512
+    warps = min(max(max(columns, wide, old) // share // 32, 1), 32)
     config = {
-        "ONE": one,
+        "ONE": columns >= width,
         "COLUMNS": columns,
         "FEW": few,
         "MANY": many,
+        "WIDE": wide,
+        "NEAR": near_slots(beams, width, k),
         "OLD": old,
         "LANES": 32 * warps,
         "OVERLAP": _OVERLAP,
@@ -570,18 +469,23 @@ def beams_config(rows: int, width: int, k: int, limited: bool) -> dict[str, int]
     return config | ({"maxnreg": _REGISTERS} if crowd and _REGISTERS else {})
 
 
-def merge_config(beams: int, k: int) -> dict[str, int]:
+def merge_config(beams: int, width: int, k: int) -> dict[str, int]:
     """Returns block sizes and warps of the second launch, for W beams of which k children stay."""
     # Twice as many as k or less: the more, the sooner a cut is found.
     ranked = triton.next_power_of_2(max(k + k // _SPARE, 2))
-    slots = min(_SLOTS, triton.next_power_of_2(max(beams, 1) * choose.CHUNK.value * ranked))
+    near = near_slots(beams, width, k)
+    slots = min(_SLOTS, triton.next_power_of_2(max(beams, 1) * near))
     slots = max(slots, ranked, choose.CHUNK.value)
-    warps = min(max(slots // _SLOTS_PER_THREAD // 32, 4), 32)
+    outputs = min(_OUTPUTS, ranked)
+    # No more threads than outputs: each ranks its own.
+    least = max(4, min(_MERGE_WARPS, outputs // 32))
+    warps = min(max(slots // _SLOTS_PER_THREAD // 32, least), 32)
     return {
+        "BEAMS": min(_BEAMS, triton.next_power_of_2(max(beams, 1))),
+        "NEAR": near,
         "SORTED": ranked,
-        "FEW": min(_FEW_SLOTS, slots),
         "SLOTS": slots,
-        "OUTPUTS": min(_OUTPUTS, ranked),
+        "OUTPUTS": outputs,
         "RANKED": min(_RANKED, ranked),
         "LANES": 32 * warps,
         "OVERLAP": _OVERLAP,

@@ -40,13 +40,24 @@ def log_sum(b_top, b_sum):
 @triton.jit
 def top_of(b_x):
     """Returns the largest value, above -inf."""
-    return tl.maximum(tl.max(b_x, axis=0), LOWEST)
+    return tl.maximum(tl.max(b_x), LOWEST)
 
 
 @triton.jit
 def log_sum_below(b_x, top):
     """Returns the log of the sum of exp(x - top)."""
-    return tl.log(tl.sum(_exp(b_x - top), axis=0))
+    return tl.log(tl.sum(_exp(b_x - top)))
+
+
+@triton.jit
+def row_of(p_row, stride_column, width, COLUMNS: tl.constexpr):
+    """Returns a row of up to COLUMNS columns, those side by side that a thread reads at once.
+
+    It has two dimensions: of one, a block of as many children would be laid out alike.
+    """
+    SIDE: tl.constexpr = 8 if COLUMNS > 8 else COLUMNS
+    o_v = SIDE * tl.arange(0, COLUMNS // SIDE)[:, None] + tl.arange(0, SIDE)[None, :]
+    return tl.load(p_row + o_v.to(tl.int64) * stride_column, o_v < width, other=-float("inf"))
 
 
 @triton.jit

@@ -4,7 +4,7 @@ A child is a *key*, its score as an int32 in the same order, and an *item*, its 
 entry of the level. Of equal keys the lower (beam, code) is better, so the best are always the same
 ones, whatever the order in which they are found. Children are kept in lists in *slots* of chunks
 of eight, those of all beams of a request chunk by chunk: the first eight of each beam, then the
-next.
+next. The few best of a beam come first, so that all beams' best lie side by side.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import triton.language as tl
 
 # Below the key of any score.
 NEVER = tl.constexpr(-(1 << 31))
+# Above the key of any score.
+FAR = tl.constexpr((1 << 31) - 1)
 # Children of one beam that lie side by side.
 CHUNK = tl.constexpr(8)
 
@@ -55,20 +57,24 @@ def item_of(b_child, p_codes, first, mask):
 
 
 @triton.jit
-def _places(mask, LANES: tl.constexpr):
-    """Returns int32: different numbers from 0 on for the lanes that are set, in no order."""
-    SIZE: tl.constexpr = mask.shape[0]
-    b_set = mask.to(tl.int32)
+def _places(m_near, m_far, LANES: tl.constexpr):
+    """Returns int32: different numbers for the lanes that are set, in no order.
+
+    Those of `m_near` and of `m_far`, which have no lane in common, are each counted from 0 on.
+    """
+    SIZE: tl.constexpr = m_far.shape[0]
+    # Two counts in one number: no block has 2^16 lanes.
+    b_set = (m_near.to(tl.int32) << 16) + m_far.to(tl.int32)
     if SIZE <= LANES:
         b_place = tl.cumsum(b_set, axis=0) - b_set
     else:
         # What one thread holds is counted within it: threads meet once, not for each lane.
-        b_set = tl.reshape(b_set, [SIZE // LANES, LANES])
-        b_all = tl.sum(b_set, axis=0)
+        b_lanes = tl.reshape(b_set, [SIZE // LANES, LANES])
+        b_all = tl.sum(b_lanes, axis=0)
         b_before = tl.cumsum(b_all, axis=0) - b_all
-        b_place = b_before[None, :] + tl.cumsum(b_set, axis=0) - b_set
+        b_place = b_before[None, :] + tl.cumsum(b_lanes, axis=0) - b_lanes
         b_place = tl.reshape(b_place, [SIZE])
-    return b_place
+    return tl.where(m_near, b_place >> 16, b_place & 0xFFFF)
 
 
 @triton.jit
@@ -80,7 +86,7 @@ def _count(m_new, m_old, OLD: tl.constexpr):
 
 
 @triton.jit
-def _cut(b_key, b_old, low, count, wanted, room, OLD: tl.constexpr):
+def _halve(b_key, b_old, low, high, count, wanted, room, OLD: tl.constexpr):
     """Returns the key that at least `wanted` keys reach, and how many do.
 
     They are at most `room`, unless fewer than `wanted` are above that key: where many are equal.
@@ -88,20 +94,13 @@ def _cut(b_key, b_old, low, count, wanted, room, OLD: tl.constexpr):
     Args:
         b_key: int32 [BLOCK].
         b_old: int32 [OLD].
-        low: Below it no key counts.
-        count: How many reach it, more than `room`.
+        low: A key that `count` keys reach, at least `wanted`.
+        high: A key above which there are fewer than `wanted`.
+        count: See `low`.
         wanted: At least 1, at most `room`.
         room: Keys that there is room for.
         OLD: 1 if there are no old keys.
     """
-    high = tl.max(b_key, axis=0)
-    least = tl.min(tl.where(b_key >= low, b_key, high), axis=0)
-    if OLD > 1:
-        most = tl.max(b_old, axis=0)
-        least = tl.minimum(least, tl.min(tl.where(b_old >= low, b_old, most), axis=0))
-        high = tl.maximum(high, most)
-    low = tl.maximum(low, least)
-    # As many keys as `count` reach `low`; fewer than wanted are above `high`.
     while (count > room) & (low < high):
         # Rounded up, and no sum that could overflow.
         middle = (low >> 1) + (high >> 1) + (low & high & 1) + ((low ^ high) & 1)
@@ -111,6 +110,37 @@ def _cut(b_key, b_old, low, count, wanted, room, OLD: tl.constexpr):
         high = tl.where(enough, high, middle - 1)
         count = tl.where(enough, reach, count)
     return low, count
+
+
+@triton.jit
+def _cut(b_key, b_old, low, count, wanted, room, OLD: tl.constexpr):
+    """As `_halve`, between `low` and the highest key; `count` reach `low`, more than `room`."""
+    high = tl.max(b_key, axis=0)
+    least = tl.min(tl.where(b_key >= low, b_key, high), axis=0)
+    if OLD > 1:
+        most = tl.max(b_old, axis=0)
+        least = tl.minimum(least, tl.min(tl.where(b_old >= low, b_old, most), axis=0))
+        high = tl.maximum(high, most)
+    return _halve(b_key, b_old, tl.maximum(low, least), high, count, wanted, room, OLD)
+
+
+@triton.jit
+def _near(b_key, least, count, NEAR: tl.constexpr):
+    """Returns a key that at most NEAR keys reach, where possible half of that, and how many do.
+
+    Args:
+        b_key: int32 [BLOCK].
+        least: A key that `count` keys reach.
+        count: More than NEAR.
+        NEAR: At least 1.
+    """
+    high = tl.max(b_key, axis=0)
+    near, reach = _halve(b_key, b_key, least, high, count, (NEAR + 1) // 2, NEAR, 1)
+    if reach > NEAR:
+        # So many are equal.
+        reach = tl.sum((b_key > near).to(tl.int32), axis=0)
+        near += 1
+    return near, reach
 
 
 @triton.jit
@@ -138,12 +168,14 @@ def keep(
     wanted,
     room,
     SLOTS: tl.constexpr,
+    NEAR: tl.constexpr,
     OLD: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Adds the children of a block to a list, in no order.
+    """Adds the children of a block to a list.
 
-    Where there is no room for all, at least the `wanted` best of both stay.
+    Where there is no room for all, at least the `wanted` best of both stay. Up to NEAR that are
+    better than the others come first; but for that, they are in no order.
 
     Args:
         out: The list: int32 keys, what belongs to each, and the `spread` of its slots. If `SLOTS`,
@@ -156,11 +188,13 @@ def keep(
         wanted: Children that matter, at least 1 and at most `room`.
         room: Children that there is room for.
         SLOTS: Whether children are known by their slots in other lists.
+        NEAR: 0 for a list in no order at all; otherwise the list is without children so far.
         OLD: 1 for a list without children, else at least `room`.
         LANES: Threads of the program.
 
     Returns:
-        How many children the list has, and the new `least`.
+        How many children the list has, the new `least`, and a key that none behind the first NEAR
+        reaches.
     """
     p_keys, p_payloads, spread, p_source, number = out
     m_new = b_key >= least
@@ -192,15 +226,25 @@ def keep(
             count = wanted
         kept = tl.full([], 0, tl.int32)
         if OLD > 1:
-            o_old = slot_of(_places(m_old, LANES), spread)
+            o_old = slot_of(_places(m_old & ~m_old, m_old, LANES), spread)
             kept = tl.sum(m_old.to(tl.int32), axis=0)
             # Every thread has read what is about to be overwritten.
             tl.debug_barrier()
             tl.store(p_keys + o_old, b_old, mask=m_old)
             tl.store(p_payloads + o_old, b_old_payload, mask=m_old)
         found = count - kept
+    near = tl.full([], FAR, tl.int32)
     if found > 0:
-        o_new = slot_of(kept + _places(m_new, LANES), spread)
+        if NEAR > 0:
+            reach = tl.full([], 0, tl.int32)
+            if found > NEAR:
+                near, reach = _near(b_key, least, found, NEAR)
+            m_near = m_new & (b_key >= near)
+            b_place = _places(m_near, m_new & ~m_near, LANES)
+            b_place += tl.where(m_near, 0, reach)
+        else:
+            b_place = kept + _places(m_new & ~m_new, m_new, LANES)
+        o_new = slot_of(b_place, spread)
         tl.store(p_keys + o_new, b_key, mask=m_new)
         if SLOTS:
             tl.store(p_payloads + o_new, b_child, mask=m_new)
@@ -210,4 +254,4 @@ def keep(
     if OLD > 1:
         # What one thread wrote, others read.
         tl.debug_barrier()
-    return kept + found, least
+    return kept + found, least, near

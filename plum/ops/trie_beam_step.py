@@ -12,6 +12,7 @@ from plum import _native
 from plum._library import Backend, Op
 from plum.errors import InvalidArgument
 from plum.ops._trie_index import (
+    EDGES,
     TrieIndex,
     check_device,
     check_level,
@@ -339,6 +340,10 @@ def _triton(
 
     if k > kernel.MAX_K:
         raise InvalidArgument("k", f"at most {kernel.MAX_K} with backend='triton'", k)
+    mean_children = None
+    if levels is None and level > 0:
+        above, below = index[0][level - 1 : level + 1, EDGES].tolist()
+        mean_children = below / max(above, 1)
     return kernel.trie_beam_step(
         logits,
         scores,
@@ -350,6 +355,7 @@ def _triton(
         valid=valid,
         filter=filter,
         deny=deny,
+        mean_children=mean_children,
     )
 
 

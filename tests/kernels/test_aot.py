@@ -120,48 +120,62 @@ def trie_mask(architecture: int) -> list[Variant]:
     ]
 
 
+# What the launches of a beam step hand over.
+LISTS = {
+    "p_items": "*i64",
+    **dict.fromkeys(("p_keys", "p_counts", "p_cuts", "p_nears"), "*i32"),
+}
+
+
 def trie_beam_step(architecture: int) -> list[Variant]:
     kernel = importlib.import_module("plum.kernels.trie_beam_step")
     numbers = (
         *("stride_batch", "stride_beam", "num_beams", "width", "num_levels", "level", "column"),
         *("k", "room", "num_denied"),
     )
-    scratch = {"p_items": "*i64", **dict.fromkeys(("p_keys", "p_counts", "p_cuts"), "*i32")}
-    types = {"p_scores": "*fp32", "p_states": "*i64", **scratch, **TRIE}
+    types = {"p_scores": "*fp32", "p_states": "*i64", **LISTS, **TRIE}
     types |= dict.fromkeys(numbers, "i32")
     filter = {"p_filter_bits": "*i64", "p_filter_ranks": "*u32", "p_filter_masks": "*i64"}
     deny = {"p_denied": "*i64", "p_denied_ranks": "*i32"}
     optional = {**LEVELS, **filter, **deny}
     ranks = {"p_denied": "*i64", "p_table": "*i64", "p_filter_bits": "*i64", "p_ranks": "*i32"}
     found: list[Variant] = [("_rank_denied_kernel", {**ranks, "num_denied": "i32"}, {}, {})]
-    for logits, rows, width, k, valid, given in (
-        ("*bf16", 512, 2048, 64, False, {}),
-        ("*bf16", 512, 2048, 64, True, {}),
-        ("*bf16", 4096, 2048, 128, False, {}),
-        ("*bf16", 4096, 2048, 128, True, {}),
-        ("*fp32", 4096, 32768, 128, False, {**filter, **deny}),
-        ("*fp16", 4096, 2048, kernel.MAX_K, True, optional),
+    for logits, beams, width, k, valid, given, mean_children in (
+        ("*bf16", 64, 2048, 64, False, {}, None),
+        ("*bf16", 64, 2048, 64, True, {}, None),
+        ("*bf16", 128, 2048, 128, False, {}, 490.0),
+        ("*bf16", 128, 2048, 128, True, {}, 490.0),
+        ("*bf16", 128, 2048, 128, False, {}, 1.2),
+        ("*fp32", 128, 32768, 128, False, {**filter, **deny}, None),
+        ("*fp16", 128, 2048, kernel.MAX_K, True, optional, None),
     ):
-        constants = kernel.beams_config(rows, width, k, bool(given))
+        batch = 8 if beams == 64 else 32
+        constants = kernel.beams_config(batch, beams, width, k, bool(given), mean_children)
         names = ("num_warps", "maxnreg")
         options = {name: constants.pop(name) for name in names if name in constants}
         constants |= {"VALID": valid, "stride_column": 1}
         constants |= {name: None for name in optional if name not in given}
         found.append(("_beams_kernel", {"p_logits": logits, **types, **given}, constants, options))
+    return found
+
+
+def trie_merge(architecture: int) -> list[Variant]:
+    kernel = importlib.import_module("plum.kernels.trie_beam_step")
     types = {
         **dict.fromkeys(("p_wide", "p_states", "p_tokens", "p_parents", "p_after"), "*i64"),
         **dict.fromkeys(("num_beams", "num_levels", "level", "k", "room"), "i32"),
         **dict.fromkeys(("p_best", "p_slots"), "*i32"),
         "p_scores": "*fp32",
-        **scratch,
+        **LISTS,
         **TRIE,
     }
+    found: list[Variant] = []
     for beams, k, each in ((64, 64, None), (128, 128, None), (4096, kernel.MAX_K, "*i64")):
-        constants = kernel.merge_config(beams, k)
+        constants = kernel.merge_config(beams, 2048, k)
         options = {"num_warps": constants.pop("num_warps")}
         levels = {"p_levels": each} if each else {}
         constants |= {} if each else {"p_levels": None}
-        found.append(("_merge_kernel", {**types, **levels}, constants, options))
+        found.append(("merge_kernel", {**types, **levels}, constants, options))
     return found
 
 
@@ -172,6 +186,7 @@ VARIANTS = {
     "trie_advance": trie_advance,
     "trie_beam_step": trie_beam_step,
     "trie_mask": trie_mask,
+    "trie_merge": trie_merge,
     "trie_walk": trie_walk,
 }
 # Files without a kernel of their own.

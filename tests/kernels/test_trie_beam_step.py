@@ -24,8 +24,9 @@ TOLERANCE = 2e-5
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that rows, nodes and merges take several."""
-    sizes = {"_COLUMNS": 16, "_FEW": 4, "_MANY": 8, "_LIMITED": 8, "_SLOTS": 64}
-    for name, size in (*sizes.items(), ("_FEW_SLOTS", 16), ("_OUTPUTS", 8), ("_RANKED", 4)):
+    sizes = {"_COLUMNS": 16, "_FEW": 4, "_MANY": 8, "_WIDE": 16, "_LIMITED": 8}
+    sizes |= {"_SLOTS": 64, "_OUTPUTS": 8, "_RANKED": 4, "_BEAMS": 2, "_NEAR": 1}
+    for name, size in sizes.items():
         monkeypatch.setattr(kernel, name, size)
 
 
@@ -169,6 +170,8 @@ NODES = {
     "more beams than children": ([1] * 40, 70),
     "more beams than k": ([2] * 40, 3),
     "more slots than a block has": ([100] * 6, 40),
+    "of wide blocks": ([16, 14, 12, 15], 9),
+    "of many lists": ([12, 16] * 7, 30),
 }
 
 
@@ -186,8 +189,12 @@ def test_nodes_of_every_size(small_blocks, nodes, how):
     near, far = (
         torch.from_numpy(random.normal(at, 1, shape)).float().to(DEVICE) for at in (-3, -3e37)
     )
+    # All that is chosen is in one beam's list, most of it behind its first slots.
+    peaked = near.clone()
+    peaked[0, -1] += 40
     # At a score of -3e37 all children of a beam are equal, to the reference too.
-    for rows, scores in ((logits, near), (logits, far), (logits * 0, near * 0), (logits, 2 * near)):
+    steps = ((logits, near), (logits, peaked), (logits, far), (logits * 0, near * 0))
+    for rows, scores in steps:
         step = trie_beam_step(rows, scores, states, trie, 1, k=k, score=how, backend="triton")
         expected = trie_beam_step(
             rows, scores, states, trie, 1, k=k, score=how, backend="reference"

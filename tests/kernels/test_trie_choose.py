@@ -26,6 +26,7 @@ def _keep_kernel(
     wanted,
     room,
     SLOTS: tl.constexpr,
+    NEAR: tl.constexpr,
     BLOCK: tl.constexpr,
     FIRST: tl.constexpr,
     OLD: tl.constexpr,
@@ -34,20 +35,22 @@ def _keep_kernel(
     out = (p_list, p_payloads, 2 * choose.CHUNK, p_source, number)
     kept = tl.full([], 0, tl.int32)
     least = tl.full([], choose.NEVER + 1, tl.int32)
+    near = tl.full([], choose.FAR, tl.int32)
     for start in range(0, size, BLOCK):
         o_child = start + tl.arange(0, BLOCK)
         b_score = tl.load(p_scores + o_child, o_child < size, other=-float("inf"))
         b_key = choose.key_of(b_score)
         if FIRST:
-            kept, least = choose.keep(
-                out, kept, least, b_key, o_child, wanted, room, SLOTS, 1, LANES
+            kept, least, near = choose.keep(
+                out, kept, least, b_key, o_child, wanted, room, SLOTS, NEAR, 1, LANES
             )
         else:
-            kept, least = choose.keep(
-                out, kept, least, b_key, o_child, wanted, room, SLOTS, OLD, LANES
+            kept, least, _ = choose.keep(
+                out, kept, least, b_key, o_child, wanted, room, SLOTS, 0, OLD, LANES
             )
     tl.store(p_result, kept)
     tl.store(p_result + 1, least)
+    tl.store(p_result + 2, near)
 
 
 def make_scores(random: np.random.Generator, size: int) -> np.ndarray:
@@ -71,7 +74,7 @@ def scores_of(keys: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("slots", [False, True])
 @pytest.mark.parametrize("lanes", [8, 128])
 def test_the_best_are_kept(slots, lanes):
-    cuts = 0
+    cuts = parted = 0
     for seed in range(8 if DEVICE == "cuda" else 30):
         random = np.random.default_rng([lanes, slots, seed])
         size, block = int(random.choice([1, 20, 64, 150])), int(random.choice([16, 64]))
@@ -89,7 +92,8 @@ def test_the_best_are_kept(slots, lanes):
         length = 2 * triton.cdiv(room, choose.CHUNK.value) * choose.CHUNK.value
         keys = torch.full((length,), 77, dtype=torch.int32, device=DEVICE)
         payloads = keys.clone() if slots else keys.long()
-        result = keys.new_empty(2)
+        result = keys.new_empty(3)
+        near_slots = int(random.choice([0, 8, 16]))
         first = int(random.integers(0, 1 << 32))
         _keep_kernel[(1,)](
             keys,
@@ -102,13 +106,14 @@ def test_the_best_are_kept(slots, lanes):
             wanted,
             room,
             SLOTS=slots,
+            NEAR=near_slots,
             BLOCK=block,
             FIRST=size <= block,
             OLD=max(2, triton.next_power_of_2(room)),
             LANES=lanes,
             num_warps=lanes // 32 or 1,
         )
-        kept, least = result.tolist()
+        kept, least, near = result.tolist()
         legal = scores > -np.inf
         ranking = [i for i in np.lexsort((ordinals, -(scores + 0.0))) if legal[i]]
         assert min(wanted, len(ranking)) <= kept <= min(room, len(ranking))
@@ -126,7 +131,11 @@ def test_the_best_are_kept(slots, lanes):
         if len(ranking) > room:
             cuts += 1
             assert scores[ranking[wanted - 1]] >= cut
+        if near_slots and size <= block and kept > near_slots:
+            parted += 1
+            order = keys.cpu().numpy()[places]
+            assert (order[near_slots:] < near).all() and (order >= near).sum() <= near_slots
         # Between the chunks of a list are those of another.
         other = np.arange(length) // choose.CHUNK.value % 2 == 1
         assert (keys.cpu().numpy()[other] == 77).all()
-    assert cuts > 2
+    assert cuts > 2 and parted > 2
