@@ -358,9 +358,9 @@ def test_benchmarks_that_are_interrupted_leave_their_results(tmp_path):
     written = tmp_path / "gpu.json"
     command = [*("-m", "pytest", "-p", "no:cacheprovider", "-q", "-s", "--rootdir", str(tmp_path))]
     command += [str(tmp_path), "--benchmark-max-time=0.1", f"--benchmark-json={written}"]
-    step = gpu_run.Step("benchmarks", [sys.executable, *command], 24.0)
+    step = gpu_run.Step("benchmarks", [sys.executable, *command], 36.0)
     step.run(time.monotonic() + 60)
-    assert step.status == "timed out" and step.took < 23
+    assert step.status == "timed out" and step.took < 35
     names = [entry["name"] for entry in json.loads(written.read_text())["benchmarks"]]
     assert names == ["test_quick"]
 
