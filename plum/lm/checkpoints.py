@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
@@ -14,6 +15,11 @@ from plum.errors import InvalidData
 from plum.files import atomic_folder, atomic_path, read_json, write_json
 
 _MARKER = "complete.json"
+
+
+def hash_seed(*numbers: int) -> int:
+    """Returns a seed for torch that depends on all of the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class Checkpoints:

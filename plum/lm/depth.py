@@ -63,8 +63,14 @@ class DepthGenerator(NextItemModel):
         self.sizes, self.label_smoothing = tuple(codebook_sizes), label_smoothing
         self.item_loss = item_loss
         self.trie = SidTrie.from_codes(codes, codebook_sizes=self.sizes)
-        self.register_buffer("codes", torch.from_numpy(np.asarray(codes, dtype=np.int64)))
-        self.register_buffer("illegal", ~_legal_codes(np.asarray(codes), self.sizes))
+        codes = np.asarray(codes, dtype=np.int64)
+        _, rows, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+        # The row of each item in the trie's table, and how many items share that row.
+        self._rows, self._sharing = rows.reshape(-1), counts
+        # They come with the catalog, not with the weights.
+        self.register_buffer("codes", torch.from_numpy(codes), persistent=False)
+        illegal = ~_legal_codes(codes, self.sizes)
+        self.register_buffer("illegal", illegal, persistent=False)
         width, levels = shape.width, len(self.sizes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -148,13 +154,19 @@ class DepthGenerator(NextItemModel):
 
     @torch.no_grad()
     def search(
-        self, histories: Sequence[np.ndarray], num_beams: int, *, batch_size: int = 128
+        self,
+        histories: Sequence[np.ndarray],
+        num_beams: int,
+        *,
+        exclude_seen: bool = False,
+        batch_size: int = 128,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Finds the best SIDs after each history by constrained beam search.
 
         Args:
             histories: Item indices in time order, one int array ``[n]``, ``n >= 1``, per request.
             num_beams: W, the width of the beam.
+            exclude_seen: Deny the SIDs all of whose items are in the history.
             batch_size: Requests per pass.
 
         Returns:
@@ -170,13 +182,15 @@ class DepthGenerator(NextItemModel):
         order = np.argsort([len(history) for history in histories], kind="stable")
         for low in range(0, len(order), batch_size):
             part = order[low : low + batch_size]
-            x = self.last_states([histories[row] for row in part])[:, None]
+            some = [histories[row] for row in part]
+            x = self.last_states(some)[:, None]
+            deny = self._seen_rows(some).to(device) if exclude_seen else None
             states = self.trie.root_states(len(part))
             sums = torch.zeros(len(part), 1, device=device)
             for level in range(len(self.sizes)):
                 logits = self.logits(x, level)
                 step = trie_beam_step(
-                    logits, sums, states, self.trie, level, k=num_beams, score="valid"
+                    logits, sums, states, self.trie, level, k=num_beams, score="valid", deny=deny
                 )
                 sums, states = step.scores, step.states
                 if level + 1 < len(self.sizes):
@@ -185,6 +199,14 @@ class DepthGenerator(NextItemModel):
             found = states[..., 0].masked_fill(sums.isneginf(), -1)
             rows[part], scores[part] = found.cpu().numpy(), sums.cpu().numpy()
         return rows, scores
+
+    def _seen_rows(self, histories: Sequence[np.ndarray]) -> Tensor:
+        """Returns rows of the table of which each history has every item, int64 ``[B, D]``."""
+        found = []
+        for history in histories:
+            rows, counts = np.unique(self._rows[np.unique(history)], return_counts=True)
+            found.append(torch.from_numpy(rows[counts == self._sharing[rows]]))
+        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
 
 
 class _Gated(nn.Module):

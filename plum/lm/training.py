@@ -15,7 +15,7 @@ import torch
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.files import atomic_folder, write_json
-from plum.lm.checkpoints import Checkpoints
+from plum.lm.checkpoints import Checkpoints, hash_seed
 from plum.lm.examples import TrainingBatches, check_histories
 from plum.lm.model import Generator, quiet_transformers
 from plum.lm.validation import validate
@@ -243,13 +243,7 @@ class _Run:
 
     def before_step(self) -> None:
         """Makes dropout a function of the seed and the step, so that a resume repeats it."""
-        torch.manual_seed(
-            int(
-                np.random.SeedSequence((self.config.seed, self.step)).generate_state(1, np.uint64)[
-                    0
-                ]
-            )
-        )
+        torch.manual_seed(hash_seed(self.config.seed, self.step))
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Counts, validates and saves when due; returns whether training is over."""
