@@ -59,6 +59,9 @@ class TokenizeConfig(_Section):
     co_occurrence_weight: float = Field(default=0.0, ge=0, description="of rq-vae; 0 for none")
     co_occurrence_window: int = Field(default=5, ge=1, description="in positions of a history")
     collisions: Literal["accept", "suffix", "nearest_free", "balanced"] = "accept"
+    behavior: bool = Field(
+        default=False, description="also quantize what the log tells of items taken together"
+    )
 
     @model_validator(mode="after")
     def _only_of_rq_vae(self) -> TokenizeConfig:
@@ -78,6 +81,7 @@ class FinetuneConfig(_Section):
     weight_decay: float = Field(default=0.01, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     max_items: int = Field(default=50, ge=1)
+    dropout: float = Field(default=0.3, ge=0, lt=1, description="of the bases scratch:depth-*")
     patience: int | None = Field(default=None, ge=1)
     save_every_steps: int = Field(default=200, ge=1)
     bf16: bool | None = None
@@ -127,8 +131,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "cpu": {},
     "gpu": {
-        "tokenize": {"kind": "rq-vae"},
-        "finetune": {"base": "scratch:base", "epochs": 60, "batch_size": 128, "max_items": 100},
+        "tokenize": {"behavior": True, "collisions": "balanced"},
+        "finetune": {
+            "base": "scratch:depth-base",
+            "epochs": 60,
+            "batch_size": 128,
+            "learning_rate": 1e-3,
+            "max_items": 200,
+        },
         "evaluate": {"batch_size": 256, "sasrec": True},
     },
 }

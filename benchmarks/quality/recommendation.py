@@ -191,9 +191,9 @@ def run_job(
     chosen = np.random.default_rng(0).permutation(len(targets))[:VALIDATION_USERS]
     some = [histories[row] for row in chosen]
 
-    def validate() -> float:
+    def validate() -> dict[str, float]:
         found = _score(model, some, targets[chosen], beams=10, ks=(10,), exclude_seen=True)
-        return found["recall@10"]
+        return {"score": found["recall@10"], "ndcg@10": found["ndcg@10"]}
 
     def show(record: dict[str, Any]) -> None:
         print(json.dumps({"job": job.key, **record}), file=sys.stderr, flush=True)
@@ -208,13 +208,16 @@ def run_job(
         for name, unseen in METRICS.items()
     }
     if isinstance(model, DepthGenerator):
-        result |= {"beams": BEAMS, **_levels(model, histories, targets)}
+        losses, accuracy = model.score(histories, targets)
+        result |= {"beams": BEAMS, "level_accuracy": accuracy.tolist()}
+        result["level_perplexity"] = np.exp(losses).tolist()
     best = max(history, key=lambda record: record["score"])
     return result | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "epochs": history[-1]["epoch"],
         "best_epoch": best["epoch"],
         "validation_recall@10": best["score"],
+        "validation_ndcg@10": best["ndcg@10"],
         "stopped_by_time": limit is not None and history[-1]["epoch"] < config.epochs,
         "train_seconds": round(trained, 1),
         "test_seconds": round(time.monotonic() - start - trained, 1),
@@ -262,21 +265,6 @@ def _score(
         starts = model.trie.item_starts
         ranked, _ = expand_sids(rows, scores, starts, items, k=max(ks), seed=0)
     return ranking_metrics(ranked, targets, ks=ks, num_items=model.num_items)
-
-
-def _levels(model: Any, histories: list[np.ndarray], targets: np.ndarray) -> dict[str, Any]:
-    """Accuracy and perplexity of each level given the true codes before it, over legal codes."""
-    import torch
-
-    sums = np.zeros((2, len(model.sizes)))
-    with torch.no_grad():
-        for low in range(0, len(targets), 512):
-            wanted = torch.from_numpy(targets[low : low + 512].astype(np.int64))
-            states = model.last_states(histories[low : low + 512])
-            found = model.level_losses(states, wanted.to(states.device))
-            sums += len(wanted) * torch.stack(found).double().cpu().numpy()
-    losses, accuracy = sums / len(targets)
-    return {"level_accuracy": accuracy.tolist(), "level_perplexity": np.exp(losses).tolist()}
 
 
 class Runner:

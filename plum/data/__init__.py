@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from plum.data.amazon import read_amazon
+from plum.data.co_occurrence import co_occurrence_vectors
 from plum.data.dataset import Dataset, filter_interactions, render_texts
 from plum.data.download import download_movielens
 from plum.data.movielens import MOVIELENS, find_template, read_movielens, read_movies
@@ -22,6 +23,7 @@ __all__ = [
     "Dataset",
     "Sequences",
     "Split",
+    "co_occurrence_vectors",
     "co_occurring_pairs",
     "download_movielens",
     "filter_interactions",

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, InvalidData
+from plum.files import atomic_folder, read_json, write_json
 from plum.lm.examples import IGNORED
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
 from plum.ops.trie_beam_step import trie_beam_step
 from plum.trie import SidTrie
+
+ARCHITECTURE = "DepthGenerator"
+
+# Shapes from scratch, by the name that follows "scratch:".
+DEPTH_SHAPES: dict[str, dict[str, int]] = {
+    "depth-tiny": {"width": 64, "layers": 2, "heads": 1},
+    "depth-small": {"width": 128, "layers": 2, "heads": 2},
+    "depth-base": {"width": 256, "layers": 3, "heads": 4},
+}
+
+
+def is_depth_generator(folder: str | Path) -> bool:
+    """Tells whether :meth:`DepthGenerator.save_pretrained` wrote this folder."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and read_json(path).get("architecture") == ARCHITECTURE
 
 
 class DepthGenerator(NextItemModel):
@@ -25,6 +44,11 @@ class DepthGenerator(NextItemModel):
     written so far to one of the catalog, so that probabilities of all SIDs add up to 1. Depth
     decoders over a timeline of items are from RQ-Transformer (Lee et al., 2022) and MARIUS
     (arXiv 2508.14910).
+
+    Attributes:
+        trie: The SIDs of the catalog.
+        rows: int64 ``[N]``, the row of each item in the trie's table.
+        sharing: int64 ``[S]``, the items on each row.
     """
 
     codes: Tensor
@@ -65,8 +89,7 @@ class DepthGenerator(NextItemModel):
         self.trie = SidTrie.from_codes(codes, codebook_sizes=self.sizes)
         codes = np.asarray(codes, dtype=np.int64)
         _, rows, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
-        # The row of each item in the trie's table, and how many items share that row.
-        self._rows, self._sharing = rows.reshape(-1), counts
+        self.rows, self.sharing = rows.reshape(-1), counts
         # They come with the catalog, not with the weights.
         self.register_buffer("codes", torch.from_numpy(codes), persistent=False)
         illegal = ~_legal_codes(codes, self.sizes)
@@ -119,6 +142,39 @@ class DepthGenerator(NextItemModel):
         items = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
         return loss + self.item_loss * items
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``config.json`` and ``model.safetensors``; the SIDs stay with their table."""
+        with atomic_folder(folder) as path:
+            config = {"architecture": ARCHITECTURE, "codebook_sizes": list(self.sizes)}
+            write_json(path / "config.json", {**config, "shape": asdict(self.timeline.shape)})
+            save_file(self.state_dict(), path / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, codes: np.ndarray) -> DepthGenerator:
+        """Reads what :meth:`save_pretrained` wrote, for the catalog of these SIDs.
+
+        No weight belongs to an item, so a catalog that has grown since needs no training.
+
+        Args:
+            folder: The folder.
+            codes: SID of each item, int ``[N, L]``.
+
+        Returns:
+            The model in evaluation mode, on the CPU.
+
+        Raises:
+            InvalidData: there is no such model in the folder.
+            InvalidArgument: the SIDs do not fit its codebooks.
+        """
+        folder = Path(folder)
+        if not is_depth_generator(folder):
+            raise InvalidData(folder, "a saved DepthGenerator", "none")
+        config = read_json(folder / "config.json")
+        shape = TimelineShape(**config["shape"])
+        model = cls(codes, config["codebook_sizes"], shape)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model.eval()
+
     def level_losses(
         self, states: Tensor, targets: Tensor, label_smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
@@ -151,6 +207,30 @@ class DepthGenerator(NextItemModel):
             if level + 1 < len(self.sizes):
                 x = x + functional.embedding(code, self.before[level])
         return torch.stack(losses), torch.stack(hits)
+
+    @torch.no_grad()
+    def score(
+        self, histories: Sequence[np.ndarray], targets: np.ndarray, *, batch_size: int = 512
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores what comes after each history, each level given the true codes before it.
+
+        Args:
+            histories: Item indices in time order, one int array ``[n]``, ``n >= 1``, per request.
+            targets: The item that comes next, int ``[B]``.
+            batch_size: Requests per pass.
+
+        Returns:
+            ``(losses, accuracy)``, fp64 ``[L]`` each, as :meth:`level_losses` defines them.
+        """
+        self.eval()
+        sums = np.zeros((2, len(self.sizes)))
+        for low in range(0, len(targets), batch_size):
+            wanted = torch.from_numpy(np.asarray(targets[low : low + batch_size], dtype=np.int64))
+            states = self.last_states(histories[low : low + batch_size])
+            found = self.level_losses(states, wanted.to(states.device))
+            sums += len(wanted) * torch.stack(found).double().cpu().numpy()
+        losses, accuracy = sums / len(targets)
+        return losses, accuracy
 
     @torch.no_grad()
     def search(
@@ -204,8 +284,8 @@ class DepthGenerator(NextItemModel):
         """Returns rows of the table of which each history has every item, int64 ``[B, D]``."""
         found = []
         for history in histories:
-            rows, counts = np.unique(self._rows[np.unique(history)], return_counts=True)
-            found.append(torch.from_numpy(rows[counts == self._sharing[rows]]))
+            rows, counts = np.unique(self.rows[np.unique(history)], return_counts=True)
+            found.append(torch.from_numpy(rows[counts == self.sharing[rows]]))
         return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
 
 

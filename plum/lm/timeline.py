@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,7 +168,7 @@ class TimelineConfig:
         seed: Seed of the order, the cuts and dropout.
     """
 
-    epochs: int = 200
+    epochs: int = 60
     batch_size: int = 128
     learning_rate: float = 1e-3
     warmup: int = 100
@@ -180,6 +180,19 @@ class TimelineConfig:
     bf16: bool = False
     graphs: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks every value against its range."""
+        names = ["epochs", "batch_size", "learning_rate", "eval_every"]
+        names += [n for n in ("patience", "max_seconds") if getattr(self, n) is not None]
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise InvalidArgument(name, "a number above 0", getattr(self, name))
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise InvalidArgument(name, "a number >= 0", getattr(self, name))
+        if not 0 <= self.average < 1:
+            raise InvalidArgument("average", "a share in [0, 1)", self.average)
 
 
 class DeviceBatches:
@@ -249,7 +262,7 @@ def train_timeline(
     histories: Sequence[np.ndarray],
     config: TimelineConfig,
     *,
-    validate: Callable[[], float],
+    validate: Callable[[], Mapping[str, Any]],
     progress: Callable[[dict[str, Any]], None] | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[dict[str, Any]]:
@@ -259,8 +272,9 @@ def train_timeline(
         model: The model, on the device to train on.
         histories: Item indices in time order, one int array ``[n]`` per user.
         config: How to train.
-        validate: Scores the model as it stands, in evaluation mode; higher is better. The weights
-            with the best score are the result.
+        validate: Looks at the model as it stands, in evaluation mode. The weights with the highest
+            ``score`` of what it returns are the result; whatever else there is goes into the
+            record.
         progress: Gets the record of each validation.
         checkpoints: Saved to at each validation, and resumed from. On a CPU, and without
             ``max_seconds``, a resumed run ends with the weights of an uninterrupted one, bit for
@@ -268,7 +282,7 @@ def train_timeline(
 
     Returns:
         A record per validation: ``epoch``, ``train_loss`` (nats per item, mean since the last
-        record), ``score`` and ``seconds`` since the start.
+        record), what ``validate`` returned and ``seconds`` since the start.
 
     Raises:
         InvalidData: a history has an index outside the catalog, none has two items, or the loss
@@ -294,7 +308,7 @@ class _Run:
         model: NextItemModel,
         histories: Sequence[np.ndarray],
         config: TimelineConfig,
-        validate: Callable[[], float],
+        validate: Callable[[], Mapping[str, Any]],
         progress: Callable[[dict[str, Any]], None] | None,
         checkpoints: Checkpoints | None,
     ) -> None:
@@ -418,15 +432,14 @@ class _Run:
         kept = [p.detach().clone() for p in self.parameters]
         self._put([p.data for p in self.average])
         with torch.no_grad():
-            score = self.validate()
-        if score > max((record["score"] for record in self.history), default=-np.inf):
+            found = self.validate()
+        if found["score"] > max((record["score"] for record in self.history), default=-np.inf):
             if self.checkpoints is None:
                 self.best = copy.deepcopy(self.model.state_dict())
             else:
                 self.checkpoints.save_best(self.model)
         self._put(kept)
-        seconds = self._seconds()
-        record = {"epoch": self.epoch, "train_loss": loss, "score": score, "seconds": seconds}
+        record = {"epoch": self.epoch, "train_loss": loss, **found, "seconds": self._seconds()}
         self.history.append(record)
         if self.progress is not None:
             self.progress(record)

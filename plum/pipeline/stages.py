@@ -19,6 +19,7 @@ from plum.config import DataConfig, EmbedConfig, load_config
 from plum.data import (
     Dataset,
     Sequences,
+    co_occurrence_vectors,
     co_occurring_pairs,
     filter_interactions,
     find_template,
@@ -30,11 +31,15 @@ from plum.errors import InvalidArgument
 from plum.eval import ItemKNN, Popularity, ranking_metrics
 from plum.files import atomic_path, write_json
 from plum.lm import (
+    DepthGenerator,
     FinetuneConfig,
     SASRec,
     TimelineConfig,
     TimelineShape,
+    depth_shape,
     finetune,
+    finetune_depth,
+    is_depth_base,
     load_generator,
     train_timeline,
 )
@@ -160,6 +165,13 @@ def _tokenize(work: Workspace) -> None:
     settings = work.settings
     dataset = Dataset.load(work.input("data"))
     embeddings, present = _embeddings(work)
+    if settings.behavior:
+        sequences = sequences_of(dataset)
+        width = min(64, sequences.num_items - 1)
+        behavior = {"behavior": torch.from_numpy(co_occurrence_vectors(sequences, width=width))}
+        with atomic_path(work.folder / "behavior.safetensors") as path:
+            save_file(behavior, path)
+        embeddings |= behavior
     checkpoint = work.folder / "checkpoint"
     options: dict[str, Any] = {}
     if settings.kind != "rq-kmeans":
@@ -225,6 +237,9 @@ def _report(work: Workspace) -> None:
     table = SidTable.load(work.input("tokenize") / "table")
     tokenizer = load_tokenizer(work.input("tokenize") / "model")
     embeddings, present = _embeddings(work)
+    behavior = work.input("tokenize") / "behavior.safetensors"
+    if behavior.exists():
+        embeddings |= load_file(behavior)
     latents = _latents(tokenizer, embeddings, present)
     codes = tokenizer.quantizer.encode(latents)
     report = quality_report(
@@ -250,6 +265,13 @@ def _finetune(work: Workspace) -> None:
     table = SidTable.load(work.input("tokenize") / "table")
     sequences = sequences_of(Dataset.load(work.input("data")))
     validation = sequences.split("validation")
+    rows = [
+        np.append(history, target)
+        for history, target in zip(validation.histories, validation.targets, strict=True)
+    ]
+    if is_depth_base(settings.base):
+        _finetune_depth(work, table, sequences.training(), rows)
+        return
     generator = load_generator(
         settings.base,
         SidVocabulary(table.codebook_sizes),
@@ -259,15 +281,37 @@ def _finetune(work: Workspace) -> None:
     finetune(
         generator,
         sequences.training(),
-        [
-            np.append(history, target)
-            for history, target in zip(validation.histories, validation.targets, strict=True)
-        ],
+        rows,
         table.codes,
         work.folder,
-        FinetuneConfig(**settings.model_dump(exclude={"base"}), seed=work.seed),
+        FinetuneConfig(**settings.model_dump(exclude={"base", "dropout"}), seed=work.seed),
         progress=work.progress,
     )
+
+
+def _finetune_depth(
+    work: Workspace, table: SidTable, training: list[Items], validation: list[Items]
+) -> None:
+    settings = work.settings
+    gpu = torch.cuda.is_available()
+    shape = depth_shape(settings.base, max_items=settings.max_items, dropout=settings.dropout)
+    model = DepthGenerator(
+        table.codes,
+        table.codebook_sizes,
+        shape,
+        label_smoothing=settings.label_smoothing,
+        seed=work.seed,
+    )
+    config = TimelineConfig(
+        epochs=max(1, round(settings.epochs)),
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        patience=settings.patience,
+        bf16=gpu if settings.bf16 is None else settings.bf16,
+        seed=work.seed,
+    )
+    finetune_depth(model, training, validation, work.folder, config, progress=work.progress)
 
 
 def _evaluate(work: Workspace) -> None:
@@ -299,9 +343,10 @@ def _trained_sasrec(sequences: Sequences, seed: int) -> SASRec:
     validation = sequences.split("validation")
     depth = min(10, sequences.num_items)
 
-    def validate() -> float:
+    def validate() -> dict[str, float]:
         ranked = sasrec.recommend(validation.histories, depth)
-        return ranking_metrics(ranked, validation.targets, ks=(depth,))[f"recall@{depth}"]
+        found = ranking_metrics(ranked, validation.targets, ks=(depth,))
+        return {"score": found[f"recall@{depth}"]}
 
     config = TimelineConfig(bf16=device.type == "cuda", seed=seed)
     train_timeline(sasrec, sequences.training(), config, validate=validate)
