@@ -58,7 +58,11 @@ class TimelineShape:
 
 
 class Timeline(nn.Module):
-    """A pre-norm causal transformer over item vectors, with learned positions."""
+    """A pre-norm causal transformer over item vectors, with learned positions.
+
+    What enters is normalized: item vectors begin small, and beside what the blocks add to them
+    the last item, which tells most of the next one, would hardly be seen.
+    """
 
     def __init__(self, shape: TimelineShape) -> None:
         """Draws the weights from torch's global generator."""
@@ -66,7 +70,7 @@ class Timeline(nn.Module):
         self.shape = shape
         self.positions = nn.Parameter(torch.empty(shape.max_items, shape.width))
         self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.layers))
-        self.norm = nn.LayerNorm(shape.width)
+        self.enter, self.norm = nn.LayerNorm(shape.width), nn.LayerNorm(shape.width)
         self.drop = nn.Dropout(shape.dropout)
         nn.init.normal_(self.positions, std=0.02)
 
@@ -75,7 +79,7 @@ class Timeline(nn.Module):
 
         Rows shorter than T are filled up behind their last item, where no real state looks.
         """
-        x = self.drop(x + self.positions[: x.shape[1]])
+        x = self.drop(self.enter(x + self.positions[: x.shape[1]]))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -355,6 +359,8 @@ class _Run:
         self._resume()
         torch.manual_seed(config.seed)
         total, steps = torch.zeros((), device=self.device), self.steps
+        current = [p.data for p in self.parameters]
+        average = [p.data for p in self.average]
         over = bool(self.history) and self._is_over()
         while not over:
             share = (1 - self.done) / self._epochs_left()
@@ -371,8 +377,7 @@ class _Run:
                 total += self.advance(items)
                 # Young averages forget faster, so that the first weights do not stay in them.
                 keep = min(config.average, self.steps / (self.steps + 10))
-                now = [p.data for p in self.parameters]
-                torch._foreach_lerp_([p.data for p in self.average], now, 1 - keep)
+                torch._foreach_lerp_(average, current, 1 - keep)
             self.done += share
             self.ends.append(self._seconds())
             over = self._is_over()
