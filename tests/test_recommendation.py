@@ -53,7 +53,9 @@ def test_a_run_writes_its_results_and_is_not_repeated(folder, tmp_path, monkeypa
     assert {run["model"] for run in result["runs"]} == {"generator", "popularity"}
     (found,) = [run for run in result["runs"] if run["model"] == "generator"]
     assert found["metrics"]["invalid_rate"] == found["metrics"]["duplicate_rate"] == 0
-    assert 0 < found["metrics"]["recall@1"] <= found["metrics"]["recall@10"] <= 1
+    for kind in ("metrics", "metrics_unseen"):
+        scores = [found[kind][f"recall@{k}"] for k in (1, 10, 50)]
+        assert scores == sorted(scores) and 0 < scores[-1] <= 1
     assert len(found["level_accuracy"]) == len(found["level_perplexity"]) == 3
     assert min(found["level_perplexity"]) >= 1
     assert found["validation_recall@10"] == max(r["score"] for r in found["history"])

@@ -73,7 +73,7 @@ BEAUTY: dict[str, Any] = {"max_items": 50}
 def gpu_jobs() -> list[Job]:
     """The most important first: seed 0 of both models, then variants, then more seeds."""
     movies: dict[str, Any] = {"eval_every": 10, "patience": None}
-    reviews: dict[str, Any] = {**movies, "batch_size": 256}
+    reviews: dict[str, Any] = {"eval_every": 5, "patience": None, "batch_size": 256}
     large = {"width": 256, "layers": 3, "heads": 4, "dropout": 0.3}
     small = {"width": 128, "layers": 2, "heads": 2, "dropout": 0.3}
     medium = {"width": 256, "layers": 2, "heads": 4, "dropout": 0.5}
@@ -98,7 +98,7 @@ def gpu_jobs() -> list[Job]:
             "generator",
             sids="fused",
             shape={**BEAUTY, **medium},
-            config={**reviews, "epochs": 40},
+            config={**reviews, "epochs": 30},
             seconds=70,
         ),
         Job(

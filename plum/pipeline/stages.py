@@ -425,7 +425,7 @@ STAGES = {
         Stage("report", ("tokenize", "embed"), _report),
         Stage("index", ("tokenize",), _index, version=2),
         Stage("finetune", ("data", "tokenize"), _finetune, lambda s: _files(s.base)),
-        Stage("evaluate", ("data", "tokenize", "index", "finetune"), _evaluate),
+        Stage("evaluate", ("data", "tokenize", "index", "finetune"), _evaluate, version=2),
         # The samples are made with the search of evaluate, so they follow its outputs.
         Stage("recommend", ("data", "tokenize", "index", "finetune", "evaluate"), _recommend),
     )
