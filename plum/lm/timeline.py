@@ -25,7 +25,7 @@ from plum.lm.examples import IGNORED, WindowPlan, check_histories
 # Shapes that batches may have where each costs a graph, and batches of one before it is captured.
 _GRAPHS, _EAGER = 8, 3
 # Epochs that tell how long the next ones take.
-_PACE = 3
+_PACE = 5
 
 
 @dataclass(frozen=True)
@@ -401,9 +401,9 @@ class _Run:
     def _epochs_left(self) -> int:
         """Returns how many more epochs there will be, by the pace of the last ones."""
         left = self.config.epochs - self.epoch
-        # The first epochs are slower than those after them.
+        # The median is that of epochs without a validation or a graph in them.
         if self.config.max_seconds is not None and len(self.ends) > _PACE:
-            pace = (self.ends[-1] - self.ends[-1 - _PACE]) / _PACE
+            pace = float(np.median(np.diff(self.ends[-1 - _PACE :])))
             left = min(left, int((self.config.max_seconds - self._seconds()) / pace))
         return max(1, left)
 
