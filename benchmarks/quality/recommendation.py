@@ -139,10 +139,9 @@ def cpu_jobs() -> list[Job]:
     """Small models, for as long as there is time."""
     shape = {"width": 64, "layers": 2, "heads": 1}
     jobs = simple_jobs()
-    for dataset, common in (("beauty", BEAUTY), ("ml-1m", ML_1M)):
-        dropout = 0.5 if dataset == "beauty" else 0.2
+    for dataset, common, dropout in (("beauty", BEAUTY, 0.3), ("ml-1m", ML_1M, 0.1)):
         options: dict[str, Any] = {"shape": {**common, **shape, "dropout": dropout}}
-        options["config"] = {"epochs": 40, "eval_every": 2, "patience": 5}
+        options["config"] = {"epochs": 20, "eval_every": 5, "patience": None}
         jobs.append(Job(dataset, "generator", sids="fused", **options))
         jobs.append(Job(dataset, "sasrec", **options))
     return jobs
