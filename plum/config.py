@@ -43,7 +43,9 @@ class EmbedConfig(_Section):
     )
     corrupt_images: Literal["raise", "missing"] = "raise"
     behavior: int | None = Field(
-        default=None, ge=1, description="width of vectors of the training log; none without it"
+        default=None,
+        ge=1,
+        description="most features of vectors of the log; none without it",
     )
     batch_size: int = Field(default=64, ge=1)
 
@@ -84,6 +86,7 @@ class FinetuneConfig(_Section):
     weight_decay: float = Field(default=0.01, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     max_items: int = Field(default=50, ge=1)
+    dropout: float = Field(default=0.3, ge=0, lt=1, description="of the bases scratch:depth-*")
     patience: int | None = Field(default=None, ge=1)
     save_every_steps: int = Field(default=200, ge=1)
     bf16: bool | None = None
@@ -133,8 +136,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "cpu": {},
     "gpu": {
-        "tokenize": {"kind": "rq-vae"},
-        "finetune": {"base": "scratch:base", "epochs": 60, "batch_size": 128, "max_items": 100},
+        "embed": {"behavior": 64},
+        "tokenize": {"collisions": "balanced"},
+        "finetune": {
+            "base": "scratch:depth-base",
+            "epochs": 60,
+            "batch_size": 128,
+            "learning_rate": 1e-3,
+            "max_items": 200,
+        },
         "evaluate": {"batch_size": 256, "sasrec": True},
     },
 }

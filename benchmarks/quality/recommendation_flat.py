@@ -59,28 +59,34 @@ def run_flat(job: Any, inputs: Inputs, seconds: float | None) -> dict[str, Any]:
     trie = SidTrie.from_codes(codes, codebook_sizes=sizes, token_offsets=generator.token_offsets)
     search = SidBeamSearch(model, trie)
     histories, targets = inputs.split("test")
-    ranked = np.full((len(targets), max(KS)), -1, dtype=np.int32)
     every = np.array(trie.items(trie.root_states(1))[0][0])
     order = np.argsort([len(history) for history in histories], kind="stable")
-    for low in range(0, len(order), 256):
-        part = order[low : low + 256]
-        tokens, mask = form.pad_prompts([histories[row] for row in part])
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            found = search.search(tokens.to(device), mask.to(device), num_beams=BEAMS)
-        states = found.states[..., 0].masked_fill(found.scores.isneginf(), -1)
-        ranked[part], _ = expand_sids(
-            states.cpu().numpy(),
-            found.scores.cpu().numpy(),
-            trie.item_starts,
-            every,
-            k=max(KS),
-            seed=0,
-            requests=part,
-        )
+    scored = {}
+    for name, unseen in (("metrics", False), ("metrics_unseen", True)):
+        ranked = np.full((len(targets), max(KS)), -1, dtype=np.int32)
+        for low in range(0, len(order), 256):
+            part = order[low : low + 256]
+            tokens, mask = form.pad_prompts([histories[row] for row in part])
+            deny = [np.unique(histories[row]).tolist() for row in part] if unseen else None
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                found = search.search(
+                    tokens.to(device), mask.to(device), num_beams=BEAMS, deny=deny
+                )
+            states = found.states[..., 0].masked_fill(found.scores.isneginf(), -1)
+            ranked[part], _ = expand_sids(
+                states.cpu().numpy(),
+                found.scores.cpu().numpy(),
+                trie.item_starts,
+                every,
+                k=max(KS),
+                seed=0,
+                requests=part,
+            )
+        scored[name] = ranking_metrics(ranked, targets, ks=KS, num_items=inputs.num_items)
     tests = [np.append(*row) for row in zip(histories, targets, strict=True)]
     levels = validate(model, form, tests, batch_size=256)
     return {
-        "metrics": ranking_metrics(ranked, targets, ks=KS, num_items=inputs.num_items),
+        **scored,
         "beams": BEAMS,
         "level_accuracy": levels["level_accuracy"],
         "level_perplexity": levels["level_perplexity"],

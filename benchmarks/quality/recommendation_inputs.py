@@ -19,7 +19,7 @@ from plum.files import atomic_path
 KS = (1, 5, 10, 20, 50)
 BEAMS = 50
 # What a job needs after training: the best weights are put in place and scored on the test set.
-TEST_SECONDS = 20.0
+TEST_SECONDS = 15.0
 # What each kind of SIDs is made of, and its codebook sizes.
 KINDS = {
     "text": (("text",), (256, 256, 256)),
@@ -27,7 +27,6 @@ KINDS = {
     "fused": (("text", "behavior"), (256, 256, 256)),
     "fused, 2 levels": (("text", "behavior"), (512, 256)),
 }
-WINDOW, WIDTH = 10, 64
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def load_inputs(path: Path) -> Inputs:
 def prepare(data: Path, output: Path, cache: Path) -> None:
     """Writes the inputs of ML-1M (5-core, as SASRec) and Beauty (5-core, as TIGER and P5)."""
     from benchmarks.quality.codebook_catalogs import ENCODER, beauty, movielens_1m
-    from plum.data import filter_interactions, sequences_of
+    from plum.data import behavior_vectors, filter_interactions, sequences_of
     from plum.embed import encode_texts
 
     every = movielens_1m(data)
@@ -73,7 +72,7 @@ def prepare(data: Path, output: Path, cache: Path) -> None:
         sequences = sequences_of(dataset)
         assert np.diff(sequences.offsets).min() >= 5, name
         text = encode_texts(dataset.texts(), encoder=ENCODER, cache_dir=cache / "embeddings")
-        behavior = co_occurrence_vectors(sequences.training(), sequences.num_items)
+        behavior, _ = behavior_vectors(sequences, window=10)
         tensors = {"items": sequences.items, "offsets": sequences.offsets}
         vectors = {"text": torch.from_numpy(text), "behavior": torch.from_numpy(behavior)}
         for kind, (names, levels) in KINDS.items():
@@ -83,46 +82,6 @@ def prepare(data: Path, output: Path, cache: Path) -> None:
             print(f"{name}: {kind} SIDs of {len(codes)} items use {used} codes", flush=True)
         with atomic_path(output / f"{name}.safetensors") as path:
             save_file(tensors, path)
-
-
-def co_occurrence_vectors(
-    histories: list[np.ndarray], num_items: int, *, window: int = WINDOW, width: int = WIDTH
-) -> np.ndarray:
-    """Vectors of items that tell who is taken with whom.
-
-    The positive pointwise mutual information of items at most ``window`` positions apart, factored
-    by a truncated SVD, singular values split evenly (Levy and Goldberg, 2014).
-
-    Args:
-        histories: Item indices in time order, int ``[n]`` per user: the training part only.
-        num_items: Size of the catalog, N.
-        window: Largest distance in positions.
-        width: Features of a vector, D.
-
-    Returns:
-        float32 ``[N, D]`` of length 1; zeros for an item without a partner.
-    """
-    from scipy import sparse
-    from scipy.sparse.linalg import svds
-
-    items = np.concatenate(histories).astype(np.int64)
-    user = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-    counts = sparse.csr_matrix((num_items, num_items))
-    for gap in range(1, window + 1):
-        near = user[gap:] == user[:-gap]
-        a, b = items[:-gap][near], items[gap:][near]
-        ones = np.ones(len(a))
-        counts += sparse.csr_matrix((ones, (a, b)), (num_items, num_items))
-    counts = (counts + counts.T).tocoo()
-    occurs = np.asarray(counts.sum(0)).ravel()
-    value = np.log(counts.data * occurs.sum() / (occurs[counts.row] * occurs[counts.col]))
-    kept = (value > 0) & (counts.row != counts.col)
-    ppmi = sparse.csr_matrix((value[kept], (counts.row[kept], counts.col[kept])), counts.shape)
-    start = np.random.default_rng(0).standard_normal(num_items)
-    left, singular, _ = svds(ppmi, k=width, v0=start)
-    vectors = left * np.sqrt(singular)
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 1e-9).astype("f4")
 
 
 def unique_sids(

@@ -1,6 +1,7 @@
 """The generator: a causal language model over SID tokens, its input format and its training."""
 
-from plum.lm.depth import DepthGenerator
+from plum.lm.depth import DepthGenerator, is_depth_generator
+from plum.lm.depth_training import depth_shape, finetune_depth, is_depth_base
 from plum.lm.examples import SidFormat, TrainingBatches
 from plum.lm.model import Generator, load_generator
 from plum.lm.sasrec import SASRec
@@ -17,7 +18,11 @@ __all__ = [
     "TimelineConfig",
     "TimelineShape",
     "TrainingBatches",
+    "depth_shape",
     "finetune",
+    "finetune_depth",
+    "is_depth_base",
+    "is_depth_generator",
     "load_generator",
     "train_timeline",
     "validate",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
@@ -14,6 +18,32 @@ from plum.errors import InvalidData
 from plum.files import atomic_folder, atomic_path, read_json, write_json
 
 _MARKER = "complete.json"
+
+
+def hash_seed(*numbers: int) -> int:
+    """Returns a seed for torch that depends on all of the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def fingerprint(
+    model: torch.nn.Module, settings: Mapping[str, Any], parts: Sequence[Sequence[np.ndarray]]
+) -> str:
+    """Returns a SHA-256 of all that trained weights depend on.
+
+    Args:
+        model: The model before training.
+        settings: Anything JSON can hold.
+        parts: What is trained and validated on, each a list of one-dimensional integer arrays.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for rows in parts:
+        digest.update(np.array([len(row) for row in rows], dtype=np.int64).tobytes())
+        for row in rows:
+            digest.update(np.ascontiguousarray(row, dtype=np.int64).tobytes())
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class Checkpoints:

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, InvalidData
+from plum.files import atomic_folder, read_json, write_json
 from plum.lm.examples import IGNORED
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
 from plum.ops.trie_beam_step import trie_beam_step
 from plum.trie import SidTrie
+
+ARCHITECTURE = "DepthGenerator"
+
+# Shapes from scratch, by the name that follows "scratch:".
+DEPTH_SHAPES: dict[str, dict[str, int]] = {
+    "depth-tiny": {"width": 64, "layers": 2, "heads": 1},
+    "depth-small": {"width": 128, "layers": 2, "heads": 2},
+    "depth-base": {"width": 256, "layers": 3, "heads": 4},
+}
+
+
+def is_depth_generator(folder: str | Path) -> bool:
+    """Tells whether :meth:`DepthGenerator.save_pretrained` wrote this folder."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and read_json(path).get("architecture") == ARCHITECTURE
 
 
 class DepthGenerator(NextItemModel):
@@ -25,6 +44,11 @@ class DepthGenerator(NextItemModel):
     written so far to one of the catalog, so that probabilities of all SIDs add up to 1. Depth
     decoders over a timeline of items are from RQ-Transformer (Lee et al., 2022) and MARIUS
     (arXiv 2508.14910).
+
+    Attributes:
+        trie: The SIDs of the catalog.
+        rows: int64 ``[N]``, the row of each item in the trie's table.
+        sharing: int64 ``[S]``, the items on each row.
     """
 
     codes: Tensor
@@ -63,8 +87,13 @@ class DepthGenerator(NextItemModel):
         self.sizes, self.label_smoothing = tuple(codebook_sizes), label_smoothing
         self.item_loss = item_loss
         self.trie = SidTrie.from_codes(codes, codebook_sizes=self.sizes)
-        self.register_buffer("codes", torch.from_numpy(np.asarray(codes, dtype=np.int64)))
-        self.register_buffer("illegal", ~_legal_codes(np.asarray(codes), self.sizes))
+        codes = np.asarray(codes, dtype=np.int64)
+        _, rows, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+        self.rows, self.sharing = rows.reshape(-1), counts
+        # They come with the catalog, not with the weights.
+        self.register_buffer("codes", torch.from_numpy(codes), persistent=False)
+        illegal = ~_legal_codes(codes, self.sizes)
+        self.register_buffer("illegal", illegal, persistent=False)
         width, levels = shape.width, len(self.sizes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -113,6 +142,39 @@ class DepthGenerator(NextItemModel):
         items = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
         return loss + self.item_loss * items
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``config.json`` and ``model.safetensors``; the SIDs stay with their table."""
+        with atomic_folder(folder) as path:
+            config = {"architecture": ARCHITECTURE, "codebook_sizes": list(self.sizes)}
+            write_json(path / "config.json", {**config, "shape": asdict(self.timeline.shape)})
+            save_file(self.state_dict(), path / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, codes: np.ndarray) -> DepthGenerator:
+        """Reads what :meth:`save_pretrained` wrote, for the catalog of these SIDs.
+
+        No weight belongs to an item, so a catalog that has grown since needs no training.
+
+        Args:
+            folder: The folder.
+            codes: SID of each item, int ``[N, L]``.
+
+        Returns:
+            The model in evaluation mode, on the CPU.
+
+        Raises:
+            InvalidData: there is no such model in the folder.
+            InvalidArgument: the SIDs do not fit its codebooks.
+        """
+        folder = Path(folder)
+        if not is_depth_generator(folder):
+            raise InvalidData(folder, "a saved DepthGenerator", "none")
+        config = read_json(folder / "config.json")
+        shape = TimelineShape(**config["shape"])
+        model = cls(codes, config["codebook_sizes"], shape)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model.eval()
+
     def level_losses(
         self, states: Tensor, targets: Tensor, label_smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
@@ -147,14 +209,44 @@ class DepthGenerator(NextItemModel):
         return torch.stack(losses), torch.stack(hits)
 
     @torch.no_grad()
+    def score(
+        self, histories: Sequence[np.ndarray], targets: np.ndarray, *, batch_size: int = 512
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores what comes after each history, each level given the true codes before it.
+
+        Args:
+            histories: Item indices in time order, one int array ``[n]``, ``n >= 1``, per request.
+            targets: The item that comes next, int ``[B]``.
+            batch_size: Requests per pass.
+
+        Returns:
+            ``(losses, accuracy)``, fp64 ``[L]`` each, as :meth:`level_losses` defines them.
+        """
+        self.eval()
+        sums = np.zeros((2, len(self.sizes)))
+        for low in range(0, len(targets), batch_size):
+            wanted = torch.from_numpy(np.asarray(targets[low : low + batch_size], dtype=np.int64))
+            states = self.last_states(histories[low : low + batch_size])
+            found = self.level_losses(states, wanted.to(states.device))
+            sums += len(wanted) * torch.stack(found).double().cpu().numpy()
+        losses, accuracy = sums / len(targets)
+        return losses, accuracy
+
+    @torch.no_grad()
     def search(
-        self, histories: Sequence[np.ndarray], num_beams: int, *, batch_size: int = 128
+        self,
+        histories: Sequence[np.ndarray],
+        num_beams: int,
+        *,
+        exclude_seen: bool = False,
+        batch_size: int = 128,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Finds the best SIDs after each history by constrained beam search.
 
         Args:
             histories: Item indices in time order, one int array ``[n]``, ``n >= 1``, per request.
             num_beams: W, the width of the beam.
+            exclude_seen: Deny the SIDs all of whose items are in the history.
             batch_size: Requests per pass.
 
         Returns:
@@ -170,13 +262,15 @@ class DepthGenerator(NextItemModel):
         order = np.argsort([len(history) for history in histories], kind="stable")
         for low in range(0, len(order), batch_size):
             part = order[low : low + batch_size]
-            x = self.last_states([histories[row] for row in part])[:, None]
+            some = [histories[row] for row in part]
+            x = self.last_states(some)[:, None]
+            deny = self._seen_rows(some).to(device) if exclude_seen else None
             states = self.trie.root_states(len(part))
             sums = torch.zeros(len(part), 1, device=device)
             for level in range(len(self.sizes)):
                 logits = self.logits(x, level)
                 step = trie_beam_step(
-                    logits, sums, states, self.trie, level, k=num_beams, score="valid"
+                    logits, sums, states, self.trie, level, k=num_beams, score="valid", deny=deny
                 )
                 sums, states = step.scores, step.states
                 if level + 1 < len(self.sizes):
@@ -185,6 +279,14 @@ class DepthGenerator(NextItemModel):
             found = states[..., 0].masked_fill(sums.isneginf(), -1)
             rows[part], scores[part] = found.cpu().numpy(), sums.cpu().numpy()
         return rows, scores
+
+    def _seen_rows(self, histories: Sequence[np.ndarray]) -> Tensor:
+        """Returns rows of the table of which each history has every item, int64 ``[B, D]``."""
+        found = []
+        for history in histories:
+            rows, counts = np.unique(self.rows[np.unique(history)], return_counts=True)
+            found.append(torch.from_numpy(rows[counts == self.sharing[rows]]))
+        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
 
 
 class _Gated(nn.Module):

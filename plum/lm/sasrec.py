@@ -84,8 +84,10 @@ class SASRec(NextItemModel):
             part = [histories[row] for row in rows]
             scores = (self.last_states(part) @ self.items.T).float()
             if exclude_seen:
-                for row, history in enumerate(part):
-                    scores[row, torch.from_numpy(np.asarray(history, dtype=np.int64))] = -np.inf
+                places = np.repeat(np.arange(len(part)), [len(history) for history in part])
+                seen = np.stack([places, np.concatenate(part)]).astype(np.int64)
+                row, item = torch.from_numpy(seen).to(scores.device)
+                scores[row, item] = -torch.inf
             best = scores.topk(min(k, self.num_items), dim=1)
             items = best.indices.masked_fill(best.values.isneginf(), -1)
             found[rows, : items.shape[1]] = items.cpu().numpy()

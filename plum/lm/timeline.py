@@ -7,8 +7,9 @@ L² times cheaper, and lets a whole epoch stay on the device.
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plum.errors import InvalidArgument, InvalidData
+from plum.lm.checkpoints import Checkpoints, hash_seed
 from plum.lm.examples import IGNORED, WindowPlan, check_histories
 
 # Shapes that batches may have where each costs a graph, and batches of one before it is captured.
 _GRAPHS, _EAGER = 8, 3
+# Epochs that tell how long the next ones take.
+_PACE = 5
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,11 @@ class TimelineShape:
 
 
 class Timeline(nn.Module):
-    """A pre-norm causal transformer over item vectors, with learned positions."""
+    """A pre-norm causal transformer over item vectors, with learned positions.
+
+    What enters is normalized: item vectors begin small, and beside what the blocks add to them
+    the last item, which tells most of the next one, would hardly be seen.
+    """
 
     def __init__(self, shape: TimelineShape) -> None:
         """Draws the weights from torch's global generator."""
@@ -62,7 +70,7 @@ class Timeline(nn.Module):
         self.shape = shape
         self.positions = nn.Parameter(torch.empty(shape.max_items, shape.width))
         self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.layers))
-        self.norm = nn.LayerNorm(shape.width)
+        self.enter, self.norm = nn.LayerNorm(shape.width), nn.LayerNorm(shape.width)
         self.drop = nn.Dropout(shape.dropout)
         nn.init.normal_(self.positions, std=0.02)
 
@@ -71,7 +79,7 @@ class Timeline(nn.Module):
 
         Rows shorter than T are filled up behind their last item, where no real state looks.
         """
-        x = self.drop(x + self.positions[: x.shape[1]])
+        x = self.drop(self.enter(x + self.positions[: x.shape[1]]))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -149,20 +157,22 @@ class TimelineConfig:
     Attributes:
         epochs: Most passes over all interactions.
         batch_size: Windows per optimizer step.
-        learning_rate: Peak learning rate of AdamW, reached by a linear warm-up and then kept.
+        learning_rate: Peak learning rate of AdamW, reached by a linear warm-up; from there it falls
+            to zero along a cosine.
         warmup: Steps of the warm-up.
         weight_decay: AdamW's decay, on matrices and embeddings but not on biases and norms.
         average: Decay per step of the moving average of the weights, which is what is validated
-            and kept; it does what a falling learning rate would, for a run of any length.
+            and kept.
         eval_every: Epochs between validations.
         patience: Stop after this many validations without a better score; None never stops.
-        max_seconds: Stop training after this time; None for no limit.
+        max_seconds: Time for training; when it is short, fewer epochs are trained, so that the
+            learning rate still comes to its end. None for no limit.
         bf16: Mixed precision with bfloat16.
         graphs: On a GPU, run the steps as CUDA graphs.
         seed: Seed of the order, the cuts and dropout.
     """
 
-    epochs: int = 200
+    epochs: int = 60
     batch_size: int = 128
     learning_rate: float = 1e-3
     warmup: int = 100
@@ -174,6 +184,19 @@ class TimelineConfig:
     bf16: bool = False
     graphs: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks every value against its range."""
+        names = ["epochs", "batch_size", "learning_rate", "eval_every"]
+        names += [n for n in ("patience", "max_seconds") if getattr(self, n) is not None]
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise InvalidArgument(name, "a number above 0", getattr(self, name))
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise InvalidArgument(name, "a number >= 0", getattr(self, name))
+        if not 0 <= self.average < 1:
+            raise InvalidArgument("average", "a share in [0, 1)", self.average)
 
 
 class DeviceBatches:
@@ -213,6 +236,11 @@ class DeviceBatches:
         self._fill, self._step = shapes is not None, -(-max_items // (shapes or max_items))
         self._max_items = max_items
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch, at most."""
+        return self._plan.steps_per_epoch
+
     def epoch(self, number: int) -> Iterator[Tensor]:
         """Yields the batches of an epoch, int64 ``[B, T + 1]`` item indices; -100 is filling."""
         plan, device = self._plan, self._items.device
@@ -238,8 +266,9 @@ def train_timeline(
     histories: Sequence[np.ndarray],
     config: TimelineConfig,
     *,
-    validate: Callable[[], float],
+    validate: Callable[[], Mapping[str, Any]],
     progress: Callable[[dict[str, Any]], None] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[dict[str, Any]]:
     """Trains a model in place on next-item prediction at every position of every window.
 
@@ -247,27 +276,31 @@ def train_timeline(
         model: The model, on the device to train on.
         histories: Item indices in time order, one int array ``[n]`` per user.
         config: How to train.
-        validate: Scores the model as it stands, in evaluation mode; higher is better. The weights
-            with the best score are the result.
+        validate: Looks at the model as it stands, in evaluation mode. The weights with the highest
+            ``score`` of what it returns are the result; whatever else there is goes into the
+            record.
         progress: Gets the record of each validation.
+        checkpoints: Saved to at each validation, and resumed from. On a CPU, and without
+            ``max_seconds``, a resumed run ends with the weights of an uninterrupted one, bit for
+            bit.
 
     Returns:
         A record per validation: ``epoch``, ``train_loss`` (nats per item, mean since the last
-        record), ``score`` and ``seconds`` since the start.
+        record), what ``validate`` returned and ``seconds`` since the start.
 
     Raises:
         InvalidData: a history has an index outside the catalog, none has two items, or the loss
             is not finite.
     """
-    device = model.timeline.positions.device
-    if device.type != "cuda":
-        return _Run(model, histories, config, validate, progress).train()
+    run = _Run(model, histories, config, validate, progress, checkpoints)
+    if run.device.type != "cuda":
+        return run.train()
     # A stream of its own, since nothing can be captured on the default one.
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream = torch.cuda.Stream(run.device)
+    stream.wait_stream(torch.cuda.current_stream(run.device))
     with torch.cuda.stream(stream):
-        history = _Run(model, histories, config, validate, progress).train()
-    torch.cuda.current_stream(device).wait_stream(stream)
+        history = run.train()
+    torch.cuda.current_stream(run.device).wait_stream(stream)
     return history
 
 
@@ -279,13 +312,14 @@ class _Run:
         model: NextItemModel,
         histories: Sequence[np.ndarray],
         config: TimelineConfig,
-        validate: Callable[[], float],
+        validate: Callable[[], Mapping[str, Any]],
         progress: Callable[[dict[str, Any]], None] | None,
+        checkpoints: Checkpoints | None,
     ) -> None:
         self.start = time.monotonic()
         self.model, self.config = model, config
-        self.validate, self.progress = validate, progress
-        self.device = model.timeline.positions.device
+        self.validate, self.progress, self.checkpoints = validate, progress, checkpoints
+        self.device = next(model.parameters()).device
         graphs = config.graphs and self.device.type == "cuda"
         self.batches = DeviceBatches(
             check_histories("histories", histories, model.num_items),
@@ -310,36 +344,79 @@ class _Run:
             fused=True,
             capturable=graphs,
         )
-        self.average = [p.detach().clone() for p in self.parameters]
+        self.average = nn.ParameterList(
+            nn.Parameter(p.detach().clone(), requires_grad=False) for p in self.parameters
+        )
         self.best = copy.deepcopy(model.state_dict())
         self.history: list[dict[str, Any]] = []
         self.advance = _Graphs(self._step) if graphs else self._step
+        # Epochs and steps done, and the share of the schedule that lies behind.
+        self.epoch, self.steps, self.done = 0, 0, 0.0
+        self.ends: list[float] = []
 
     def train(self) -> list[dict[str, Any]]:
         config = self.config
+        self._resume()
         torch.manual_seed(config.seed)
-        total, steps, done = torch.zeros((), device=self.device), 0, 0
-        for epoch in range(1, config.epochs + 1):
+        total, steps = torch.zeros((), device=self.device), self.steps
+        current = [p.data for p in self.parameters]
+        average = [p.data for p in self.average]
+        over = bool(self.history) and self._is_over()
+        while not over:
+            share = (1 - self.done) / self._epochs_left()
+            self.epoch += 1
+            if self.device.type == "cpu":
+                # Dropout of an epoch depends on nothing before it, so that a resume repeats it.
+                torch.manual_seed(hash_seed(config.seed, self.epoch))
             self.model.train()
-            for items in self.batches.epoch(epoch):
-                steps += 1
-                self.rate.fill_(config.learning_rate * min(1.0, steps / max(1, config.warmup)))
+            batches = self.batches.epoch(self.epoch)
+            for number, items in enumerate(batches):
+                self.steps += 1
+                done = self.done + share * number / self.batches.steps_per_epoch
+                self.rate.fill_(self._rate(min(done, 1.0)))
                 total += self.advance(items)
                 # Young averages forget faster, so that the first weights do not stay in them.
-                keep = min(config.average, steps / (steps + 10))
-                torch._foreach_lerp_(self.average, [p.data for p in self.parameters], 1 - keep)
-            late = config.max_seconds is not None and self._seconds() > config.max_seconds
-            if epoch % config.eval_every == 0 or epoch == config.epochs or late:
-                self._record(epoch, total.item() / (steps - done))
+                keep = min(config.average, self.steps / (self.steps + 10))
+                torch._foreach_lerp_(average, current, 1 - keep)
+            self.done += share
+            self.ends.append(self._seconds())
+            over = self._is_over()
+            if self.epoch % config.eval_every == 0 or over:
+                self._record(total.item() / (self.steps - steps))
                 total.zero_()
-                done = steps
-                scores = [record["score"] for record in self.history]
-                stale = len(scores) - 1 - int(np.argmax(scores))
-                if late or (config.patience is not None and stale >= config.patience):
-                    break
-        self.model.load_state_dict(self.best)
+                steps = self.steps
+                self._save()
+                over = over or self._is_over()
+        if self.checkpoints is None:
+            self.model.load_state_dict(self.best)
+        else:
+            self.checkpoints.load_best(self.model)
         self.model.eval()
         return self.history
+
+    def _rate(self, done: float) -> float:
+        warm = min(1.0, self.steps / max(1, self.config.warmup))
+        return self.config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+
+    def _epochs_left(self) -> int:
+        """Returns how many more epochs there will be, by the pace of the last ones."""
+        left = self.config.epochs - self.epoch
+        # The median is that of epochs without a validation or a graph in them.
+        if self.config.max_seconds is not None and len(self.ends) > _PACE:
+            pace = float(np.median(np.diff(self.ends[-1 - _PACE :])))
+            left = min(left, int((self.config.max_seconds - self._seconds()) / pace))
+        return max(1, left)
+
+    def _is_over(self) -> bool:
+        limit, patience = self.config.max_seconds, self.config.patience
+        if self.done > 1 - 1e-9 or (limit is not None and self._seconds() > limit):
+            return True
+        scores = [record["score"] for record in self.history]
+        return (
+            patience is not None
+            and bool(scores)
+            and len(scores) - 1 - int(np.argmax(scores)) >= patience
+        )
 
     def _step(self, items: Tensor) -> Tensor:
         """Takes one optimizer step on items ``[B, T + 1]``; returns the loss."""
@@ -352,22 +429,44 @@ class _Run:
         self.optimizer.zero_grad()
         return loss.detach()
 
-    def _record(self, epoch: int, loss: float) -> None:
+    def _record(self, loss: float) -> None:
         if not np.isfinite(loss):
             hint = "lower learning_rate"
-            raise InvalidData(f"training up to epoch {epoch}", "a finite loss", loss, hint)
+            raise InvalidData(f"training up to epoch {self.epoch}", "a finite loss", loss, hint)
         self.model.eval()
         kept = [p.detach().clone() for p in self.parameters]
-        self._put(self.average)
+        self._put([p.data for p in self.average])
         with torch.no_grad():
-            score = self.validate()
-        if score > max((record["score"] for record in self.history), default=-np.inf):
-            self.best = copy.deepcopy(self.model.state_dict())
+            found = self.validate()
+        if found["score"] > max((record["score"] for record in self.history), default=-np.inf):
+            if self.checkpoints is None:
+                self.best = copy.deepcopy(self.model.state_dict())
+            else:
+                self.checkpoints.save_best(self.model)
         self._put(kept)
-        record = {"epoch": epoch, "train_loss": loss, "score": score, "seconds": self._seconds()}
+        record = {"epoch": self.epoch, "train_loss": loss, **found, "seconds": self._seconds()}
         self.history.append(record)
         if self.progress is not None:
             self.progress(record)
+
+    def _save(self) -> None:
+        if self.checkpoints is not None:
+            state = {name: getattr(self, name) for name in ("epoch", "steps", "done", "history")}
+            self.checkpoints.save(self.epoch, self._weights(), self.optimizer, state)
+
+    def _resume(self) -> None:
+        newest = None if self.checkpoints is None else self.checkpoints.newest()
+        if self.checkpoints is None or newest is None:
+            return
+        state = self.checkpoints.load(newest, self._weights(), self.optimizer)
+        for name, value in state.items():
+            setattr(self, name, value)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.start -= self.history[-1]["seconds"]
+
+    def _weights(self) -> nn.Module:
+        return nn.ModuleDict({"model": self.model, "average": self.average})
 
     def _put(self, values: list[Tensor]) -> None:
         torch._foreach_copy_([p.data for p in self.parameters], values)

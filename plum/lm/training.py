@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +13,7 @@ import torch
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.files import atomic_folder, write_json
-from plum.lm.checkpoints import Checkpoints
+from plum.lm.checkpoints import Checkpoints, fingerprint, hash_seed
 from plum.lm.examples import TrainingBatches, check_histories
 from plum.lm.model import Generator, quiet_transformers
 from plum.lm.validation import validate
@@ -146,7 +144,10 @@ def finetune(
     bf16 = _has_fast_bf16() if config.bf16 is None else config.bf16
     total = config.max_steps or max(1, round(config.epochs * batches.steps_per_epoch))
     output_dir = Path(output_dir)
-    identity = _fingerprint(generator, batches.histories, rows, form.item_tokens, config, bf16)
+    settings = asdict(config) | {"bf16": bf16}
+    del settings["save_every_steps"]
+    parts = (batches.histories, rows, [form.item_tokens.ravel()])
+    identity = fingerprint(generator.model, settings, parts)
     checkpoints = Checkpoints(output_dir / "checkpoints", identity)
     with quiet_transformers():
         run = _Run(generator, batches, rows, config, checkpoints, total, bf16, progress)
@@ -243,13 +244,7 @@ class _Run:
 
     def before_step(self) -> None:
         """Makes dropout a function of the seed and the step, so that a resume repeats it."""
-        torch.manual_seed(
-            int(
-                np.random.SeedSequence((self.config.seed, self.step)).generate_state(1, np.uint64)[
-                    0
-                ]
-            )
-        )
+        torch.manual_seed(hash_seed(self.config.seed, self.step))
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Counts, validates and saves when due; returns whether training is over."""
@@ -380,25 +375,3 @@ def _has_fast_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_amx_tile_supported())
-
-
-def _fingerprint(
-    generator: Generator,
-    train: list[np.ndarray],
-    validation: list[np.ndarray],
-    item_tokens: np.ndarray,
-    config: FinetuneConfig,
-    bf16: bool,
-) -> str:
-    """Returns a SHA-256 of all that the trained weights depend on."""
-    settings = asdict(config) | {"bf16": bf16}
-    del settings["save_every_steps"]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for rows in (train, validation, [item_tokens.ravel()]):
-        digest.update(np.array([len(row) for row in rows], dtype=np.int64).tobytes())
-        for row in rows:
-            digest.update(np.ascontiguousarray(row, dtype=np.int64).tobytes())
-    for name, weight in generator.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -17,7 +17,7 @@ from plum.decode import SidBeamSearch
 from plum.errors import InvalidArgument, InvalidData
 from plum.eval import expand_sids
 from plum.files import read_json, settle_folder
-from plum.lm import Generator, SidFormat, load_generator
+from plum.lm import DepthGenerator, Generator, SidFormat, is_depth_generator, load_generator
 from plum.sid import SidTable, SidVocabulary
 from plum.trie import SidTrie
 
@@ -88,14 +88,21 @@ class Recommender:
     """Generator, trie and catalog of a finished run."""
 
     def __init__(
-        self, dataset: Dataset, table: SidTable, trie: SidTrie, generator: Generator, config: Config
+        self,
+        dataset: Dataset,
+        table: SidTable,
+        trie: SidTrie,
+        generator: Generator | DepthGenerator,
+        config: Config,
     ) -> None:
         """Puts the parts together; :meth:`load` reads them from a run."""
         self.dataset, self.table, self.trie = dataset, table, trie
         self.generator, self.config = generator, config
-        self.format: SidFormat = generator.format(table.codes, config.finetune.max_items)
-        trie.token_offsets = generator.token_offsets
-        self._search = SidBeamSearch(generator.model, trie, score=config.evaluate.score)
+        self._search: SidBeamSearch | None = None
+        if isinstance(generator, Generator):
+            self.format: SidFormat = generator.format(table.codes, config.finetune.max_items)
+            trie.token_offsets = generator.token_offsets
+            self._search = SidBeamSearch(generator.model, trie, score=config.evaluate.score)
         self._index = {item: row for row, item in enumerate(table.item_ids)}
         every = trie.items(trie.root_states(1))[0][0]
         self._items = np.array([self._index[item] for item in every], dtype=np.int32)
@@ -127,9 +134,13 @@ class Recommender:
                 "to those of an earlier one",
                 "append them again with plum append, or delete the folder",
             )
-        generator = load_generator(str(model), SidVocabulary(catalog.table.codebook_sizes))
-        if torch.cuda.is_available():
-            generator.model.to(torch.device("cuda"))  # type: ignore[arg-type]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        generator: Generator | DepthGenerator
+        if is_depth_generator(model):
+            generator = DepthGenerator.from_pretrained(model, catalog.table.codes).to(device)
+        else:
+            generator = load_generator(str(model), SidVocabulary(catalog.table.codebook_sizes))
+            generator.model.to(device)  # type: ignore[arg-type]
         trie = SidTrie.load(catalog.trie)
         return cls(catalog.dataset, catalog.table, trie, generator, config)
 
@@ -155,21 +166,12 @@ class Recommender:
             ``(items, scores)``: item indices int32 and log-probabilities fp32 ``[B, k]``, best
             first; -1 and minus infinity where the catalog has fewer items.
         """
-        input_ids, attention_mask = self.format.pad_prompts(histories)
-        device = self.generator.model.device
         seen = [np.unique(history) for history in histories] if filter_seen else []
-        deny = [[self.table.item_ids[item] for item in known] for known in seen]
-        found = self._search.search(
-            input_ids.to(device),
-            attention_mask.to(device),
-            num_beams=max(k, self.config.evaluate.num_beams),
-            deny=deny if filter_seen else None,
-        )
-        rows = found.states[..., 0].masked_fill(found.scores.isneginf(), -1)
+        rows, found = self._find(histories, max(k, self.config.evaluate.num_beams), seen)
         # A SID that seen and other items share is not denied: its seen items are taken out here.
         items, scores = expand_sids(
-            rows.cpu().numpy(),
-            found.scores.cpu().numpy(),
+            rows,
+            found,
             self.trie.item_starts,
             self._items,
             k=k + max(map(len, seen), default=0),
@@ -182,6 +184,27 @@ class Recommender:
             items[row] = np.where(out, -1, items[row])[order]
             scores[row] = np.where(out, -np.inf, scores[row])[order]
         return items[:, :k], scores[:, :k]
+
+    def _find(
+        self,
+        histories: Sequence[NDArray[np.int32]],
+        num_beams: int,
+        seen: Sequence[NDArray[np.int32]],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns rows of the table, -1 for none, and their scores, both ``[B, W]``."""
+        if isinstance(self.generator, DepthGenerator):
+            return self.generator.search(histories, num_beams, exclude_seen=bool(seen))
+        assert self._search is not None
+        input_ids, attention_mask = self.format.pad_prompts(histories)
+        device = self.generator.model.device
+        found = self._search.search(
+            input_ids.to(device),
+            attention_mask.to(device),
+            num_beams=num_beams,
+            deny=[[self.table.item_ids[item] for item in known] for known in seen] or None,
+        )
+        rows = found.states[..., 0].masked_fill(found.scores.isneginf(), -1)
+        return rows.cpu().numpy(), found.scores.cpu().numpy()
 
     def recommend(self, history: Sequence[str], k: int) -> list[Recommendation]:
         """Recommends items to someone with this history of item ids, oldest first.

@@ -33,11 +33,15 @@ from plum.errors import InvalidArgument, InvalidData
 from plum.eval import ItemKNN, Popularity, ranking_metrics
 from plum.files import atomic_path, write_json
 from plum.lm import (
+    DepthGenerator,
     FinetuneConfig,
     SASRec,
     TimelineConfig,
     TimelineShape,
+    depth_shape,
     finetune,
+    finetune_depth,
+    is_depth_base,
     load_generator,
     train_timeline,
 )
@@ -157,8 +161,10 @@ def _embed(work: Workspace) -> None:
     dataset = Dataset.load(work.input("data"))
     vectors, present = encode_items(dataset.items, dataset, settings, work.run_dir, work.progress)
     if settings.behavior is not None:
+        sequences = sequences_of(dataset)
+        dim = min(settings.behavior, sequences.num_items - 1)
         vectors["behavior"], present["behavior"] = behavior_vectors(
-            sequences_of(dataset), dim=settings.behavior, seed=work.seed
+            sequences, dim=dim, seed=work.seed
         )
     tensors = {name: torch.from_numpy(rows) for name, rows in vectors.items()}
     for name, mask in present.items():
@@ -202,8 +208,9 @@ def _tokenize(work: Workspace) -> None:
         options |= {"patience": settings.patience, "checkpoint": checkpoint}
         options["progressive_masking"] = settings.progressive_masking
         options["present"] = present
-    elif present is not None:
-        expected = f"rq-vae, which can do without the {' and '.join(present)} of an item"
+    # Where nothing is known of an item's behavior, zeros say so.
+    elif lacking := [name for name in present or () if name != "behavior"]:
+        expected = f"rq-vae, which can do without the {' and '.join(lacking)} of an item"
         raise InvalidArgument("tokenize.kind", expected, settings.kind)
     if settings.co_occurrence_weight > 0:
         pairs = co_occurring_pairs(sequences_of(dataset), window=settings.co_occurrence_window)
@@ -284,6 +291,13 @@ def _finetune(work: Workspace) -> None:
     table = SidTable.load(work.input("tokenize") / "table")
     sequences = sequences_of(Dataset.load(work.input("data")))
     validation = sequences.split("validation")
+    rows = [
+        np.append(history, target)
+        for history, target in zip(validation.histories, validation.targets, strict=True)
+    ]
+    if is_depth_base(settings.base):
+        _finetune_depth(work, table, sequences.training(), rows)
+        return
     generator = load_generator(
         settings.base,
         SidVocabulary(table.codebook_sizes),
@@ -293,15 +307,37 @@ def _finetune(work: Workspace) -> None:
     finetune(
         generator,
         sequences.training(),
-        [
-            np.append(history, target)
-            for history, target in zip(validation.histories, validation.targets, strict=True)
-        ],
+        rows,
         table.codes,
         work.folder,
-        FinetuneConfig(**settings.model_dump(exclude={"base"}), seed=work.seed),
+        FinetuneConfig(**settings.model_dump(exclude={"base", "dropout"}), seed=work.seed),
         progress=work.progress,
     )
+
+
+def _finetune_depth(
+    work: Workspace, table: SidTable, training: list[Items], validation: list[Items]
+) -> None:
+    settings = work.settings
+    gpu = torch.cuda.is_available()
+    shape = depth_shape(settings.base, max_items=settings.max_items, dropout=settings.dropout)
+    model = DepthGenerator(
+        table.codes,
+        table.codebook_sizes,
+        shape,
+        label_smoothing=settings.label_smoothing,
+        seed=work.seed,
+    )
+    config = TimelineConfig(
+        epochs=max(1, round(settings.epochs)),
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        patience=settings.patience,
+        bf16=gpu if settings.bf16 is None else settings.bf16,
+        seed=work.seed,
+    )
+    finetune_depth(model, training, validation, work.folder, config, progress=work.progress)
 
 
 def _evaluate(work: Workspace) -> None:
@@ -333,9 +369,10 @@ def _trained_sasrec(sequences: Sequences, seed: int) -> SASRec:
     validation = sequences.split("validation")
     depth = min(10, sequences.num_items)
 
-    def validate() -> float:
+    def validate() -> dict[str, float]:
         ranked = sasrec.recommend(validation.histories, depth)
-        return ranking_metrics(ranked, validation.targets, ks=(depth,))[f"recall@{depth}"]
+        found = ranking_metrics(ranked, validation.targets, ks=(depth,))
+        return {"score": found[f"recall@{depth}"]}
 
     config = TimelineConfig(bf16=device.type == "cuda", seed=seed)
     train_timeline(sasrec, sequences.training(), config, validate=validate)
@@ -420,7 +457,7 @@ STAGES = {
         Stage("report", ("tokenize", "embed"), _report),
         Stage("index", ("tokenize",), _index, version=2),
         Stage("finetune", ("data", "tokenize"), _finetune, lambda s: _files(s.base)),
-        Stage("evaluate", ("data", "tokenize", "index", "finetune"), _evaluate),
+        Stage("evaluate", ("data", "tokenize", "index", "finetune"), _evaluate, version=2),
         # The samples are made with the search of evaluate, so they follow its outputs.
         Stage("recommend", ("data", "tokenize", "index", "finetune", "evaluate"), _recommend),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 from plum.errors import InvalidArgument, InvalidData
-from plum.lm.depth import DepthGenerator
+from plum.files import read_json
+from plum.lm.checkpoints import Checkpoints
+from plum.lm.depth import DepthGenerator, is_depth_generator
+from plum.lm.depth_training import finetune_depth
 from plum.lm.sasrec import SASRec
 from plum.lm.timeline import DeviceBatches, TimelineConfig, TimelineShape, train_timeline
 
@@ -82,7 +86,9 @@ def test_a_certain_next_item_is_learned(codes, histories, kind):
     every = {"smooth generator": {"label_smoothing": 0.1}, "item loss": {"item_loss": 0.5}}
     options = every.get(kind, {})
     model = SASRec(30, SHAPE) if kind == "sasrec" else generator(codes, **options)
-    history = train_timeline(model, histories, CONFIG, validate=lambda: recall(model, histories))
+    history = train_timeline(
+        model, histories, CONFIG, validate=lambda: {"score": recall(model, histories)}
+    )
     assert recall(model, histories) == max(record["score"] for record in history) == 1.0
     assert history[0]["train_loss"] > 1.5 * history[-1]["train_loss"]
 
@@ -94,9 +100,9 @@ def test_training_repeats_and_keeps_the_best_weights(codes, histories):
     for _ in range(2):
         model = generator(codes)
 
-        def validate(model=model) -> float:
+        def validate(model=model) -> dict[str, float]:
             seen.append(model.heads[0].detach().clone())
-            return next(scores)
+            return {"score": next(scores)}
 
         history = train_timeline(model, histories, config, validate=validate)
         assert [record["score"] for record in history] == [0.1, 0.5, 0.2, 0.3]
@@ -109,21 +115,21 @@ def test_training_repeats_and_keeps_the_best_weights(codes, histories):
 def test_training_stops_when_its_time_is_over(histories):
     config = TimelineConfig(epochs=10**6, eval_every=10**6, max_seconds=0.2)
     begin = time.monotonic()
-    history = train_timeline(SASRec(30, SHAPE), histories, config, validate=lambda: 0.0)
+    history = train_timeline(SASRec(30, SHAPE), histories, config, validate=lambda: {"score": 0.0})
     assert len(history) == 1
     assert time.monotonic() - begin < 20
 
 
 def test_what_cannot_be_trained_is_named(codes, histories):
     with pytest.raises(InvalidData, match=r"histories\[0\]"):
-        train_timeline(SASRec(3, SHAPE), histories, CONFIG, validate=lambda: 0.0)
+        train_timeline(SASRec(3, SHAPE), histories, CONFIG, validate=lambda: {"score": 0.0})
     with pytest.raises(InvalidData, match="two items"):
-        train_timeline(SASRec(30, SHAPE), [np.array([1])], CONFIG, validate=lambda: 0.0)
+        train_timeline(SASRec(30, SHAPE), [np.array([1])], CONFIG, validate=lambda: {"score": 0.0})
     model = SASRec(30, SHAPE)
     with torch.no_grad():
         model.items[3] = torch.nan
     with pytest.raises(InvalidData, match="finite"):
-        train_timeline(model, histories, CONFIG, validate=lambda: 0.0)
+        train_timeline(model, histories, CONFIG, validate=lambda: {"score": 0.0})
     with pytest.raises(InvalidArgument, match="heads"):
         TimelineShape(width=32, heads=5)
     with pytest.raises(InvalidData, match="histories"):
@@ -155,7 +161,7 @@ def test_probabilities_of_the_catalog_add_up_and_the_beam_finds_the_best(codes, 
     for place in (0, 11, 29):
         targets = torch.from_numpy(item_at[rows[:, place]].astype(np.int64))
         losses = [model.loss(s[None], t[None]).item() for s, t in zip(states, targets, strict=True)]
-        np.testing.assert_allclose(losses, -scores[:, place], rtol=1e-4)
+        np.testing.assert_allclose(losses, -scores[:, place], rtol=1e-4, atol=1e-6)
     narrow, best = model.search(histories, 12)
     np.testing.assert_array_equal(narrow[:, 0], rows[:, 0])
     np.testing.assert_allclose(best[:, 0], scores[:, 0], rtol=1e-5)
@@ -185,7 +191,10 @@ def test_graphs_train_as_well_as_single_kernels(codes, histories, kind):
         model = (SASRec(30, SHAPE) if kind == "sasrec" else generator(codes)).cuda()
         config = replace(CONFIG, graphs=graphs, bf16=True)
         history = train_timeline(
-            model, histories, config, validate=lambda model=model: recall(model, histories)
+            model,
+            histories,
+            config,
+            validate=lambda model=model: {"score": recall(model, histories)},
         )
         assert history[-1]["score"] == 1.0
         losses.append(history[-1]["train_loss"])
@@ -202,3 +211,114 @@ def test_items_may_share_a_sid(codes, histories):
     rows, scores = model.search(histories, 20)
     assert (rows[:, :15] >= 0).all() and (rows[:, 15:] == -1).all()
     np.testing.assert_allclose(np.exp(scores).sum(1), 1, rtol=1e-5)
+
+
+def test_seen_items_are_denied_and_others_take_their_places(codes, histories):
+    # Items 2i and 2i + 1 share a SID: it is denied only when both were seen.
+    model = generator(codes[np.arange(30) // 2])
+    seen = [np.array([0, 1, 2, 9]), np.array([4, 5, 6, 7])]
+    every, _ = model.search(seen, 15)
+    left, scores = model.search(seen, 15, exclude_seen=True)
+    for row, denied in enumerate(([0], [4, 6])):
+        out = set(model.rows[denied].tolist())
+        assert set(left[row, : 15 - len(out)].tolist()) == set(every[row].tolist()) - out
+        assert (left[row, 15 - len(out) :] == -1).all()
+        # The rest of the catalog shares the probability.
+        np.testing.assert_allclose(np.exp(scores[row]).sum(), 1, rtol=1e-5)
+
+
+def test_the_learning_rate_comes_to_its_end(histories):
+    model = SASRec(30, SHAPE)
+    config = replace(CONFIG, epochs=6, eval_every=1, average=0.0)
+    moves = []
+
+    def validate() -> dict[str, float]:
+        moves.append(model.items.detach().clone())
+        return {"score": float(len(moves))}
+
+    train_timeline(model, histories, config, validate=validate)
+    steps = [(b - a).norm().item() for a, b in itertools.pairwise(moves)]
+    assert len(moves) == 6 and steps[-1] < 0.3 * max(steps)
+
+
+def test_epochs_are_fewer_when_time_is_short(histories):
+    records = []
+    config = TimelineConfig(epochs=10**6, eval_every=1, patience=None, max_seconds=2.0)
+    model = SASRec(30, SHAPE)
+
+    def validate() -> dict[str, float]:
+        records.append(model.items.detach().clone())
+        return {"score": float(len(records))}
+
+    history = train_timeline(model, histories, config, validate=validate)
+    assert 5 < len(history) < 10**5 and history[-1]["seconds"] < 20
+    last = (records[-1] - records[-2]).norm()
+    assert last < 0.5 * max((b - a).norm() for a, b in itertools.pairwise(records))
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "generator"])
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one(codes, histories, tmp_path, kind, torn):
+    config = replace(CONFIG, epochs=12, eval_every=2)
+
+    def train(folder, stop: int | None = None):
+        model = SASRec(30, SHAPE, seed=4) if kind == "sasrec" else generator(codes)
+
+        def validate() -> dict[str, float]:
+            return {"score": recall(model, histories)}
+
+        def progress(record) -> None:
+            if record["epoch"] == stop:
+                raise _Killed
+
+        history = train_timeline(
+            model,
+            histories,
+            config,
+            validate=validate,
+            progress=progress,
+            checkpoints=Checkpoints(folder, "this run"),
+        )
+        return model, [{**record, "seconds": 0} for record in history]
+
+    whole, wanted = train(tmp_path / "whole")
+    with pytest.raises(_Killed):
+        train(tmp_path / "cut", stop=8)
+    if torn:
+        newest = max((tmp_path / "cut").glob("step-*"))
+        (newest / "model.safetensors").write_bytes(b"cut off")
+    resumed, found = train(tmp_path / "cut")
+    assert found == wanted
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_a_saved_generator_is_loaded_for_a_grown_catalog(codes, histories, tmp_path):
+    model = generator(codes[:25])
+    model.save_pretrained(tmp_path / "model")
+    assert is_depth_generator(tmp_path / "model") and not is_depth_generator(tmp_path)
+    again = DepthGenerator.from_pretrained(tmp_path / "model", codes[:25])
+    known = [history % 25 for history in histories]
+    for one, other in zip(model.search(known, 9), again.search(known, 9), strict=True):
+        np.testing.assert_array_equal(one, other)
+    grown = DepthGenerator.from_pretrained(tmp_path / "model", codes)
+    assert len(set(grown.search(histories, 30)[0][0].tolist())) == 30
+    with pytest.raises(InvalidData, match="DepthGenerator"):
+        DepthGenerator.from_pretrained(tmp_path, codes)
+
+
+def test_finetuning_writes_its_files_and_repeats(codes, histories, tmp_path):
+    config = replace(CONFIG, epochs=10)
+    for name in ("one", "other"):
+        history = finetune_depth(
+            generator(codes), [h[:-1] for h in histories], histories, tmp_path / name, config
+        )
+    assert history == read_json(tmp_path / "other" / "history.json")
+    assert history[-1]["score"] == 1.0
+    assert len(history[-1]["level_accuracy"]) == 3
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("one", "other")]
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -85,6 +85,31 @@ def test_sasrec_is_a_baseline_when_asked_for(finished, encoder, tmp_path):
     assert {name: metrics[name] for name in before} == before
 
 
+def test_a_generator_with_one_position_per_item_takes_the_same_place(finished, encoder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    depth = ["finetune.base=scratch:depth-tiny", "tokenize.kind=rq-kmeans"]
+    depth += ["embed.behavior=64", "tokenize.collisions=accept"]
+    ran = run(folder, encoder, *depth)
+    stages = ["embed", "tokenize", "report", "index", "finetune", "evaluate", "recommend"]
+    assert ran == stages
+    assert run(folder, encoder, *depth) == []
+    metrics = json.loads((folder / "metrics.json").read_text())["generator"]
+    assert metrics["invalid_rate"] == metrics["duplicate_rate"] == 0
+    assert metrics["recall@50"] > 0
+    assert "level 3" in (folder / "report.html").read_text()
+    config = resolve_config(base=json.loads((folder / "config.json").read_text()))
+    recommender = Recommender.load(folder, config)
+    history = recommender.table.item_ids[:7]
+    found = [item.item_id for item in recommender.recommend(history, 20)]
+    assert len(set(found)) == 20 and not set(found) & set(history)
+    assert len(recommender.recommend(history, 500)) == 120 - 7
+    with pytest.raises(InvalidData, match="histories"):
+        recommender.recommend([], 5)
+    with pytest.raises(InvalidArgument, match="scratch:depth-small"):
+        run(folder, encoder, "finetune.base=scratch:depth-huge")
+
+
 def test_does_only_what_changed(finished, encoder, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
