@@ -50,8 +50,6 @@ format: $(STAMP)
 
 # The site in site/, with warnings as errors and without a network.
 docs: $(STAMP)
-	$(BIN)/python -c "import material, mkdocstrings" 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Small sizes in under ten minutes; FULL=1 for the sizes that figures are quoted from. Peers that
@@ -86,7 +84,7 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 			$(BIN)/python -m pip install "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
 			$(BIN)/python -m pip install "torch==$(TORCH_VERSION)" --index-url $(CPU_INDEX); \
 		fi
-	$(BIN)/python -m pip install --quiet -e ".[pipeline,minilm,triton,test,lint,build]"
+	$(BIN)/python -m pip install --quiet -e ".[pipeline,minilm,triton,test,lint,build,docs]"
 	touch $@
 
 clean:
