@@ -1,9 +1,10 @@
 """The code blocks of a Markdown page, run in order as a reader would.
 
-A block of ``python`` or ``bash`` is run. One whose language is ``bash`` may stand below an HTML
-comment ``<!-- not run: REASON -->``: then its commands are checked, not run. Anything else a page
-shows is ``text`` or another language that is not run. Blocks of a page share a folder, and those of
-Python their names.
+A block of ``python`` or ``bash`` is run. One of ``bash`` may stand below an HTML comment
+``<!-- not run: REASON -->``: then its commands are checked, not run. One of ``python`` may stand
+below ``<!-- run with: REPOSITORY -->``: then it is run where there is a checkout. Anything else a
+page shows is ``text`` or another language that is not run. Blocks of a page share a folder, and
+those of Python their names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _FENCE = re.compile(
-    r"(?:^<!-- not run: (?P<reason>[^>]+?) -->\n)?"
+    r"(?:^<!-- (?:not run|run with): (?P<reason>[^>]+?) -->\n)?"
     r"^```(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
@@ -35,7 +36,7 @@ for language, place, code in BLOCKS:
 
 
 class Block(NamedTuple):
-    """A fenced block: language, its first line's number, text, and why it is not run."""
+    """A fenced block: language, its first line's number, text, and why it is not run here."""
 
     language: str
     line: int

@@ -14,6 +14,10 @@ from typing import get_args
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.peers import drop_in
+
 from .doc_blocks import Block, blocks_of, commands_of, run_page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +43,8 @@ def test_every_block_has_a_language_and_python_is_run(page):
     for block in blocks_of(page):
         place = f"{name(page)}:{block.line}"
         assert block.language in {"python", "bash"} | SHOWN, f"{place}: {block.language!r}"
-        assert block.language == "bash" or block.reason is None, f"{place}: is not a shell block"
+        if block.language == "python" and block.reason is not None:
+            assert page.name == "drop_in.md" and block.reason in drop_in.REPOSITORIES, place
 
 
 @pytest.mark.parametrize(
@@ -68,7 +73,7 @@ def options_of(*command: str) -> str:
 )
 def test_commands_that_are_not_run_exist(page):
     for block in blocks_of(page):
-        if block.reason is None:
+        if block.reason is None or block.language == "python":
             continue
         for command in commands_of(block.code):
             check_command(command, f"{name(page)}:{block.line}")
