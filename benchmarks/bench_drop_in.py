@@ -37,7 +37,8 @@ def bench_drop_in_cpu(benchmark, full, budget, threads, provider, shape):
         return share
 
     benchmark.group = f"drop_in, {shape}"
-    share = measure(benchmark, Job(loop.run), budget, check)
+    # The loops are long; a few rounds of the slowest too.
+    share = measure(benchmark, Job(loop.run), 5 * budget, check)
     record(
         benchmark,
         loop.rows,

@@ -233,7 +233,7 @@ def minionerec_generate(changed: bool, sizes: Sizes) -> Loop:
 
 
 def lc_rec_generate(changed: bool, sizes: Sizes) -> Loop:
-    """LC-Rec: an index.json whose tokens were added in the order of text; beams of two prompts."""
+    """LC-Rec-style code: an index.json whose tokens were added in the order of text; beams of two prompts."""
     tokens, model, prompts = _generation(sizes)
     codes = tokens - tokens.amin(dim=0)
     index = {
@@ -249,7 +249,7 @@ def lc_rec_generate(changed: bool, sizes: Sizes) -> Loop:
 
     depth, width = tokens.shape[1], sizes.beams
     if changed:
-        names = change("LC-Rec and its index.json")
+        names = change("LC-Rec-style code and its index.json")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "items.index.json"
             path.write_text(json.dumps(index))
@@ -422,7 +422,7 @@ LOOPS: dict[str, Callable[[bool, Sizes], Loop]] = {
     "RQ-VAE-Recommender, encoding": rqvae_recommender_encode,
     "MiniOneRec, encoding": minionerec_indices,
     "MiniOneRec, generation": minionerec_generate,
-    "LC-Rec, generation": lc_rec_generate,
+    "LC-Rec-style, generation": lc_rec_generate,
     "STATIC, decoding": static_decode,
     "transformers, generation": transformers_generate,
 }
