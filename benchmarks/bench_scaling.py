@@ -37,13 +37,13 @@ DECODE_BASE = {"SIDs": 1_000_000, "W": 64, "L": 3}
 DECODE_AXES = {
     "SIDs": (10_000, 100_000, 1_000_000, 10_000_000),
     "W": (8, 32, 64, 128, 512),
-    "L": (2, 3, 4, 8),
+    "L": (3, 4, 6, 8),
 }
 DECODE_PROVIDERS = ("plum cpu", "STATIC")
 # Requests of a decode.
 BATCH = 8
 # At small size only what is quick.
-LARGE = {("N", 65_536), ("K", 4_096), ("D", 768), ("L", 8), ("SIDs", 10_000_000), ("W", 512)}
+LARGE = {("N", 65_536), ("K", 4_096), ("D", 768), ("L", 8), ("L", 6), ("SIDs", 10_000_000), ("W", 512)}
 
 
 def shapes(axes: dict[str, tuple[int, ...]]) -> list[str]:

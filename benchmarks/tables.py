@@ -20,7 +20,7 @@ from plum.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "drop_in.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "drop_in.md", ROOT / "docs" / "speed.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TIMES = "\N{MULTIPLICATION SIGN}"
 Figures = dict[tuple[str, str], dict[str, Any]]
@@ -211,6 +211,11 @@ def drop_in() -> list[str]:
             rows.append([system, loop, _times(ratio), f"{share:.2%}"])
     heads = ("its own loop", "times as fast with plum", "codes or beams that are the same")
     return [_from(source), "", *_table("system", heads, rows)]
+
+
+def scaling() -> list[str]:
+    """Where the curves of docs/figures/scaling.svg come from."""
+    return [_from(Source("search_scaling"))]
 
 
 def _from(source: Source) -> str:

@@ -23,6 +23,7 @@ from benchmarks import (
     bench_trie,
     bench_trie_build,
     gpu_run,
+    plots,
     report,
     tables,
     trie_catalogs,
@@ -420,3 +421,17 @@ def test_tables_follow_the_newest_results(tmp_path, monkeypatch):
         tables.filled("<!-- figures: nothing -->\n<!-- end -->")
     with pytest.raises(LookupError, match="no result of nothing"):
         tables.Source("nothing")
+
+
+def test_the_plot_is_in_step_with_the_results(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("agg")
+    assert plots.digest() in plots.PLOT.read_text(), "run: python -m benchmarks.plots"
+    plots.draw(tmp_path / "scaling.svg")
+    drawn = (tmp_path / "scaling.svg").read_text()
+    assert plots.digest() in drawn
+    (newest,) = tables.RESULTS.glob("*scaling*.json")
+    results = json.loads(newest.read_text())
+    results["benchmarks"][0]["stats"]["min"] *= 1.5
+    (tmp_path / "scaling-2099-01-01.json").write_text(json.dumps(results))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert plots.digest() not in drawn

@@ -75,7 +75,9 @@ def test_the_index_of_a_real_catalog_is_read_in_the_tokenizers_order(shared_data
         def convert_tokens_to_ids(self, tokens):
             return [500 + added.index(token) for token in tokens]
 
-    trie = drop_in.change("LC-Rec-style code and its index.json")["trie_of_index"](path, Tokenizer())
+    trie = drop_in.change("LC-Rec-style code and its index.json")["trie_of_index"](
+        path, Tokenizer()
+    )
     assert trie.num_items == len(index) == 3_459
     row = trie.rows(["17"])
     spelled = [trie.token_offsets[level] + code for level, code in enumerate(trie.codes_at(row)[0])]

@@ -233,7 +233,7 @@ def minionerec_generate(changed: bool, sizes: Sizes) -> Loop:
 
 
 def lc_rec_generate(changed: bool, sizes: Sizes) -> Loop:
-    """LC-Rec-style code: an index.json whose tokens were added in the order of text; beams of two prompts."""
+    """LC-Rec-style code: an index.json, its tokens added in the order of text; two prompts."""
     tokens, model, prompts = _generation(sizes)
     codes = tokens - tokens.amin(dim=0)
     index = {
