@@ -11,7 +11,7 @@ TORCH_VERSION ?= 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-cpp test-python test-demo lint format bench gpu gpu-sweep gpu-quality clean
+.PHONY: demo test test-cpp test-python test-demo lint format docs bench gpu gpu-sweep gpu-quality clean
 
 demo: $(STAMP)
 	$(BIN)/plum run --preset demo --output runs/demo
@@ -47,6 +47,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
+
+# The site in site/, with warnings as errors and without a network.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Small sizes in under ten minutes; FULL=1 for the sizes that figures are quoted from. Peers that
 # are not installed are named in the report.
@@ -86,7 +90,7 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 			$(BIN)/python -m pip install "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
 			$(BIN)/python -m pip install "torch==$(TORCH_VERSION)" --index-url $(CPU_INDEX); \
 		fi
-	$(BIN)/python -m pip install --quiet -e ".[pipeline,minilm,triton,test,lint,build]"
+	$(BIN)/python -m pip install --quiet -e ".[pipeline,minilm,triton,test,lint,build,docs]"
 	touch $@
 
 clean:

@@ -20,6 +20,8 @@ except ImportError as error:  # pragma: no cover
     print(f"error: {MissingDependency(str(error.name), 'pipeline', 'the plum command')}")
     raise SystemExit(1) from None
 
+from plum.bench_commands import app as bench_app
+
 if TYPE_CHECKING:
     from plum.config import Config
 
@@ -29,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 console = Console(stderr=True)
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")]

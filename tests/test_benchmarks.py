@@ -24,8 +24,10 @@ from benchmarks import (
     bench_trie,
     bench_trie_build,
     gpu_run,
+    plots,
     report,
     sweep_gpu,
+    tables,
     trie_catalogs,
 )
 from benchmarks.cases import embedding_like, make_case, share_equal
@@ -249,9 +251,11 @@ def test_a_checkout_is_imported_and_leaves_no_names_behind(tmp_path, monkeypatch
     path = list(sys.path)
     assert checkouts.load("owner/peer", "", "src.search").VALUE == 7
     assert not {"src", "src.search", "src.table"} & set(sys.modules) and sys.path == path
-    (package / "search.py").write_text("import no_such_package\n")
+    (package / "broken.py").write_text("import no_such_package\n")
     with pytest.raises(PeerAbsent, match=r"owner/peer: No module named 'no_such_package'"):
-        checkouts.load("owner/peer", "", "src.search")
+        checkouts.load("owner/peer", "", "src.broken")
+    (package / "search.py").write_text("VALUE = 8\n")
+    assert checkouts.load("owner/peer", "", "src.search").VALUE == 7
 
 
 def _bench(provider, rate, **facts):
@@ -478,3 +482,47 @@ def test_what_is_timed_on_a_gpu_gives_the_answers_of_the_reference(level, monkey
     with contextlib.suppress(PeerAbsent):
         step = (catalog.sids, 16, prefixes, logits, scores, False)
         torch.testing.assert_close(answer("static_decoding:gpu_step", *step), expected)
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_tables_of_the_pages_are_in_step_with_the_results(page):
+    text = page.read_text(encoding="utf-8")
+    assert text == tables.filled(text), "run: python -m benchmarks.tables"
+    assert "<!-- figures: " in text
+
+
+def test_tables_follow_the_newest_results(tmp_path, monkeypatch):
+    (newest,) = tables.RESULTS.glob("*trie-1-thread-2026-11-25.json")
+    results = json.loads(newest.read_text())
+    for bench in results["benchmarks"]:
+        if bench["params"]["provider"] == "STATIC":
+            bench["extra_info"]["rows_per_second"] /= 2
+    before = tables.trie_decode()
+    for path in tables.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "another-2099-01-01.json").write_text(json.dumps(results))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    after = tables.trie_decode()
+    assert "another-2099-01-01.json" in after[0]
+    first, second = (
+        float(lines[4].split("|")[2].split(tables._TIMES)[0]) for lines in (before, after)
+    )
+    assert second == pytest.approx(2 * first, rel=0.01)
+    with pytest.raises(KeyError):
+        tables.filled("<!-- figures: nothing -->\n<!-- end -->")
+    with pytest.raises(LookupError, match="no result of nothing"):
+        tables.Source("nothing")
+
+
+def test_the_plot_is_in_step_with_the_results(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("agg")
+    assert plots.digest() in plots.PLOT.read_text(), "run: python -m benchmarks.plots"
+    plots.draw(tmp_path / "scaling.svg")
+    drawn = (tmp_path / "scaling.svg").read_text()
+    assert plots.digest() in drawn
+    (newest,) = tables.RESULTS.glob("*scaling*.json")
+    results = json.loads(newest.read_text())
+    results["benchmarks"][0]["stats"]["min"] *= 1.5
+    (tmp_path / "scaling-2099-01-01.json").write_text(json.dumps(results))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert plots.digest() not in drawn

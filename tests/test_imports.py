@@ -29,9 +29,21 @@ BELOW = {
     "lm": {"ops", "sid", "trie", "files", "errors"},
     "config": {"errors", "files"},
     "pipeline": MIDDLE | {"config", "ops", "files", "errors"},
+    "bench": {"files", "errors"},
+    "bench_commands": {"bench"},
     "doctor": {"ops", "_library", "_native"},
     "cli": MIDDLE
-    | {"doctor", "pipeline", "config", "ops", "files", "errors", "_library", "_native"},
+    | {
+        "bench_commands",
+        "doctor",
+        "pipeline",
+        "config",
+        "ops",
+        "files",
+        "errors",
+        "_library",
+        "_native",
+    },
 }
 HEAVY = (
     "transformers", "datasets", "ray", "sklearn", "scipy", "polars", "pandas", "matplotlib",

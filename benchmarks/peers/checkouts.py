@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 from benchmarks.peers import PeerAbsent
+
+# The modules of each checkout that were loaded before, by name.
+_modules: dict[Path, dict[str, ModuleType]] = {}
 
 
 def load(repository: str, folder: str, module: str) -> ModuleType:
@@ -22,6 +27,17 @@ def load(repository: str, folder: str, module: str) -> ModuleType:
     Raises:
         PeerAbsent: there is no such checkout, or a package that it imports is missing.
     """
+    with importing(repository, folder) as load_module:
+        return load_module(module)
+
+
+@contextmanager
+def importing(repository: str, folder: str) -> Iterator[Callable[[str], ModuleType]]:
+    """Lets the body import from a checkout; gives the function that imports a module by name.
+
+    Raises:
+        PeerAbsent: as :func:`load` says.
+    """
     peers = os.environ.get("PLUM_PEERS")
     if not peers:
         raise PeerAbsent(f"PLUM_PEERS names no folder with a checkout of {repository}")
@@ -29,17 +45,20 @@ def load(repository: str, folder: str, module: str) -> ModuleType:
     if not root.is_dir():
         raise PeerAbsent(f"the folder PLUM_PEERS has no checkout of {repository}")
     before = set(sys.modules)
+    # A module that registers itself somewhere cannot be loaded twice.
+    kept = _modules.setdefault(root, {})
+    sys.modules.update(kept)
     sys.path.insert(0, str(root))
     try:
-        return importlib.import_module(module)
+        yield importlib.import_module
     except ImportError as error:
         raise PeerAbsent(f"{repository}: {error}") from error
     finally:
         sys.path.remove(str(root))
-        # Names such as `src` and `modules` belong to every checkout.
-        for name in set(sys.modules) - before:
-            if _lies_in(sys.modules[name], root):
-                del sys.modules[name]
+        # Names such as `src` and `modules` belong to every checkout. The place of a namespace
+        # package is looked up in its parent, so all are found before any is removed.
+        for name in [n for n in set(sys.modules) - before if _lies_in(sys.modules[n], root)]:
+            kept[name] = sys.modules.pop(name)
 
 
 def _lies_in(module: ModuleType, root: Path) -> bool:

@@ -1,0 +1,274 @@
+"""Writes the tables of speed in README.md and docs/ from the newest result files.
+
+Usage: python -m benchmarks.tables
+
+A table stands between ``<!-- figures: NAME -->`` and ``<!-- end -->``; NAME is a function of this
+file. Its figures come from the newest file in ``benchmarks/results`` that has them, by the date at
+the end of its name, with one thread and at full size.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from plum.files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "drop_in.md", ROOT / "docs" / "speed.md")
+_BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TIMES = "\N{MULTIPLICATION SIGN}"
+Figures = dict[tuple[str, str], dict[str, Any]]
+
+
+class Source:
+    """What one benchmark measured: figures by provider and shape, and where they stand."""
+
+    def __init__(self, op: str, *, size: str = "full") -> None:
+        """Reads the newest result of ``bench_<op>_cpu`` at a size.
+
+        Raises:
+            LookupError: no file has it.
+        """
+        files = sorted(RESULTS.glob("*.json"), key=lambda path: path.stem[-10:], reverse=True)
+        for path in files:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            if results["machine_info"].get("size") != size:
+                continue
+            self.figures: Figures = {
+                (bench["params"]["provider"], bench["params"]["shape"]): {
+                    **bench["extra_info"],
+                    "seconds": bench["stats"]["min"],
+                }
+                for bench in results["benchmarks"]
+                if bench["name"].startswith(f"bench_{op}_cpu[")
+                and bench["params"].get("threads", 1) == 1
+            }
+            if self.figures:
+                facts = results["machine_info"]
+                self.place = (
+                    f"`benchmarks/results/{path.name}`: one thread of {facts['cpu']}"
+                    f" ({facts['isa']}), torch {facts['torch']}"
+                )
+                return
+        raise LookupError(f"no result of {op} at size {size} in {RESULTS}")
+
+    def get(self, provider: str, shape: str, what: str = "rows_per_second") -> float | None:
+        return self.figures.get((provider, shape), {}).get(what)
+
+    def times(self, ours: str, theirs: str, shape: str) -> float | None:
+        """How many times as fast ``ours`` is."""
+        rates = self.get(ours, shape), self.get(theirs, shape)
+        return rates[0] / rates[1] if rates[0] and rates[1] else None
+
+
+def residual_quantize() -> list[str]:
+    """Rates of plum, and how many times as fast it is as each peer."""
+    source = Source("residual_quantize")
+    shapes = ("D=384 3x256", "D=384 2048+1024+512", "D=384 3x64", "D=32 3x256")
+    peers = {
+        "torch `addmm` + `argmin`, in chunks": ("torch addmm + argmin",),
+        "oneDNN in fp32, in chunks": ("torch oneDNN + argmax",),
+        "faiss `ResidualQuantizer`, the better variant": (
+            "faiss ResidualQuantizer",
+            "faiss ResidualQuantizer LUT",
+        ),
+        "faiss `IndexFlatL2` a level": ("faiss IndexFlatL2",),
+        "vector-quantize-pytorch, eval": ("vector-quantize-pytorch",),
+        "RQ-VAE-Recommender": ("RQ-VAE-Recommender",),
+        "MiniOneRec": ("MiniOneRec",),
+        "GRID": ("GRID",),
+    }
+    rows = [["plum"] + [_number(source.get("plum cpu", shape), 1e6) for shape in shapes]]
+    rows += [
+        [label, *(_fastest_of(source, "plum cpu", names, shape) for shape in shapes)]
+        for label, names in peers.items()
+    ]
+    over = [_fastest_of(source, "plum cpu fp32", ("torch addmm + argmin",), s) for s in shapes]
+    rows.append(["without bf16: over torch", *over])
+    head = "`residual_quantize`, million rows/s, and times as fast as"
+    return [_from(source), "", *_table(head, _shapes(shapes), rows)]
+
+
+def kmeans() -> list[str]:
+    """How many times as fast ten iterations are."""
+    source = Source("kmeans")
+    shapes = ("D=384 K=256", "D=384 K=2048", "D=32 K=256")
+    labels = {
+        "faiss": "faiss Kmeans",
+        "scikit-learn": "scikit-learn KMeans",
+        "superkmeans": "superkmeans",
+        "vector-quantize-pytorch": "vector-quantize-pytorch kmeans",
+    }
+    rows = [
+        [label, *(_fastest_of(source, "plum KMeans", (peer,), shape) for shape in shapes)]
+        for label, peer in labels.items()
+    ]
+    titles = ("64k rows, D=384, K=256", "64k, 384, 2048", "200k, 32, 256")
+    return _table("k-means, 10 iterations, times as fast as", titles, rows)
+
+
+def training_step() -> list[str]:
+    """How many times as fast a step of ResidualVQ is."""
+    source = Source("training_step")
+    shapes = ("D=384 3x256", "D=384 2048+1024+512", "D=32 3x256")
+    rows = [
+        [f"vector-quantize-pytorch{kind}"]
+        + [_fastest_of(source, f"plum ResidualVQ{kind}", (f"vector-quantize-pytorch{kind}",), shape)
+           for shape in shapes]
+        for kind in ("", ", expiry")
+    ]  # fmt: skip
+    head = "a training step of `ResidualVQ`, 8,192 rows, times as fast as"
+    return _table(head, _shapes(shapes), rows)
+
+
+def trie_decode() -> list[str]:
+    """The geometric mean over catalogs, and the worst, of how many times as fast as STATIC."""
+    source = Source("trie_decode")
+    beams = {"1x32": f"1 {_TIMES} 32 beams", "2x70": f"2 {_TIMES} 70", "8x64": f"8 {_TIMES} 64",
+             "32x128": f"32 {_TIMES} 128"}  # fmt: skip
+    rows = []
+    for score, provider in (("full", "plum cpu"), ("valid", "plum cpu valid")):
+        row = [f'`score="{score}"`']
+        for name in beams:
+            shapes = [shape for ours, shape in source.figures
+                      if ours == provider and shape.endswith(f" {name}")]  # fmt: skip
+            ratios = [source.times(provider, "STATIC", shape) for shape in shapes]
+            known = [ratio for ratio in ratios if ratio]
+            row.append(f"{_times(geometric_mean(known))} ({_times(min(known))})" if known else "")
+        rows.append(row)
+    head = "whole decode, times as fast as STATIC: mean over the catalogs (worst)"
+    return [_from(source), "", *_table(head, tuple(beams.values()), rows)]
+
+
+def trie_build() -> list[str]:
+    """Time and bytes of the indexes of five million SIDs."""
+    source = Source("trie_build")
+    shapes = ("uniform L3 5M", "uniform L8 5M")
+
+    def both(cells: Sequence[str]) -> str:
+        return " / ".join(cells)
+
+    ours = [source.figures["plum cpu", shape] for shape in shapes]
+    rows = [[
+        "`SidTrie`",
+        both([f"{each['seconds']:.1f} s" for each in ours]),
+        both([f"{each['bytes_per_item']:.1f}" for each in ours]),
+    ]]  # fmt: skip
+    labels = {
+        "STATIC": "STATIC",
+        "nested dict": "nested dict, as for transformers' prefix function",
+        "marisa-trie": "marisa-trie",
+    }
+    for provider, label in labels.items():
+        theirs = [source.figures[provider, shape] for shape in shapes]
+        longer = [a["seconds"] / b["seconds"] for a, b in zip(theirs, ours, strict=True)]
+        more = [
+            a["bytes_per_item"] / b["bytes_per_item"] for a, b in zip(theirs, ours, strict=True)
+        ]
+        as_long, as_many = both(list(map(_times, longer))), both(list(map(_times, more)))
+        rows.append([label, f"{as_long} as long", f"{as_many} as many"])
+    heads = ("build from unsorted codes, sort included", "bytes a SID, item ids apart")
+    return _table("5 million SIDs, 3 / 8 levels", heads, rows)
+
+
+def generate() -> list[str]:
+    """SidBeamSearch beside generate of transformers."""
+    source = Source("generate")
+    shapes = tuple(dict.fromkeys(shape for _, shape in source.figures))
+    peer = "transformers generate"
+    rows = [
+        [f'times as fast, `score="{score}"`']
+        + [_fastest_of(source, f"plum {score}", (peer,), shape) for shape in shapes]
+        for score in ("full", "valid")
+    ]
+    for label, key in (
+        ("time outside the model", "share_outside_the_model"),
+        ("model steps saved", "share_of_steps_saved"),
+    ):
+        shares = [source.get("plum full", shape, key) or 0.0 for shape in shapes]
+        rows.append([label, *(f"{share:.1%}" for share in shares)])
+    head = "search with a GPT-2-small shape, beside `generate` with a prefix function"
+    return [_from(source), "", *_table(head, shapes, rows)]
+
+
+def drop_in() -> list[str]:
+    """How many times as fast other systems' own loops are with plum in them."""
+    source = Source("drop_in")
+    rows = []
+    for provider, shape in source.figures:
+        if provider != "as it is":
+            continue
+        system, loop = shape.split(", ")
+        ratio = source.times("plum dropped in", provider, shape)
+        share = source.get("plum dropped in", shape, "share_equal")
+        if ratio is not None and share is not None:
+            rows.append([system, loop, _times(ratio), f"{share:.2%}"])
+    heads = ("its own loop", "times as fast with plum", "codes or beams that are the same")
+    return [_from(source), "", *_table("system", heads, rows)]
+
+
+def scaling() -> list[str]:
+    """Where the curves of docs/figures/scaling.svg come from."""
+    return [_from(Source("search_scaling"))]
+
+
+def _from(source: Source) -> str:
+    return f"From {source.place}."
+
+
+def _shapes(shapes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(shape.replace(" ", ", ", 1).replace("3x", f"3 {_TIMES} ") for shape in shapes)
+
+
+def _fastest_of(source: Source, ours: str, peers: Sequence[str], shape: str) -> str:
+    ratios = [source.times(ours, peer, shape) for peer in peers]
+    known = [ratio for ratio in ratios if ratio is not None]
+    return _times(min(known)) if known else ""
+
+
+def _number(value: float | None, unit: float) -> str:
+    return "" if value is None else f"{value / unit:.2f}"
+
+
+def _times(value: float) -> str:
+    return (f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}") + _TIMES
+
+
+def _table(head: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {head} | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    each.__name__: each
+    for each in (
+        residual_quantize,
+        kmeans,
+        training_step,
+        trie_decode,
+        trie_build,
+        generate,
+        drop_in,
+    )
+}
+
+
+def filled(text: str) -> str:
+    """Returns a page with its tables made anew.
+
+    Raises:
+        KeyError: a name is no table.
+    """
+    return _BLOCK.sub(lambda m: f"{m[1]}\n" + "\n".join(TABLES[m[2]]()) + f"\n\n{m[3]}", text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        write_text(page, filled(page.read_text(encoding="utf-8")))
+        print(page)

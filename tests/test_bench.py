@@ -1,0 +1,182 @@
+"""``plum bench``: a real run of the suite, and what counts as slower between two runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+
+import plum
+from plum.bench import Comparison, compare, run_suite, suite_folder, table_of
+from plum.errors import InvalidArgument, InvalidData
+
+CALM, WILD = 0.02, 0.4
+
+
+def entry(provider, seconds, spread=CALM, rounds=50, shape="A"):
+    """A benchmark whose rounds lie around ``seconds``; ``spread`` is their IQR over the median."""
+    stats = {
+        "min": seconds * (1 - spread),
+        "median": seconds,
+        "iqr": seconds * spread,
+        "rounds": rounds,
+    }
+    name = f"bench_op_cpu[{provider}-{shape}]"
+    return {
+        "name": name,
+        "fullname": f"benchmarks/bench_op.py::{name}",
+        "params": {"provider": provider, "shape": shape},
+        "stats": stats,
+    }
+
+
+def peers(*seconds):
+    return [entry(f"peer {number}", each) for number, each in enumerate(seconds)]
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    def compared(before, after, **facts) -> Comparison:
+        paths = tmp_path / "before.json", tmp_path / "after.json"
+        size = {"size": "small"}
+        for path, benches, machine in zip(
+            paths, (before, after), (size, size | facts), strict=True
+        ):
+            path.write_text(json.dumps({"machine_info": machine, "benchmarks": benches}))
+        return compare(*paths)
+
+    return compared
+
+
+def verdicts(found):
+    return {change.name.split("[")[1].split("-")[0]: change.verdict for change in found.changes}
+
+
+def test_a_change_beyond_the_noise_of_the_rounds_is_told(comparison):
+    before = [entry("plum cpu", 1.0), entry("plum fp32", 2.0), entry("plum triton", 3.0)]
+    after = [entry("plum cpu", 1.2), entry("plum fp32", 2.02), entry("plum triton", 2.4)]
+    found = comparison(before + peers(*[1.0] * 6), after + peers(*[1.0] * 6))
+    assert {name: verdict for name, verdict in verdicts(found).items() if "plum" in name} == {
+        "plum cpu": "slower",
+        "plum fp32": "same",
+        "plum triton": "faster",
+    }
+    assert [change.ratio for change in found.regressions] == pytest.approx([1.2])
+    assert found.warnings == [] and found.peer_ratio == 1 and found.changes[0].limit < 1.2
+
+
+def test_few_or_wild_rounds_tell_less(comparison):
+    def same(**rounds):
+        others = peers(*[1.0] * 6)
+        found = comparison(
+            [entry("plum cpu", 1.0, **rounds), *others], [entry("plum cpu", 1.2, **rounds), *others]
+        )
+        return not found.regressions
+
+    assert not same(spread=CALM) and not same(spread=0.1)
+    assert same(spread=WILD)
+    assert not same(spread=CALM, rounds=2)
+    # A single round has no spread of its own: the typical one of its file stands in.
+    wild = [entry(f"plum {number}", 1.0, spread=WILD) for number in range(6)]
+    single = [entry("plum cpu", 1.0, spread=0.0, rounds=1)], [entry("plum cpu", 1.2, 0.0, rounds=1)]
+    assert not comparison(single[0] + wild, single[1] + wild).regressions
+
+
+def test_the_median_has_to_be_slower_as_well_as_the_fastest_round(comparison):
+    after = entry("plum cpu", 1.0)
+    after["stats"]["min"] *= 1.3
+    assert not comparison([entry("plum cpu", 1.0)], [after]).regressions
+
+
+def test_what_the_peers_did_is_the_noise_of_the_machine(comparison):
+    before = [entry("plum cpu", 1.0), *peers(*[1.0] * 6)]
+    noisy = peers(1.0, 1.02, 0.98, 1.05, 0.95, 1.2)
+    found = comparison(before, [entry("plum cpu", 1.2), *noisy])
+    assert not found.regressions and found.peers == 6
+    assert found.peer_spread == pytest.approx(1.19, abs=0.01)
+    # A peer that is slower is shown, and is no regression of plum.
+    assert verdicts(found)["peer 5"] == "same" and verdicts(found)["plum cpu"] == "same"
+    found = comparison(before, [entry("plum cpu", 1.5), *noisy])
+    assert [change.ratio for change in found.regressions] == pytest.approx([1.5])
+    # All are slower alike: then the limit stays narrow, and the median of the peers says so.
+    found = comparison(before, [entry("plum cpu", 1.2), *peers(*[1.2] * 6)])
+    assert len(found.regressions) == 1 and found.peer_ratio == pytest.approx(1.2)
+
+
+def test_runs_that_do_not_fit_are_told(comparison, tmp_path):
+    bench = [entry("plum cpu", 1.0)]
+    found = comparison([*bench, entry("plum fp32", 1.0)], bench, cpu="another")
+    assert found.missing == ["benchmarks/bench_op.py::bench_op_cpu[plum fp32-A]"]
+    assert found.warnings[0] == "cpu differs: None and another" and "few peers" in found.warnings[1]
+    with pytest.raises(InvalidData, match=r"after\.json: expected the size 'small'"):
+        comparison(bench, bench, size="full")
+    with pytest.raises(InvalidData, match="none of them"):
+        comparison(bench, [entry("plum other", 1.0)])
+    for wrong in ({"benchmarks": 3}, [], {"benchmarks": [{"name": "x"}]}, {"machine_info": {}}):
+        (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+        with pytest.raises(InvalidData, match=r"wrong\.json: expected a JSON file that plum bench"):
+            compare(tmp_path / "before.json", tmp_path / "wrong.json")
+    for key, value in (("min", 0), ("median", float("nan")), ("rounds", 0), ("iqr", "much")):
+        broken = copy.deepcopy(bench)
+        broken[0]["stats"][key] = value
+        with pytest.raises(InvalidData, match="in benchmark 0"):
+            comparison(bench, broken)
+    with pytest.raises(InvalidData, match="no such file"):
+        compare(tmp_path / "before.json", tmp_path / "absent.json")
+
+
+def test_without_a_checkout_there_is_nothing_to_run(tmp_path, monkeypatch):
+    assert (suite_folder() / "bench_kmeans.py").is_file()
+    monkeypatch.setattr(plum, "__file__", str(tmp_path / "plum" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidData, match="clone the repository"):
+        run_suite()
+
+
+def cli(*arguments):
+    command = [sys.executable, "-m", "plum.cli", "bench", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_two_runs_are_the_same_and_a_slow_down_is_not(tmp_path):
+    """Two real runs, with the noise of this machine, and a fifth more on plum's times of one."""
+    first, second, slow = (tmp_path / f"{name}.json" for name in ("first", "second", "slow"))
+    select = "bench_code_usage_cpu and 1-thread"
+    results = run_suite(first, select=select)
+    run_suite(second, select=select)
+    text = table_of(first)
+    assert "| code_usage, 1 thread |" in text and "| torch bincount |" in text
+    assert len(results["benchmarks"]) == 15
+
+    compared = cli("compare", first, second, "--json")
+    assert compared.returncode == 0, compared.stdout
+    found = json.loads(compared.stdout)
+    assert found["regressions"] == [] and found["peers"] == 9
+
+    for bench in results["benchmarks"]:
+        if bench["params"]["provider"] == "plum cpu":
+            for key in ("min", "max", "mean", "median", "iqr", "q1", "q3"):
+                bench["stats"][key] *= 1.2
+    slow.write_text(json.dumps(results))
+    compared = cli("compare", first, slow, "--json")
+    found = json.loads(compared.stdout)
+    assert compared.returncode == 1
+    # Those whose rounds were calm enough to tell; where the machine was busy, not all three.
+    told = [c["name"] for c in found["changes"] if "plum cpu" in c["name"] and c["limit"] < 1.2]
+    assert told and sorted(found["regressions"]) == sorted(told)
+    shown = cli("compare", first, slow)
+    assert shown.returncode == 1 and f"{len(told)} of plum are slower" in shown.stdout
+    assert cli("compare", slow, first).returncode == 0
+
+
+def test_errors_of_the_command_are_one_line(tmp_path):
+    with pytest.raises(InvalidArgument, match="output"):
+        run_suite(tmp_path / "no" / "folder.json")
+    wrong = cli("compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "a.json" in wrong.stderr
+    nothing = cli("--select", "no_such_benchmark")
+    assert nothing.returncode == 1 and nothing.stderr.splitlines()[-1].startswith("error: select:")

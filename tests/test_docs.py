@@ -1,0 +1,171 @@
+"""The documentation: every block of code works, the site builds, nothing public is left out."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.peers import drop_in
+
+from .doc_blocks import Block, blocks_of, commands_of, run_page
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "kernels" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+SHOWN = {"text", "yaml", "json", "diff", "toml"}
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def is_run(block: Block) -> bool:
+    return block.language in ("python", "bash") and block.reason is None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_block_has_a_language_and_python_is_run(page):
+    for block in blocks_of(page):
+        place = f"{name(page)}:{block.line}"
+        assert block.language in {"python", "bash"} | SHOWN, f"{place}: {block.language!r}"
+        if block.language == "python" and block.reason is not None:
+            assert page.name == "drop_in.md" and block.reason in drop_in.REPOSITORIES, place
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(map(is_run, blocks_of(page)))], ids=name
+)
+def test_blocks_run(page, tmp_path):
+    copied = page == ROOT / "kernels" / "README.md"
+    if copied:
+        pytest.importorskip("triton")
+    run_page(page, tmp_path, path=[page.parent / "sid"] if copied else [])
+
+
+@functools.cache
+def options_of(*command: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "plum.cli", *command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"COLUMNS": "200", "TERM": "dumb"},
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(b.reason for b in blocks_of(page))], ids=name
+)
+def test_commands_that_are_not_run_exist(page):
+    for block in blocks_of(page):
+        if block.reason is None or block.language == "python":
+            continue
+        for command in commands_of(block.code):
+            check_command(command, f"{name(page)}:{block.line}")
+
+
+def check_command(words: list[str], place: str) -> None:
+    program, *arguments = words
+    options = [word.split("=")[0] for word in arguments if word.startswith("--")]
+    if program == "plum":
+        verb = arguments[:1]
+        if verb == ["bench"] and "compare" in arguments:
+            verb = ["bench", "compare"]
+        for option in options:
+            assert option in options_of(*verb), f"{place}: plum {' '.join(verb)} has no {option}"
+    elif program == "make":
+        targets = [word for word in arguments if "=" not in word]
+        for target in targets:
+            found = re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert found, f"{place}: make has no target {target}"
+    elif program == "pip":
+        project = (ROOT / "pyproject.toml").read_text()
+        for extra in re.findall(r"\.\[([\w,]+)\]", " ".join(arguments)):
+            for part in extra.split(","):
+                assert re.search(rf"^{part} = \[", project, re.MULTILINE), f"{place}: extra {part}"
+    elif program == "python":
+        if arguments[0] == "-m":
+            assert importlib.util.find_spec(arguments[1]), f"{place}: no module {arguments[1]}"
+        else:
+            assert (ROOT / arguments[0]).is_file(), f"{place}: no file {arguments[0]}"
+    else:
+        assert program in ("git", "cd", "python3"), f"{place}: who is {program}?"
+
+
+def test_a_broken_page_is_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 1\n```\ntext\n\n```bash\nexit 3\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md:7: exit status 3"):
+        run_page(page, tmp_path)
+    page.write_text("```python\nx = 1\n```\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md:5.*|AssertionError"):
+        run_page(page, tmp_path)
+    for command in (["plum", "run", "--no-such-option"], ["make", "nothing"], ["frobnicate"]):
+        with pytest.raises(AssertionError):
+            check_command(command, "here")
+
+
+def test_every_public_name_is_on_its_page():
+    pages = sorted((ROOT / "docs" / "api").glob("*.md"))
+    listed = {page.stem for page in pages} - {"index", "errors"}
+    public = {
+        init.parent.name
+        for init in (ROOT / "plum").glob("*/__init__.py")
+        if "__all__" in init.read_text()
+    }
+    assert listed == public
+    text = (ROOT / "docs" / "api" / "ops.md").read_text()
+    # A page of a package lists what its __all__ has; that of the ops names each.
+    named = set(re.findall(r"^::: plum\.ops\.\w+\.(\w+)$", text, re.MULTILINE))
+    assert named == set(importlib.import_module("plum.ops").__all__)
+
+
+def test_figures_are_drawn_from_what_plum_computes(tmp_path):
+    pytest.importorskip("matplotlib").use("agg")
+    folder = ROOT / "docs" / "figures"
+    runpy.run_path(str(folder / "draw.py"))["draw"](tmp_path)
+    drawn = sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert drawn == sorted({path.name for path in folder.glob("*.svg")} - {"scaling.svg"})
+    for page in (ROOT / "docs" / "concepts").glob("*.md"):
+        (shown,) = re.findall(r"\(\.\./figures/(\w+\.svg)\)", page.read_text())
+        assert shown in drawn
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("material", reason="the extra docs is not installed")
+    pytest.importorskip("mkdocstrings", reason="the extra docs is not installed")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr[-3000:]
+    for package in ("quantize", "sid", "trie", "decode", "lm", "data", "embed", "eval"):
+        page = (tmp_path / "api" / f"{package}.html").read_text()
+        module = importlib.import_module(f"plum.{package}")
+        for public in module.__all__:
+            # Types and constants without a docstring of their own are not classes or functions.
+            if callable(getattr(module, public)) and not get_args(getattr(module, public)):
+                assert f'id="plum.{package}.{public}"' in page, f"plum.{package}.{public}"
+    # No page asks another server for anything.
+    pages = "".join(page.read_text() for page in tmp_path.rglob("*.html"))
+    assert not re.findall(r'<(?:script|img)[^>]+src="https?:', pages)
+    assert not re.findall(r'<link[^>]+stylesheet[^>]+href="https?:', pages)
