@@ -18,6 +18,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <type_traits>
 #include <utility>
@@ -48,12 +49,13 @@ struct dim3 {
 
 namespace cuda_on_cpu {
 
-constexpr size_t kStackBytes = size_t{1} << 18;
+// Small: an address sanitizer clears it at every switch.
+constexpr size_t kStackBytes = size_t{1} << 16;
 constexpr int kWarp = 32;
 
 // Threads that meet: a block or a warp.
 struct Group {
-  std::vector<int> members;
+  int first = 0, size = 0;
   std::vector<void*> slots;
   int arrived = 0;
   const char* what = nullptr;
@@ -99,8 +101,8 @@ inline Device& device() {
                message);
   const auto report = [](const Group& group) {
     if (group.arrived == 0) return;
-    std::fprintf(stderr, "  of threads %d to %d, %d wait at %s of line %d\n", group.members.front(),
-                 group.members.back(), group.arrived, group.what, group.line);
+    std::fprintf(stderr, "  of threads %d to %d, %d wait at %s of line %d\n", group.first,
+                 group.first + group.size - 1, group.arrived, group.what, group.line);
   };
   report(d.all);
   for (const Group& warp : d.warps) report(warp);
@@ -154,23 +156,22 @@ void meet(Group& group, const char* what, int line, Slot* slot, Act act) {
     fail("others wait elsewhere");
   }
   const int here = d.current;
-  const auto place = std::find(group.members.begin(), group.members.end(), here);
-  group.slots[place - group.members.begin()] = slot;
-  if (++group.arrived < static_cast<int>(group.members.size())) {
+  group.slots[here - group.first] = slot;
+  if (++group.arrived < group.size) {
     give_way();
     return;
   }
   act(reinterpret_cast<Slot**>(group.slots.data()));
   group.arrived = 0;
-  for (int member : group.members) {
-    if (member != here) d.ready.push_back(member);
+  for (int other = group.first; other < group.first + group.size; ++other) {
+    if (other != here) d.ready.push_back(other);
   }
 }
 
 inline Group& warp() { return device().warps[device().current / kWarp]; }
 
 inline Group& whole_warp(unsigned mask) {
-  if (mask != 0xffffffffu || warp().members.size() != kWarp) fail("not a whole warp");
+  if (mask != 0xffffffffu || warp().size != kWarp) fail("not a whole warp");
   return warp();
 }
 
@@ -183,9 +184,9 @@ inline void run_block(size_t shared) {
   d.shared = d.shared_bytes.get() + (16 - address % 16) % 16;
   std::memset(d.shared, 0xff, shared);
   const auto form = [](Group& group, int begin, int end) {
-    group.members.clear();
-    for (int i = begin; i < end; ++i) group.members.push_back(i);
-    group.slots.assign(group.members.size(), nullptr);
+    group.first = begin;
+    group.size = end - begin;
+    group.slots.assign(group.size, nullptr);
     group.arrived = 0;
   };
   form(d.all, 0, threads);
@@ -195,7 +196,8 @@ inline void run_block(size_t shared) {
          std::min(threads, static_cast<int>(i + 1) * kWarp));
   }
   d.fibers.resize(threads);
-  d.ready = d.all.members;
+  d.ready.resize(threads);
+  std::iota(d.ready.begin(), d.ready.end(), 0);
   d.done = 0;
   for (Fiber& fiber : d.fibers) {
     if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);

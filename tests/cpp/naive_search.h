@@ -11,7 +11,7 @@
 struct NaiveSearch {
   std::vector<int32_t> codes;
   std::vector<float> norms, residual;
-  std::vector<int64_t> usage;
+  std::vector<int64_t> usage;  // from 7 up
   int64_t first_bad = -1;
 };
 
@@ -21,7 +21,7 @@ inline NaiveSearch naive_search(const std::vector<float>& x, int64_t width,
                                 const std::vector<int64_t>& sizes) {
   NaiveSearch found;
   found.residual = x;
-  found.usage.assign(codebooks.size() / width, 0);
+  found.usage.assign(codebooks.size() / width, 7);
   const auto rows = static_cast<int64_t>(x.size()) / width;
   for (int64_t n = 0; n < rows; ++n) {
     float* r = &found.residual[n * width];
