@@ -1,4 +1,4 @@
-// The number types and functions of CUDA that csrc/cuda uses, in C++; see cuda_on_cpu.h.
+// The types and functions of CUDA that csrc/cuda uses and that need no threads; see cuda_on_cpu.h.
 #pragma once
 
 #include <math.h>
@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 using std::max;
@@ -117,4 +119,43 @@ inline float sum_as_tensor_cores(const float* terms, int count) {
   auto rounded = static_cast<float>(sum);
   if (fabs(rounded) > fabs(static_cast<double>(sum))) rounded = nextafterf(rounded, 0);
   return static_cast<float>(ldexp(rounded, lowest));
+}
+
+// Atomics: threads give way nowhere in them.
+
+template <typename T>
+T atomicAdd(T* at, std::common_type_t<T> value) {
+  return std::exchange(*at, *at + value);
+}
+
+template <typename T>
+T atomicMin(T* at, std::common_type_t<T> value) {
+  return std::exchange(*at, std::min(*at, value));
+}
+
+template <typename T>
+T atomicMax(T* at, std::common_type_t<T> value) {
+  return std::exchange(*at, std::max(*at, value));
+}
+
+// The host's side.
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline int cuda_on_cpu_shared_bytes = 227 << 10;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = cuda_on_cpu_shared_bytes;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  return bytes <= cuda_on_cpu_shared_bytes ? cudaSuccess : throw "too much shared memory";
 }
