@@ -21,7 +21,7 @@ struct Levels {
 template <typename Code, bool kShared>
 __global__ void code_usage_kernel(const Code* __restrict__ codes, int64_t num_codes, Levels levels,
                                   unsigned long long* __restrict__ counts) {
-  extern __shared__ unsigned int histogram[];
+  auto* histogram = shared_memory<unsigned int>();
   const int total = levels.offset[levels.count];
   if (kShared) {
     for (int slot = threadIdx.x; slot <= total; slot += kThreads) histogram[slot] = 0;
@@ -69,10 +69,11 @@ void code_usage(const Code* codes, int64_t rows, int64_t levels, const int64_t* 
   auto* out = reinterpret_cast<unsigned long long*>(counts);
   auto queue = static_cast<cudaStream_t>(stream);
   if (slots <= kSharedSlots) {
-    code_usage_kernel<Code, true>
-        <<<blocks, kThreads, slots * sizeof(unsigned int), queue>>>(codes, num_codes, table, out);
+    launch(code_usage_kernel<Code, true>, blocks, kThreads, slots * sizeof(unsigned int), queue,
+           codes, num_codes, table, out);
   } else {
-    code_usage_kernel<Code, false><<<blocks, kThreads, 0, queue>>>(codes, num_codes, table, out);
+    launch(code_usage_kernel<Code, false>, blocks, kThreads, 0, queue, codes, num_codes, table,
+           out);
   }
   check_launch("code_usage");
 }

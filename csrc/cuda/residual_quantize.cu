@@ -6,13 +6,12 @@
 // cannot tell apart by fp64 distances summed in the order of the dimensions, ties to the lowest
 // code. A warp takes 16 rows through all levels: their residuals stay in shared memory, the operand
 // of the screen in registers. Codewords pass through shared memory in stages that all warps share.
-#include <cuda_fp16.h>
-
+#include <climits>
 #include <cstdint>
 #include <type_traits>
 
 #include "common.cuh"
-#include "plum/code_usage.h"
+#include "pack_codebooks.cuh"
 #include "plum/residual_quantize.h"
 
 namespace plum::cuda {
@@ -22,165 +21,15 @@ using cpu::RowType;
 
 constexpr int kWarpRows = 16;
 constexpr int kMaxWarps = 8;
-// Bias of the padding and of repeated codewords: below every score, and finite when tagged.
-constexpr float kNone = -3e38f;
-// The largest norm of a level's operands is scaled to [2^4, 2^5): fp16 then holds rows 2^11 times
-// as long.
-constexpr int kExponent = 5;
 // Norm of a scaled row up to which no element overflows in fp16.
 constexpr float kLongest = 60000.f;
-// Codewords before it in which a repeated codeword is looked for.
-constexpr int kRepeatWindow = 4096;
-constexpr unsigned kAll = 0xffffffffu;
+// Stages in shared memory: one that is read, and those that are on their way.
+constexpr int kSlots = 4;
+// Blocks that a multiprocessor holds; operands and rows take the registers and the shared memory.
+template <int kWidth>
+constexpr int kBlocks = kWidth > 128 ? 1 : 2;
 // Candidates that a warp lists of the rows of which three or more are in one lane.
 constexpr int kListed = 160;
-
-// Codewords of a stage: some 8 to 12 KiB of operands.
-template <int kWidth>
-constexpr int kStage = kWidth >= 256 ? 16 : 4096 / kWidth;
-template <int kWidth>
-constexpr int kStageBytes = kStage<kWidth> * (2 * kWidth + 4);
-
-struct Levels {
-  int count;
-  int size[kMaxLevels], first[kMaxLevels], stage[kMaxLevels + 1];
-};
-
-// What a level's scores are bounded with; scaled, but for the scale itself and the longest norm.
-struct LevelBounds {
-  unsigned long long longest;  // bits of a double
-  float scale;
-  unsigned norm, error;  // bits of floats
-};
-
-struct Workspace {
-  float* books;                // [sum of sizes, kWidth], padded with zeros
-  float* centers;              // [levels, kWidth]
-  char* stages;                // [stages, kStageBytes]
-  LevelBounds* bounds;         // [levels]
-  unsigned long long* hashes;  // [sum of sizes]
-};
-
-__global__ void clear_bounds(LevelBounds* bounds, int levels) {
-  const int level = blockIdx.x * blockDim.x + threadIdx.x;
-  if (level < levels) bounds[level] = LevelBounds{0, 1.f, 0, 0};
-}
-
-// The mean of each level's codewords; a block takes 32 dimensions.
-__global__ void find_centers(const float* __restrict__ codebooks, Levels levels, int width,
-                             int stride, float* __restrict__ centers) {
-  __shared__ double parts[8][32];
-  const int level = blockIdx.y, lane = threadIdx.x % 32, part = threadIdx.x / 32;
-  const int dim = blockIdx.x * 32 + lane;
-  double sum = 0;
-  if (dim < width) {
-    const float* book = codebooks + int64_t{levels.first[level]} * width + dim;
-    for (int code = part; code < levels.size[level]; code += 8) sum += book[int64_t{code} * width];
-  }
-  parts[part][lane] = sum;
-  __syncthreads();
-  if (part == 0) {
-    for (int other = 1; other < 8; ++other) sum += parts[other][lane];
-    centers[level * stride + dim] = static_cast<float>(sum / levels.size[level]);
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ T warp_sum(T value) {
-  for (int step = 16; step; step /= 2) value += __shfl_xor_sync(kAll, value, step);
-  return value;
-}
-
-__device__ __forceinline__ int level_of(const Levels& levels, int row) {
-  int level = 0;
-  while (level + 1 < levels.count && row >= levels.first[level + 1]) ++level;
-  return level;
-}
-
-// Copies a codeword with padding, hashes its bits, and finds the longest of its level; a warp each.
-__global__ void copy_codewords(const float* __restrict__ codebooks, Levels levels, int total,
-                               int width, int stride, Workspace work,
-                               unsigned long long* first_bad) {
-  const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
-  if (row >= total) return;
-  const int level = level_of(levels, row);
-  double sum = 0;
-  unsigned long long hash = 0;
-  bool finite = true;
-  for (int dim = lane; dim < stride; dim += 32) {
-    const float value = dim < width ? codebooks[int64_t{row} * width + dim] : 0.f;
-    work.books[int64_t{row} * stride + dim] = value;
-    const double shifted = static_cast<double>(value) - work.centers[level * stride + dim];
-    sum += shifted * shifted;
-    finite &= isfinite(value);
-    hash += __float_as_uint(value) * (0x9E3779B97F4A7C15ull * (dim + 1) | 1);
-  }
-  sum = warp_sum(sum);
-  hash = warp_sum(hash);
-  finite = __all_sync(kAll, finite);
-  if (lane) return;
-  work.hashes[row] = hash;
-  atomicMax(&work.bounds[level].longest, __double_as_longlong(sqrt(sum)));
-  if (!finite) atomicMin(first_bad, static_cast<unsigned long long>(row));
-}
-
-// Whether a codeword has the bits of one before it in its level; called by a whole warp.
-__device__ bool is_repeat(const Workspace& work, int first, int code, int stride, int lane) {
-  bool found = false;
-  const unsigned long long hash = work.hashes[first + code];
-  for (int other = max(0, code - kRepeatWindow) + lane; other < code; other += 32) {
-    if (work.hashes[first + other] != hash) continue;
-    const float* a = work.books + int64_t{first + code} * stride;
-    const float* b = work.books + int64_t{first + other} * stride;
-    int dim = 0;
-    while (dim < stride && __float_as_uint(a[dim]) == __float_as_uint(b[dim])) ++dim;
-    found |= dim == stride;
-  }
-  return __any_sync(kAll, found);
-}
-
-// Writes the operands in the order in which lanes read them; a warp for each codeword, padding too.
-template <int kWidth>
-__global__ void pack_operands(Levels levels, Workspace work) {
-  constexpr int kCodes = kStage<kWidth>;
-  const int padded = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
-  const int stage = padded / kCodes, place = padded % kCodes;
-  if (stage >= levels.stage[levels.count]) return;
-  int level = 0;
-  while (stage >= levels.stage[level + 1]) ++level;
-  const int first = levels.first[level], code = padded - levels.stage[level] * kCodes;
-  const bool real = code < levels.size[level];
-  LevelBounds& bounds = work.bounds[level];
-  const double longest = __longlong_as_double(bounds.longest);
-  const int power = longest > 0 ? min(max(kExponent - 1 - ilogb(longest), -100), 100) : 0;
-  const double scale = scalbn(1.0, power);
-  double norm = 0, error = 0;
-  char* at = work.stages + int64_t{stage} * kStageBytes<kWidth>;
-  for (int dim = lane; dim < kWidth; dim += 32) {
-    double value = 0;
-    if (real) {
-      value = work.books[int64_t{first + code} * kWidth + dim];
-      value = (value - work.centers[level * kWidth + dim]) * scale;
-    }
-    const __half half = __double2half(value);
-    const double rest = value - __half2float(half);
-    norm += value * value;
-    error += rest * rest;
-    // A lane reads, of one codeword in eight, four dimensions of each of two steps of 16.
-    const int step = dim / 16, reader = place % 8 * 4 + dim % 16 / 4;
-    const int chunk = (place / 8 * (kWidth / 32) + step / 2) * 32 + reader;
-    reinterpret_cast<__half*>(at)[chunk * 8 + step % 2 * 4 + dim % 4] = half;
-  }
-  norm = warp_sum(norm);
-  error = warp_sum(error);
-  const bool skipped = !real || is_repeat(work, first, code, kWidth, lane);
-  if (lane) return;
-  reinterpret_cast<float*>(at + kCodes * 2 * kWidth)[place] =
-      skipped ? kNone : static_cast<float>(-norm / 2);
-  atomicMax(&bounds.norm, __float_as_uint(static_cast<float>(sqrt(norm) * 1.000001)));
-  atomicMax(&bounds.error, __float_as_uint(static_cast<float>(sqrt(error) * 1.000001)));
-  if (code == 0) bounds.scale = static_cast<float>(scale);
-}
 
 struct Search {
   const void* x;
@@ -195,12 +44,33 @@ struct Search {
   unsigned long long* first_bad;
 };
 
-__device__ __forceinline__ float load_element(const Search& search, int64_t at) {
-  if (search.type == RowType::kFloat32) return static_cast<const float*>(search.x)[at];
-  if (search.type == RowType::kFloat16) {
-    return __half2float(static_cast<const __half*>(search.x)[at]);
+__device__ __forceinline__ float widen(RowType type, unsigned short bits) {
+  return type == RowType::kFloat16 ? __half2float(__ushort_as_half(bits))
+                                   : __uint_as_float(unsigned{bits} << 16);
+}
+
+// Four dimensions of a row, those beyond its width zero.
+__device__ __forceinline__ float4 load_four(const Search& search, int64_t row, int four) {
+  const int64_t first = row * search.width + four * 4;
+  float values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[i] = 0;
+    if (four * 4 + i < search.width) {
+      values[i] = search.type == RowType::kFloat32
+                      ? static_cast<const float*>(search.x)[first + i]
+                      : widen(search.type, static_cast<const unsigned short*>(search.x)[first + i]);
+    }
   }
-  return __uint_as_float(unsigned{static_cast<const unsigned short*>(search.x)[at]} << 16);
+  return make_float4(values[0], values[1], values[2], values[3]);
+}
+
+// The same of 16-bit rows of kWidth dimensions, aligned to 8 bytes.
+template <int kWidth>
+__device__ __forceinline__ float4 load_four_halves(const Search& search, int64_t row, int four) {
+  const uint2 both = __ldcs(static_cast<const uint2*>(search.x) + row * (kWidth / 4) + four);
+  return make_float4(widen(search.type, both.x & 0xffff), widen(search.type, both.x >> 16),
+                     widen(search.type, both.y & 0xffff), widen(search.type, both.y >> 16));
 }
 
 // Where a warp keeps four dimensions of one of its rows: the lanes that read two rows together
@@ -208,19 +78,6 @@ __device__ __forceinline__ float load_element(const Search& search, int64_t at) 
 template <int kWidth>
 __device__ __forceinline__ float4& quarter(float* rows, int row, int four) {
   return reinterpret_cast<float4*>(rows + row * kWidth)[four ^ (row % 2 * 4)];
-}
-
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-}
-
-__device__ __forceinline__ void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0,
-                                         unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // The three best scores that a lane has seen of a row, each with its place in the low bits.
@@ -253,22 +110,27 @@ __device__ __forceinline__ int code_at(int place, int quad_lane) {
   return place / 2 * 8 + quad_lane * 2 + place % 2;
 }
 
-// The squared distance of a row and a codeword by the whole warp; its relative error is below
+// The squared distances of a row and two codewords by the whole warp; their relative error is below
 // (kWidth + 32) 2^-52.
 template <int kWidth>
-__device__ double distance(float* rows, int row, const float* __restrict__ codeword, int lane) {
-  double sum = 0;
+__device__ void distances(float* rows, int row, const float* const (&codewords)[2], int lane,
+                          double (&sums)[2]) {
+  sums[0] = sums[1] = 0;
+#pragma unroll
   for (int four = lane; four < kWidth / 4; four += 32) {
     const float4 r = quarter<kWidth>(rows, row, four);
-    const float4 c = __ldg(reinterpret_cast<const float4*>(codeword) + four);
-    const double x = double{r.x} - c.x, y = double{r.y} - c.y;
-    const double z = double{r.z} - c.z, w = double{r.w} - c.w;
-    sum += (x * x + y * y) + (z * z + w * w);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 c = __ldg(reinterpret_cast<const float4*>(codewords[i]) + four);
+      const double x = double{r.x} - c.x, y = double{r.y} - c.y;
+      const double z = double{r.z} - c.z, w = double{r.w} - c.w;
+      sums[i] += (x * x + y * y) + (z * z + w * w);
+    }
   }
-  return warp_sum(sum);
+  for (double& sum : sums) sum = warp_sum(sum);
 }
 
-// As above, summed in the order of the dimensions and without fused operations.
+// A squared distance summed in the order of the dimensions and without fused operations.
 template <int kWidth>
 __device__ double ordered_distance(float* rows, int row, const float* __restrict__ codeword) {
   double sum = 0;
@@ -291,68 +153,104 @@ struct List {
   int entries[kListed];
 };
 
-// The exact nearest codeword of one of the warp's rows. Its candidates are listed, or in the four
-// lanes from `leader` on: those of their best scores that reach the threshold, all codes of a lane
-// whose third does too. Called by the whole warp.
+// The least distance of those that a lane, then the warp has seen, its code, and the next distance.
+struct Nearest {
+  double least = INFINITY, next = INFINITY;
+  int code = INT_MAX;
+
+  __device__ __forceinline__ void add(const Nearest& other) {
+    next = fmin(fmin(next, other.next), fmax(least, other.least));
+    if (other.least < least || (other.least == least && other.code < code)) code = other.code;
+    least = fmin(least, other.least);
+  }
+  __device__ __forceinline__ void add_lanes() {
+    for (int step = 16; step; step /= 2) {
+      Nearest other;
+      other.least = __shfl_xor_sync(kAll, least, step);
+      other.next = __shfl_xor_sync(kAll, next, step);
+      other.code = __shfl_xor_sync(kAll, code, step);
+      add(other);
+    }
+  }
+};
+
+// The exact nearest codeword of one of the warp's rows. Its candidates are listed, or those of the
+// best scores of the four lanes from `leader` on that reach the threshold, or all codewords where a
+// third does. Called by the whole warp, a lane of which takes every 32nd candidate.
 template <int kWidth>
 __device__ int decide(float* rows, int row, const Best& best, float threshold, int leader, int mask,
                       const float* __restrict__ book, int size, const List* list, int lane) {
   constexpr double kSlack = 1 + (kWidth + 32) * 0x1p-50;
   threshold = __shfl_sync(kAll, threshold, leader);
-  double least = INFINITY, next = INFINITY, ordered = INFINITY;
-  int winner = 0;
-  int pass = 0;
-  const auto consider = [&](int code) {
-    const float* codeword = book + int64_t{code} * kWidth;
-    const double found = distance<kWidth>(rows, row, codeword, lane);
-    if (pass == 0) {
-      next = fmin(next, fmax(least, found));
-      if (found < least) winner = code;
-      least = fmin(least, found);
-    } else if (found <= least * kSlack) {
-      const double exact = ordered_distance<kWidth>(rows, row, codeword);
-      if (exact < ordered || (exact == ordered && code < winner)) winner = code;
-      ordered = fmin(ordered, exact);
-    }
-  };
-  for (; pass < 2; ++pass) {
+  const int source = leader + lane / 2 % 4;
+  const float first = __shfl_sync(kAll, best.first, source);
+  const float second = __shfl_sync(kAll, best.second, source);
+  const float third = __shfl_sync(kAll, best.third, source);
+  const bool whole = __any_sync(kAll, !(third < threshold));
+  const int count = list != nullptr ? list->count : whole ? size : 8;
+  const auto candidate = [&](int at) {
+    if (at >= count) return -1;
     if (list != nullptr) {
-      for (int i = 0; i < list->count; ++i) {
-        const int entry = list->entries[i];
-        if (entry >> kCodeBits == row) consider(entry & ((1 << kCodeBits) - 1));
-      }
+      const int entry = list->entries[at];
+      return entry >> kCodeBits == row ? entry & ((1 << kCodeBits) - 1) : -1;
     }
-    for (int quad_lane = 0; list == nullptr && quad_lane < 4; ++quad_lane) {
-      const float first = __shfl_sync(kAll, best.first, leader + quad_lane);
-      const float second = __shfl_sync(kAll, best.second, leader + quad_lane);
-      const float third = __shfl_sync(kAll, best.third, leader + quad_lane);
-      const bool whole = !(third < threshold);
-      const int count = whole ? (size + 7) / 8 * 2 : !(first < threshold) + !(second < threshold);
-      for (int i = 0; i < count; ++i) {
-        const int place = whole ? i : __float_as_int(i ? second : first) & mask;
-        const int code = code_at(place, quad_lane);
-        if (code < size) consider(code);
-      }
+    if (whole) return at;
+    const float score = at % 2 ? second : first;
+    return score < threshold ? -1 : code_at(__float_as_int(score) & mask, at / 2);
+  };
+  const auto codeword = [&](int code) { return book + int64_t{code} * kWidth; };
+  // The distances of the lanes' candidates, one after another.
+  const auto measure = [&](int code) {
+    double own = INFINITY;
+    for (unsigned left = __ballot_sync(kAll, code >= 0); left != 0; left &= left - 1) {
+      const int a = __ffs(left) - 1;
+      if (left & (left - 1)) left &= left - 1;
+      const int b = __ffs(left) - 1;
+      const int code_a = __shfl_sync(kAll, code, a), code_b = __shfl_sync(kAll, code, b);
+      double found[2];
+      distances<kWidth>(rows, row, {codeword(code_a), codeword(code_b)}, lane, found);
+      if (lane == a) own = found[0];
+      if (lane == b) own = found[1];
     }
-    if (next > least * kSlack) break;
+    return own;
+  };
+  Nearest nearest;
+  double own = INFINITY;
+  for (int begin = 0; begin < count; begin += 32) {
+    const int code = candidate(begin + lane);
+    own = measure(code);
+    if (code >= 0) nearest.add({own, INFINITY, code});
   }
-  return winner;
+  nearest.add_lanes();
+  if (!(nearest.next > nearest.least * kSlack)) {
+    const double limit = nearest.least * kSlack;
+    nearest = Nearest{};
+    for (int begin = 0; begin < count; begin += 32) {
+      const int code = candidate(begin + lane);
+      if (count > 32) own = measure(code);
+      if (code >= 0 && own <= limit) {
+        nearest.add({ordered_distance<kWidth>(rows, row, codeword(code)), INFINITY, code});
+      }
+    }
+    nearest.add_lanes();
+  }
+  // With codewords that are not finite, none is nearest.
+  return nearest.code < size ? nearest.code : 0;
 }
 
 template <int kWidth>
-__global__ void __launch_bounds__(32 * kMaxWarps, kWidth > 256 ? 1 : 2)
-    search_kernel(Search search) {
+__global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kWidth>) search_kernel(Search search) {
   constexpr int kSteps = kWidth / 16, kCodes = kStage<kWidth>, kBytes = kStageBytes<kWidth>;
   // Steps whose codewords are asked for together.
   constexpr int kAhead = kSteps < 4 ? kSteps : 4;
   // The largest relative error of a sum of squares, and what flushed denormals hide.
   constexpr float kInflated = 1 + (kWidth + 32) * 0x1p-23f, kFlushed = 0x1p-57f;
-  extern __shared__ float4 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int group = lane / 4, quad_lane = lane % 4;
-  float* rows = reinterpret_cast<float*>(shared) + warp * kWarpRows * kWidth;
+  float* shared = shared_memory<float>();
+  float* rows = shared + warp * kWarpRows * kWidth;
   char* buffers = reinterpret_cast<char*>(shared) + warps * kWarpRows * kWidth * sizeof(float);
-  List* list = reinterpret_cast<List*>(buffers + 2 * kBytes) + warp;
+  List* list = reinterpret_cast<List*>(buffers + kSlots * kBytes) + warp;
   const Levels& levels = search.levels;
   const Workspace& work = search.work;
   const int stages = levels.stage[levels.count];
@@ -361,34 +259,44 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWidth > 256 ? 1 : 2)
   const auto prefetch = [&](int stage) {
     if (stage < stages) {
       const char* from = work.stages + int64_t{stage} * kBytes;
-      char* to = buffers + stage % 2 * kBytes;
+      char* to = buffers + stage % kSlots * kBytes;
       for (int at = threadIdx.x * 16; at < kBytes; at += blockDim.x * 16) {
         copy_async(to + at, from + at);
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    end_group();
   };
-  prefetch(0);
+  const auto prefetch_from = [&](int stage) {
+#pragma unroll
+    for (int ahead = 0; ahead < kSlots - 1; ++ahead) prefetch(stage + ahead);
+  };
 
-  const bool whole_fours = search.type == RowType::kFloat32 && search.width == kWidth &&
-                           reinterpret_cast<uintptr_t>(search.x) % 16 == 0;
+  const auto read_rows = [&](auto read_four) {
 #pragma unroll 8
-  for (int at = lane; at < kWarpRows * kWidth / 4; at += 32) {
-    const int row = at / (kWidth / 4), four = at % (kWidth / 4);
-    float4 value = make_float4(0, 0, 0, 0);
-    if (begin + row < search.rows) {
-      if (whole_fours) {
-        value = __ldcs(static_cast<const float4*>(search.x) + begin * (kWidth / 4) + at);
+    for (int at = lane; at < kWarpRows * kWidth / 4; at += 32) {
+      const int row = at / (kWidth / 4), four = at % (kWidth / 4);
+      float4& kept = quarter<kWidth>(rows, row, four);
+      if (begin + row < search.rows) {
+        read_four(kept, begin + row, four);
       } else {
-        const int64_t first = (begin + row) * search.width;
-        float* each = &value.x;
-        for (int i = 0; i < 4; ++i) {
-          if (four * 4 + i < search.width) each[i] = load_element(search, first + four * 4 + i);
-        }
+        kept = make_float4(0, 0, 0, 0);
       }
     }
-    quarter<kWidth>(rows, row, four) = value;
+  };
+  if (search.width != kWidth || reinterpret_cast<uintptr_t>(search.x) % 16 != 0) {
+    read_rows([&](float4& kept, int64_t row, int four) { kept = load_four(search, row, four); });
+  } else if (search.type == RowType::kFloat32) {
+    read_rows([&](float4& kept, int64_t row, int four) {
+      copy_async(&kept, static_cast<const float4*>(search.x) + row * (kWidth / 4) + four);
+    });
+  } else {
+    read_rows([&](float4& kept, int64_t row, int four) {
+      kept = load_four_halves<kWidth>(search, row, four);
+    });
   }
+  end_group();
+  prefetch_from(0);
+  wait_for_groups<kSlots - 1>();
   __syncwarp();
 
   int code[2] = {0, 0};
@@ -474,40 +382,45 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWidth > 256 ? 1 : 2)
     // All ones from the highest bit of the last place of a lane down.
     const int mask = (1 << (32 - __clz((last_stage - first_stage) * kCodes / 4 - 1))) - 1;
     const auto screen = [&](auto visit) {
+      // Tiles of eight codewords at once, and chains of products of each: enough of them that none
+      // waits for another.
+      constexpr int kTiles = kCodes / 8 < 2 ? 1 : 2, kChains = 4 / kTiles;
+      [[maybe_unused]] constexpr int kUnrolled = kCodes / 8 / kTiles < 4 ? kCodes / 8 / kTiles : 4;
       for (int stage = first_stage; stage < last_stage; ++stage) {
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        wait_for_groups<kSlots - 2>();
         // The stage has arrived for all, and all are done with the one before it.
         __syncthreads();
-        prefetch(stage + 1);
-        const char* buffer = buffers + stage % 2 * kBytes;
+        prefetch(stage + kSlots - 1);
+        const char* buffer = buffers + stage % kSlots * kBytes;
         const auto* fragments = reinterpret_cast<const uint4*>(buffer) + lane;
         const auto* bias =
             reinterpret_cast<const float2*>(buffer + kCodes * 2 * kWidth) + quad_lane;
+#pragma unroll kUnrolled
+        for (int tile = 0; tile < kCodes / 8; tile += kTiles) {
+          float sums[kTiles][kChains][4] = {};
 #pragma unroll
-        for (int tile = 0; tile < kCodes / 8; tile += 2) {
-          // Even and odd steps apart: four sums to add to, none of which waits for another.
-          float even[2][4], odd[2][4] = {};
-#pragma unroll
-          for (int each = 0; each < 2; ++each) {
+          for (int each = 0; each < kTiles; ++each) {
             const float2 start = bias[(tile + each) * 4];
-            even[each][0] = even[each][2] = start.x;
-            even[each][1] = even[each][3] = start.y;
+            sums[each][0][0] = sums[each][0][2] = start.x;
+            sums[each][0][1] = sums[each][0][3] = start.y;
           }
 #pragma unroll
           for (int pair = 0; pair < kSteps / 2; ++pair) {
 #pragma unroll
-            for (int each = 0; each < 2; ++each) {
+            for (int each = 0; each < kTiles; ++each) {
               const uint4 b = fragments[((tile + each) * (kSteps / 2) + pair) * 32];
-              multiply(even[each], operand[2 * pair], b.x, b.y);
-              multiply(odd[each], operand[2 * pair + 1], b.z, b.w);
+              multiply(sums[each][2 * pair % kChains], operand[2 * pair], b.x, b.y);
+              multiply(sums[each][(2 * pair + 1) % kChains], operand[2 * pair + 1], b.z, b.w);
             }
           }
 #pragma unroll
-          for (int each = 0; each < 2; ++each) {
+          for (int each = 0; each < kTiles; ++each) {
             const int place = ((stage - first_stage) * (kCodes / 8) + tile + each) * 2;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              visit(i / 2, even[each][i] + odd[each][i], place + i % 2);
+              float score = sums[each][0][i] + sums[each][1][i];
+              if (kChains == 4) score += sums[each][kChains - 2][i] + sums[each][kChains - 1][i];
+              visit(i / 2, score, place + i % 2);
             }
           }
         }
@@ -530,10 +443,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWidth > 256 ? 1 : 2)
     }
     // Few blocks have rows with many candidates, and then the level is screened once more.
     if (__syncthreads_or(listed[0] || listed[1])) {
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      wait_for_groups<0>();
       if (lane == 0) list->count = 0;
       __syncthreads();
-      prefetch(first_stage);
+      prefetch_from(first_stage);
       screen([&](int half, float score, int place) {
         if (listed[half] && !(score < thresholds[half])) {
           const int at = atomicAdd(&list->count, 1);
@@ -552,7 +465,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWidth > 256 ? 1 : 2)
       const bool reaches = !(best[half].first < threshold);
       const int found =
           reaches + !(best[half].second < threshold) + !(best[half].third < threshold);
-      const bool unsure = row < search.rows && !bad[half] && quad_sum(found) != 1;
+      // The shuffles are for all lanes, whatever their rows.
+      const int found_in_all = quad_sum(found);
+      const bool unsure = row < search.rows && !bad[half] && found_in_all != 1;
       int chosen = reaches ? code_at(__float_as_int(best[half].first) & mask, quad_lane) : 0;
       // Where one lane reaches the threshold, the others add nothing.
       chosen = quad_sum(chosen);
@@ -586,55 +501,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWidth > 256 ? 1 : 2)
   }
 }
 
-constexpr int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-
-template <int kWidth>
-Levels lay_out(const int64_t* sizes, int64_t levels) {
-  Levels table{static_cast<int>(levels), {}, {}, {}};
-  int first = 0;
-  for (int level = 0; level < table.count; ++level) {
-    table.size[level] = static_cast<int>(sizes[level]);
-    table.first[level] = first;
-    first += table.size[level];
-    constexpr int kCodes = kStage<kWidth>;
-    table.stage[level + 1] = table.stage[level] + (table.size[level] + kCodes - 1) / kCodes;
-  }
-  return table;
-}
-
-// Places the parts of the workspace behind one another; returns its bytes.
-template <int kWidth>
-int64_t place_parts(const Levels& levels, char* base, Workspace* work) {
-  const int64_t total = levels.first[levels.count - 1] + levels.size[levels.count - 1];
-  int64_t end = 0;
-  const auto part = [&](int64_t bytes) {
-    char* at = base + end;
-    end += aligned(bytes);
-    return at;
-  };
-  work->books = reinterpret_cast<float*>(part(total * kWidth * 4));
-  work->centers = reinterpret_cast<float*>(part(int64_t{levels.count} * kWidth * 4));
-  work->stages = part(int64_t{levels.stage[levels.count]} * kStageBytes<kWidth>);
-  work->bounds = reinterpret_cast<LevelBounds*>(
-      part(levels.count * static_cast<int64_t>(sizeof(LevelBounds))));
-  work->hashes = reinterpret_cast<unsigned long long*>(part(total * 8));
-  return end;
-}
-
 // Packs the codebooks and searches them.
 template <int kWidth>
 void run(Search search, const float* codebooks, void* workspace, cudaStream_t stream) {
   const Levels& levels = search.levels;
   place_parts<kWidth>(levels, static_cast<char*>(workspace), &search.work);
-  const int total = levels.first[levels.count - 1] + levels.size[levels.count - 1];
-  const int padded = levels.stage[levels.count] * kStage<kWidth>;
-  clear_bounds<<<1, kMaxLevels, 0, stream>>>(search.work.bounds, levels.count);
-  find_centers<<<dim3(kWidth / 32, levels.count), 256, 0, stream>>>(codebooks, levels, search.width,
-                                                                    kWidth, search.work.centers);
-  copy_codewords<<<(total + 7) / 8, 256, 0, stream>>>(codebooks, levels, total, search.width,
-                                                      kWidth, search.work, search.first_bad);
-  pack_operands<kWidth><<<(padded + 7) / 8, 256, 0, stream>>>(levels, search.work);
-
+  pack<kWidth>(codebooks, levels, search.width, search.work, search.first_bad, stream);
   check_launch("residual_quantize");
   if (search.rows == 0) return;
 
@@ -643,7 +515,7 @@ void run(Search search, const float* codebooks, void* workspace, cudaStream_t st
   cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const auto bytes = [](int warps) {
     const int rows = kWarpRows * kWidth * static_cast<int>(sizeof(float));
-    return warps * (rows + static_cast<int>(sizeof(List))) + 2 * kStageBytes<kWidth>;
+    return warps * (rows + static_cast<int>(sizeof(List))) + kSlots * kStageBytes<kWidth>;
   };
   int warps = kMaxWarps;
   while (warps > 1 && bytes(warps) > room) --warps;
@@ -652,7 +524,7 @@ void run(Search search, const float* codebooks, void* workspace, cudaStream_t st
   ++search.first_bad;
   const int64_t block_rows = int64_t{warps} * kWarpRows;
   const auto blocks = static_cast<unsigned>((search.rows + block_rows - 1) / block_rows);
-  search_kernel<kWidth><<<blocks, 32 * warps, bytes(warps), stream>>>(search);
+  launch(search_kernel<kWidth>, blocks, 32 * warps, bytes(warps), stream, search);
   check_launch("residual_quantize");
 }
 

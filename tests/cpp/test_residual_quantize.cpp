@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "naive_search.h"
 #include "plum/cpu_features.h"
 #include "plum/residual_quantize.h"
 
@@ -67,44 +68,7 @@ struct Answer {
   std::vector<int64_t> usage;
 };
 
-Answer naive(const Case& c) {
-  Answer answer;
-  answer.residual = c.x;
-  answer.usage.assign(c.codebooks.size() / c.width, 7);
-  for (int64_t n = 0; n < c.rows; ++n) {
-    float* r = &answer.residual[n * c.width];
-    const float* codebook = c.codebooks.data();
-    int64_t* usage = answer.usage.data();
-    for (int64_t size : c.sizes) {
-      int64_t nearest = 0;
-      double least = std::numeric_limits<double>::infinity();
-      for (int64_t k = 0; k < size; ++k) {
-        double distance = 0;
-        for (int64_t d = 0; d < c.width; ++d) {
-          // Volatile: the product is rounded before it is added.
-          volatile double square = double{r[d]} - double{codebook[k * c.width + d]};
-          square = square * square;
-          distance += square;
-        }
-        if (distance < least) {
-          least = distance;
-          nearest = k;
-        }
-      }
-      double norm = 0;
-      for (int64_t d = 0; d < c.width; ++d) {
-        r[d] -= codebook[nearest * c.width + d];
-        norm += double{r[d]} * r[d];
-      }
-      answer.codes.push_back(static_cast<int32_t>(nearest));
-      answer.norms.push_back(static_cast<float>(norm));
-      ++usage[nearest];
-      usage += size;
-      codebook += size * c.width;
-    }
-  }
-  return answer;
-}
+NaiveSearch naive(const Case& c) { return naive_search(c.x, c.width, c.codebooks, c.sizes); }
 
 int64_t run(const Case& c, const void* x, RowType type, int threads, Answer& answer) {
   const PackedCodebooks packed(c.codebooks.data(), c.sizes, c.width);
@@ -119,25 +83,17 @@ int64_t run(const Case& c, const void* x, RowType type, int threads, Answer& ans
                                       answer.usage.data(), threads);
 }
 
-void check_equal(const Case& c, const Answer& answer, const Answer& expected) {
+void check_equal(const Case& c, const Answer& answer, const NaiveSearch& expected) {
   CHECK(answer.codes == expected.codes);
   CHECK(answer.residual == expected.residual);
   CHECK(answer.usage == expected.usage);
-  for (size_t i = 0; i < expected.norms.size(); ++i) {
-    // At most 128 fp32 additions in a chain, and denormals may have been flushed.
-    if (std::isinf(expected.norms[i])) {
-      CHECK(std::isinf(answer.norms[i]));
-    } else {
-      CHECK(std::abs(answer.norms[i] - expected.norms[i]) <=
-            1e-5f * expected.norms[i] + static_cast<float>(c.width) * 1e-37f);
-    }
-  }
+  check_norms(answer.norms, expected.norms, c.width);
 }
 
 void compare_with_naive(int64_t rows, int64_t width, const std::vector<int64_t>& sizes,
                         Values values) {
   const Case c = make_case(rows, width, sizes, values);
-  const Answer expected = naive(c);
+  const NaiveSearch expected = naive(c);
   for (const std::string& isa : plum::cpu::available_isas()) {
     plum::cpu::set_isa(isa);
     for (int threads : {1, 3}) {
@@ -167,7 +123,7 @@ void check_half_rows(RowType type) {
     }
     half[bits] = static_cast<uint16_t>(bits);
   }
-  const Answer expected = naive(c);
+  const NaiveSearch expected = naive(c);
   for (const std::string& isa : plum::cpu::available_isas()) {
     plum::cpu::set_isa(isa);
     Answer answer;
