@@ -94,6 +94,7 @@ ADVERSARIAL: dict[str, Case] = {
     "permuted": _permuted(),
     "mirrored": _mirrored(),
     "huge": (_normal(9, 6) * 1e18, [_normal(70, 6) * 1e18, _normal(9, 6)]),
+    "far beyond the codewords": (_normal(9, 6, seed=1) * 1e17, [_normal(70, 6), _normal(9, 6)]),
     "beyond the squares of fp32": (_normal(9, 6) * 1e30, [_normal(70, 6) * 1e30, _normal(9, 6)]),
     "tiny": (_normal(9, 6) * 1e-22, [_normal(70, 6) * 1e-22]),
     "denormal": (_normal(9, 6) * 1e-40, [_normal(70, 6) * 1e-40]),

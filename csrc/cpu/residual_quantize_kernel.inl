@@ -244,14 +244,16 @@ int32_t nearest_of(const Problem& p, const Level& level, const float* r, const i
 // Scores within this of the best may be those of the nearest codeword.
 inline double margin(const Problem& p, const Level& level, const Row& row, double top) {
   // Cauchy-Schwarz on the rounding of the operands, then D additions and the bias, each with two
-  // roundings, then the tag, which moves a score of the size of the best.
+  // roundings, then the tag, which moves a score of the size of the best. Rounded fp64 distances,
+  // which are what counts, may tie where scores do not.
   const double operands =
       row.error * (level.norm + level.error) + (row.norm + row.error) * level.error;
   const double additions =
       (p.stride + 8) * 0x1p-23 * (row.norm + level.norm) * level.norm + p.stride * kFlushedProduct;
   const double error = 1.001 * (operands + additions);
   const double tag = (level.tag_mask + 2.0) * 0x1p-23 * (__builtin_fabs(top) + 2 * error);
-  return 2.001 * (error + tag);
+  const double norms = row.norm + level.norm;
+  return 2.001 * (error + tag) + (p.stride + 32) * 0x1p-52 * norms * norms;
 }
 
 // Bit i: the score of lane i is at least `threshold`.
