@@ -43,7 +43,15 @@ DECODE_PROVIDERS = ("plum cpu", "STATIC")
 # Requests of a decode.
 BATCH = 8
 # At small size only what is quick.
-LARGE = {("N", 65_536), ("K", 4_096), ("D", 768), ("L", 8), ("L", 6), ("SIDs", 10_000_000), ("W", 512)}
+LARGE = {
+    ("N", 65_536),
+    ("K", 4_096),
+    ("D", 768),
+    ("L", 8),
+    ("L", 6),
+    ("SIDs", 10_000_000),
+    ("W", 512),
+}
 
 
 def shapes(axes: dict[str, tuple[int, ...]]) -> list[str]:
