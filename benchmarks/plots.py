@@ -27,7 +27,7 @@ _TITLES = {
     "SIDs": "SIDs of the catalog",
     "W": "beams",
 }
-_COLORS = {"plum cpu": "#5e35b1", "STATIC": "#ef6c00", "torch addmm + argmin": "#ef6c00",
+_COLORS = {"plum cpu": "#5e35b1", "STATIC": "#d81b60", "torch addmm + argmin": "#ef6c00",
            "faiss ResidualQuantizer": "#00897b", "vector-quantize-pytorch": "#757575"}  # fmt: skip
 
 
@@ -72,14 +72,26 @@ def draw(path: Path) -> None:
             base = BASE if op == "search_scaling" else DECODE_BASE
             others = ", ".join(f"{name}={value:,}" for name, value in base.items() if name != size)
             axis.set(xscale="log", yscale="log", xlabel=f"{_TITLES[size]} ({others})")
+            marks = sorted({size for points in plot.values() for size, _ in points})
+            axis.set_xticks(marks, [_short(mark) for mark in marks])
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
-        for row, title in ((0, "residual search, ms"), (1, "whole decode, 8 requests, ms")):
+        for row, title in enumerate(("residual search, ms", "whole decode, 8 requests, ms")):
             grid[row, 0].set_ylabel(title)
-            grid[row, 0].legend(fontsize=7)
+        # Of each op one plot, into the corner that is free.
+        lines = {line.get_label(): line for row in grid[:, 0] for line in row.get_lines()}
+        grid[1, 3].legend(list(lines.values()), list(lines), loc="center", fontsize=8)
         with atomic_path(path) as temporary:
             metadata = {"Date": None, "Description": digest()}
             figure.savefig(temporary, format="svg", metadata=metadata, facecolor="white")
         plt.close(figure)
+
+
+def _short(value: int) -> str:
+    for unit, name in ((1_000_000, "M"), (1_000, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return str(value)
 
 
 if __name__ == "__main__":

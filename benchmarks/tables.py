@@ -246,16 +246,14 @@ def _table(head: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
-    each.__name__: each
-    for each in (
-        residual_quantize,
-        kmeans,
-        training_step,
-        trie_decode,
-        trie_build,
-        generate,
-        drop_in,
-    )
+    "residual_quantize": residual_quantize,
+    "kmeans": kmeans,
+    "training_step": training_step,
+    "trie_decode": trie_decode,
+    "trie_build": trie_build,
+    "generate": generate,
+    "drop_in": drop_in,
+    "scaling": scaling,
 }
 
 
