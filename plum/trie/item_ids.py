@@ -41,7 +41,11 @@ class ItemIds(ABC):
             ids = list(ids)
             # NumPy would turn a number among strings into a string.
             mixed = any(isinstance(value, str) for value in ids)
-            ids = np.array(ids, dtype=object if mixed else None if ids else np.int64)
+            try:
+                ids = np.array(ids, dtype=object if mixed else None if ids else np.int64)
+            except ValueError:
+                kinds = " and ".join(sorted({type(value).__name__ for value in ids}))
+                raise InvalidArgument("item_ids", "strings or integers", kinds) from None
         if ids.ndim != 1:
             raise InvalidArgument("item_ids", "one dimension", f"shape {list(ids.shape)}")
         return _NumberIds(ids.astype(np.int64)) if ids.dtype.kind in "iu" else _TextIds.pack(ids)

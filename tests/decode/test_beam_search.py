@@ -288,6 +288,9 @@ def test_refuses_what_does_not_fit():
         search.search(ids, mask, 0)
     with pytest.raises(InvalidArgument, match="deny: expected 2 lists, one a request, got 1"):
         search.search(ids, mask, deny=[[]])
+    allowed = trie.filter(torch.ones(trie.num_sids, dtype=torch.bool))
+    with pytest.raises(InvalidArgument, match="item_ids: expected strings or integers, got Tensor"):
+        search.search(ids, num_beams=2, allow=allowed)
     with pytest.raises(InvalidArgument, match="strings, as in the trie, got integers"):
         search.search(ids, mask, deny=[[1], []])
     with pytest.raises(InvalidArgument, match=r"at most 32 positions, codes included.* got 33"):
