@@ -161,7 +161,7 @@ void compare_scales() {
   }
   compare({20, normal(40 * 20), {mixed, mixed, mixed}});
   // Rows so long beside their codewords that fp16 holds them no more, and some that it just holds.
-  for (float length : {500.f, 2000.f, 4000.f, 1e5f, 1e20f}) {
+  for (float length : {500.f, 2000.f, 1e20f}) {
     compare({40, normal(35 * 40, length), {normal(70 * 40), normal(5 * 40)}});
   }
 }
@@ -294,6 +294,6 @@ int main(int count, char** arguments) {
   compare_shapes();
   compare_half_rows();
   check_bad_values();
-  for (int cases = count > 1 ? std::atoi(arguments[1]) : 40; cases; --cases) compare(draw_case());
+  for (int cases = count > 1 ? std::atoi(arguments[1]) : 25; cases; --cases) compare(draw_case());
   std::puts("test_cuda_residual_quantize: ok");
 }

@@ -79,8 +79,7 @@ int64_t residual_quantize_workspace(int64_t width, const int64_t* sizes, int64_t
 // Does not synchronize. Throws std::runtime_error when a launch fails.
 //   workspace  residual_quantize_workspace bytes, aligned to 256
 //   first_bad  [2] large numbers, lowered to the first codeword that is not finite, counted over
-//   all
-//              levels, and to the lowest row as on the CPU
+//              all levels, and to the lowest row as on the CPU
 void residual_quantize(const void* x, cpu::RowType type, int64_t rows, int64_t width,
                        const float* codebooks, const int64_t* sizes, int64_t levels,
                        void* workspace, int32_t* codes, float* norms, float* residual,
