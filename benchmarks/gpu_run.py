@@ -86,12 +86,14 @@ class Step:
         process = subprocess.Popen(
             self.command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
+            env={**outside_pytest(), "PYTHONUNBUFFERED": "1", **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
             start_new_session=True,
+            # A shell's job in the background ignores it, and so would what that starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         grace = min(GRACE, limit / 2)
         try:
@@ -246,6 +248,11 @@ def write_tables(results: Path) -> None:
     )
     (results / "tables.md").write_text(report.stdout + report.stderr)
     print(report.stdout + report.stderr, flush=True)
+
+
+def outside_pytest() -> dict[str, str]:
+    """Returns the environment without what pytest tells its own workers."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 def has(module: str) -> bool:

@@ -38,7 +38,8 @@ class Source:
         files = sorted(RESULTS.glob("*.json"), key=lambda path: path.stem[-10:], reverse=True)
         for path in files:
             results = json.loads(path.read_text(encoding="utf-8"))
-            if results["machine_info"].get("size") != size:
+            # Sweeps have another form.
+            if results.get("machine_info", {}).get("size") != size:
                 continue
             self.figures: Figures = {
                 (bench["params"]["provider"], bench["params"]["shape"]): {
