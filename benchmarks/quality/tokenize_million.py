@@ -152,7 +152,7 @@ def render(result: dict[str, Any]) -> str:
         "",
         *filled(
             f"""{count:,} rows of {WIDTH} numbers, an RQ-VAE with the default encoder (512 hidden,
-            64 latent) and {sizes} codes, {threads} thread. The machine was shared, so CPU seconds
+            64 latent) and {sizes} codes, {threads} thread(s). Machines are shared, so CPU seconds
             are counted, and the rate of two cores is twice that of one, not a measured one; the
             clock said {spent["wall"]:.0f} s for {spent["cpu"]:.0f} CPU seconds.
 
