@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,20 +106,21 @@ class _Block(nn.Module):
         return x + self.drop(self.down(functional.gelu(self.up(self.norm2(x)), approximate="tanh")))
 
 
-class NextItemModel(nn.Module):
+class NextItemModel(nn.Module, ABC):
     """What :func:`train_timeline` trains: item vectors in, a loss on the next items out."""
 
     timeline: Timeline
 
     @property
+    @abstractmethod
     def num_items(self) -> int:
         """Size of the catalog, N."""
-        raise NotImplementedError
 
+    @abstractmethod
     def vectors(self, items: Tensor) -> Tensor:
         """Maps items int64 ``[B, T]`` to the vectors that the timeline reads, ``[B, T, D]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean over targets of -log P(target), in nats.
 
@@ -126,7 +128,6 @@ class NextItemModel(nn.Module):
             states: ``[M, D]``.
             targets: int64 ``[M]``, the item that follows each state; -100 where there is none.
         """
-        raise NotImplementedError
 
     def states(self, items: Tensor) -> Tensor:
         """Returns the states ``[B, T, D]`` after items int64 ``[B, T]``; -100 is filling."""
