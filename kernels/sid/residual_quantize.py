@@ -130,9 +130,7 @@ def _scores_of_tiles(
 def _next_residual(
     rows,
     operands,
-    b_level,
-    num_levels,
-    width,
+    sums,
     chunk,
     o_d,
     CHUNK: tl.constexpr,
@@ -141,11 +139,13 @@ def _next_residual(
 ):
     """Takes the codewords of the level before from a chunk of residuals, and keeps these.
 
-    Returns the operand of the screen, and as fp32 [ROWS, CHUNK] the residuals, what is rounded to
-    the operand, and the error of that.
+    Returns the operand of the screen and the sums, fp32 [ROWS, CHUNK / 4] each, with the chunk
+    added: squares of the residuals, of what is rounded to the operand and of the error of that,
+    and the largest residual.
     """
-    p_x, o_n, m_n, p_book, b_code, p_r, p_residual = rows
-    p_center, scale = operands
+    p_x, o_n, m_n, p_book, b_code, p_r, p_residual, width = rows
+    p_center, scale, b_level, num_levels = operands
+    b_rr, b_tt, b_ee, b_largest = sums
     o_dim = chunk * CHUNK + o_d
     m_dim = m_n[:, None] & (o_dim < width)[None, :]
     p_first = p_x + o_n[:, None] * width + o_dim[None, :]
@@ -162,7 +162,10 @@ def _next_residual(
         tl.store(p_out, b_r, mask=m_dim & (b_level == num_levels))
     b_x = (b_r - tl.load(p_center + o_dim)[None, :]) * scale
     b_half = b_x.to(tl.float16)
-    return b_half, b_r, b_x, b_x - b_half.to(tl.float32)
+    b_rr += exact.squares(b_r)
+    b_tt += exact.squares(b_x)
+    b_ee += exact.squares(b_x - b_half.to(tl.float32))
+    return b_half, b_rr, b_tt, b_ee, tl.maximum(b_largest, exact.largest(b_r))
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_levels", "window"])
@@ -236,43 +239,33 @@ def _residual_quantize_kernel(
             b_operand = ()
             # As many numbers as there are lanes: the interpreter takes no flag for many.
             b_level = (level + 0 * o_d)[None, :]
+            rows = (p_x, o_n, m_n, p_book, b_code, p_r, p_residual, width)
+            operands = (p_centers + at * stride, scale, b_level, num_levels)
             if RESIDENT:
                 for chunk in tl.static_range(CHUNKS):
-                    b_half, b_r, b_x, b_error = _next_residual(
-                        (p_x, o_n, m_n, p_book, b_code, p_r, p_residual),
-                        (p_centers + at * stride, scale),
-                        b_level,
-                        num_levels,
-                        width,
+                    b_half, b_rr, b_tt, b_ee, b_largest = _next_residual(
+                        rows,
+                        operands,
+                        (b_rr, b_tt, b_ee, b_largest),
                         chunk,
                         o_d,
                         CHUNK,
                         FRESH,
                         RESIDUAL,
                     )
-                    b_rr += exact.squares(b_r)
-                    b_tt += exact.squares(b_x)
-                    b_ee += exact.squares(b_error)
-                    b_largest = tl.maximum(b_largest, exact.largest(b_r))
                     b_operand = b_operand + (b_half,)  # noqa: RUF005
             else:
                 for chunk in range(CHUNKS):
-                    b_half, b_r, b_x, b_error = _next_residual(
-                        (p_x, o_n, m_n, p_book, b_code, p_r, p_residual),
-                        (p_centers + at * stride, scale),
-                        b_level,
-                        num_levels,
-                        width,
+                    b_half, b_rr, b_tt, b_ee, b_largest = _next_residual(
+                        rows,
+                        operands,
+                        (b_rr, b_tt, b_ee, b_largest),
                         chunk,
                         o_d,
                         CHUNK,
                         FRESH,
                         RESIDUAL,
                     )
-                    b_rr += exact.squares(b_r)
-                    b_tt += exact.squares(b_x)
-                    b_ee += exact.squares(b_error)
-                    b_largest = tl.maximum(b_largest, exact.largest(b_r))
                     tl.store(p_t + chunk * CHUNK, b_half)
             # What one thread wrote, others read.
             tl.debug_barrier()
