@@ -34,8 +34,12 @@ from benchmarks.trie_catalogs import (
 )
 from plum.ops.trie_beam_step import trie_beam_step
 from plum.ops.trie_mask import trie_mask_
+from plum.trie import SidFilter, SidTrie
 
 keep_freed_memory()
+
+# A filter and denied rows [B, D], or nothing.
+Limits = tuple[SidFilter | None, Tensor | None]
 
 SMALL_BEAMS = ("1x32", "8x64")
 # Levels of steps and masks: where a beam has many children, and where it has about one.
@@ -107,6 +111,14 @@ MATRIX: dict[str, tuple[Iterable[str], Callable[[bool], list[str]]]] = {
     "bench_trie_mask_cpu": (
         MASK_PROVIDERS,
         lambda full: _at_levels(full, MASK_LEVELS, BEAMS if full else SMALL_BEAMS),
+    ),
+    "bench_trie_limited_decode_cpu": (
+        ("plum cpu", *(name for name, (_, deny) in FILTERS.items() if deny)),
+        lambda full: [
+            f"{name} {beams}"
+            for name in _catalogs(full, 1_000_000)
+            for beams in (("8x64", "32x128") if full else ("8x64",))
+        ],
     ),
     "bench_trie_filter_cpu": (
         ("plum cpu", *FILTERS),
@@ -226,19 +238,14 @@ def bench_trie_filter_cpu(benchmark, prepare, full, budget, threads, provider, s
     """
     name, beams, level = _place(shape)
     trie = make_catalog(name, full).trie
-    # Of 100 rows the first is alive in every filter, the first ten in two.
-    lot = torch.randperm(trie.num_sids, generator=torch.Generator().manual_seed(0)) % 100
-    at = make_beams(trie, beams, level, rows=(lot == 0).nonzero().flatten())
+    at = make_beams(trie, beams, level, rows=(_lots(trie) == 0).nonzero().flatten())
     share, denies = FILTERS.get(provider, (100, False))
-    filter = deny = None
-    if share < 100:
-        filter = trie_ours.prepare_filter(lot < share, trie)
-    if denies:
-        alive = (lot < share).nonzero().flatten()
-        drawn = torch.Generator().manual_seed(1)
-        denied = alive[torch.randint(len(alive), (len(at.rows), DENIED), generator=drawn)]
+    filter, denied = _limits(trie, share, len(at.rows) if denies else 0)
+    deny = None
+    if denied is not None:
         under_beams = (denied.unsqueeze(2) == at.rows.unsqueeze(1)).any(dim=2)
-        deny = trie_ours.prepare_deny(denied.masked_fill(under_beams, -1))
+        denied = denied.masked_fill(under_beams, -1)
+        deny = trie_ours.prepare_deny(denied, trie, filter, "cpu")()
     options = {"k": BEAMS[beams][1], "score": "full", "filter": filter, "deny": deny}
     expected = trie_beam_step(
         at.logits, at.scores, at.states, trie, level, **options, backend="reference"
@@ -254,22 +261,56 @@ def bench_trie_filter_cpu(benchmark, prepare, full, budget, threads, provider, s
         benchmark.extra_info["costs"] = {"plum cpu": FILTER_COSTS[denies]}
 
 
+def bench_trie_limited_decode_cpu(benchmark, prepare, full, budget, threads, provider, shape):
+    """The cost of a filter and denied items over a whole search, their preparation included."""
+    name, _, beams = shape.rpartition(" ")
+    catalog = make_catalog(name, full)
+    share, denies = FILTERS.get(provider, (100, False))
+    limits = _limits(catalog.trie, share, BEAMS[beams][0] if denies else 0)
+    _decode(benchmark, prepare, budget, provider, catalog, beams, limits)
+    if denies:
+        benchmark.extra_info["over"] = beams
+        benchmark.extra_info["costs"] = {"plum cpu": FILTER_COSTS[denies]}
+
+
+def _lots(trie: SidTrie) -> Tensor:
+    """A lot from 0 to 99 for each row: a filter of 10 percent has the rows with lots below 10."""
+    return torch.randperm(trie.num_sids, generator=torch.Generator().manual_seed(0)) % 100
+
+
+def _limits(trie: SidTrie, share: int, batch: int) -> Limits:
+    """A filter of a share of the rows in percent, and rows of it that each request is denied."""
+    lots = _lots(trie)
+    filter = trie_ours.prepare_filter(lots < share, trie) if share < 100 else None
+    if batch == 0:
+        return filter, None
+    alive = (lots < share).nonzero().flatten()
+    drawn = torch.Generator().manual_seed(1)
+    return filter, alive[torch.randint(len(alive), (batch, DENIED), generator=drawn)]
+
+
 @functools.lru_cache(maxsize=2)
-def _expected(catalog: Catalog, beams: str, score: str) -> Tensor:
+def _expected(catalog: Catalog, beams: str, score: str, limits: Limits = (None, None)) -> Tensor:
     logits = make_logits(beams, catalog.trie.depth, catalog.codes)
-    return trie_ours.decode(catalog.trie, logits, score, "reference")()
+    return trie_ours.decode(catalog.trie, logits, score, "reference", *limits)()
 
 
 def _decode(
-    benchmark: Any, prepare: Any, budget: float, provider: str, catalog: Catalog, beams: str
+    benchmark: Any,
+    prepare: Any,
+    budget: float,
+    provider: str,
+    catalog: Catalog,
+    beams: str,
+    limits: Limits = (None, None),
 ) -> None:
     logits = make_logits(beams, catalog.trie.depth, catalog.codes)
     if provider == "STATIC":
         job = prepare("static_decoding:decode", catalog.sids, catalog.codes, logits)
     else:
-        backend = provider.split()[1]
-        job = prepare("trie_ours:decode", catalog.trie, logits, _score(provider), backend)
-    expected = _expected(catalog, beams, _score(provider))
+        args = (catalog.trie, logits, _score(provider), provider.split(",")[0].split()[1], *limits)
+        job = prepare("trie_ours:decode", *args)
+    expected = _expected(catalog, beams, _score(provider), limits)
 
     def check(sids: Tensor) -> float:
         equal = (sids == expected).all(dim=-1).float().mean().item()

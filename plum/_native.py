@@ -318,13 +318,13 @@ def trie_beam_step_cpu(
     k: int,
     valid: bool,
     filter: Sequence[Tensor],
-    deny: Tensor | None,
+    dead: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     """Fills ``out``: tokens, parents and scores ``[B, k]``, states ``[B, k, 2]``."""
     assert out[0].is_contiguous() and out[0].shape == (len(logits), k)
     _C.trie_beam_step_cpu(
-        _beams(logits, scores, states, deny),
+        _beams(logits, scores, states, dead, index),
         _trie(index),
         _levels(level, levels),
         columns,
@@ -349,7 +349,7 @@ def trie_beam_sample_cpu(
     seeds: Tensor,
     temperature: float,
     filter: Sequence[Tensor],
-    deny: Tensor | None,
+    dead: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     """Fills ``out``: tokens, parents, scores and keys ``[B, k]``, states ``[B, k, 2]``."""
@@ -359,7 +359,7 @@ def trie_beam_sample_cpu(
     tokens, parents, best, best_keys, after = out
     assert tokens.is_contiguous() and tokens.shape == (len(logits), k)
     _C.trie_beam_sample_cpu(
-        _beams(logits, scores, states, deny),
+        _beams(logits, scores, states, dead, index),
         _trie(index),
         _levels(level, levels),
         columns,
@@ -374,26 +374,55 @@ def trie_beam_sample_cpu(
     )
 
 
-def _beams(logits: Tensor, scores: Tensor, states: Tensor, deny: Tensor | None) -> tuple[Any, ...]:
+def _beams(
+    logits: Tensor,
+    scores: Tensor,
+    states: Tensor,
+    dead: Tensor | None,
+    index: Sequence[Tensor],
+) -> tuple[Any, ...]:
     batch, beams, width = logits.shape
     strides = logits.stride()
     assert logits.is_cpu and (width < 2 or strides[2] == 1)
     _check_cpu(scores, torch.float32)
     _check_cpu(states, torch.int64)
     assert scores.shape == (batch, beams) and states.shape == (batch, beams, 2)
-    rows, denied = 0, 0
-    if deny is not None:
-        _check_cpu(deny, torch.int64)
-        assert deny.shape[0] == batch
-        rows, denied = deny.data_ptr(), deny.shape[1]
+    address, denied = 0, 0
+    if dead is not None:
+        _check_cpu(dead, torch.int64)
+        assert dead.shape[:2] == (batch, len(index[0]))
+        address, denied = dead.data_ptr(), dead.shape[2]
     return (
         logits.data_ptr(),
         _ROW_TYPES.index(logits.dtype),
         (batch, beams, width, strides[0], strides[1]),
         scores.data_ptr(),
         states.data_ptr(),
-        rows,
+        address,
         denied,
+    )
+
+
+def trie_deny_cpu(
+    rows: Tensor,
+    index: Sequence[Tensor],
+    roots: Tensor,
+    filter: Sequence[Tensor],
+    dead: Tensor,
+) -> None:
+    """Fills ``dead`` ``[B, L, D]`` for denied rows ``[B, D]`` of joined tries."""
+    for tensor in (rows, roots, dead):
+        _check_cpu(tensor, torch.int64)
+    batch, count = rows.shape
+    assert dead.shape == (batch, len(index[0]), count)
+    _C.trie_deny_cpu(
+        rows.data_ptr(),
+        roots.data_ptr(),
+        (batch, count, len(roots) - 1),
+        _trie(index),
+        _filter(filter),
+        dead.data_ptr(),
+        torch.get_num_threads(),
     )
 
 

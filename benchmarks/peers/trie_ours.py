@@ -11,9 +11,10 @@ from torch import Tensor
 from benchmarks.peers.ours import require
 from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_beam_step import trie_beam_step
+from plum.ops.trie_deny import trie_deny
 from plum.ops.trie_mask import trie_mask, trie_mask_
 from plum.ops.trie_walk import trie_walk
-from plum.trie import SidFilter, SidTrie
+from plum.trie import SidDeny, SidFilter, SidTrie
 
 
 def build(table: np.ndarray, size: int) -> SidTrie:
@@ -41,23 +42,36 @@ def prepare_filter(allowed: Tensor, trie: SidTrie) -> SidFilter:
     return trie.filter(allowed)
 
 
-def prepare_deny(rows: Tensor) -> Tensor:
-    """What a service does once a request with its denied rows ``[B, D]``, before the search."""
-    return rows.sort(dim=1).values
+def prepare_deny(
+    rows: Tensor, trie: SidTrie, filter: SidFilter | None, backend: str
+) -> Callable[[], SidDeny]:
+    """What a search does once with its denied rows ``[B, D]``."""
+    require("trie_deny", backend)
+    return lambda: SidDeny(filter, trie_deny(rows, trie, filter, backend=backend))
 
 
-def decode(trie: SidTrie, logits: list[Tensor], score: str, backend: str) -> Callable[[], Tensor]:
-    """Searches with prepared logits ``[B, W, V]`` a level; gives the SIDs ``[B, W, L]``."""
+def decode(
+    trie: SidTrie,
+    logits: list[Tensor],
+    score: str,
+    backend: str,
+    filter: SidFilter | None = None,
+    deny: Tensor | None = None,
+) -> Callable[[], Tensor]:
+    """Searches with prepared logits ``[B, W, V]`` a level; gives the SIDs ``[B, W, L]``.
+
+    ``deny`` is rows ``[B, D]``; to prepare them is a part of the search.
+    """
     require("trie_beam_step", backend)
     batch, width = logits[-1].shape[:2]
     root, zero = trie.root_states(batch), torch.zeros(batch, 1, device=trie.device)
 
     def run() -> Tensor:
         states, scores = root, zero
+        denied = None if deny is None else prepare_deny(deny, trie, filter, backend)()
+        options = {"k": width, "score": score, "filter": filter, "deny": denied}
         for level, rows in enumerate(logits):
-            step = trie_beam_step(
-                rows, scores, states, trie, level, k=width, score=score, backend=backend
-            )
+            step = trie_beam_step(rows, scores, states, trie, level, **options, backend=backend)
             states, scores = step.states, step.scores
         return forced_tail(states, trie, 0, backend=backend).codes
 
@@ -72,7 +86,7 @@ def step(
     scores: Tensor,
     score: str,
     filter: SidFilter | None = None,
-    deny: Tensor | None = None,
+    deny: SidDeny | None = None,
     backend: str = "cpu",
     k: int | None = None,
 ) -> Callable[[], Tensor]:

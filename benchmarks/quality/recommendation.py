@@ -139,9 +139,15 @@ def cpu_jobs() -> list[Job]:
     """Small models, for as long as there is time."""
     shape = {"width": 64, "layers": 2, "heads": 1}
     jobs = simple_jobs()
-    for dataset, common, dropout in (("beauty", BEAUTY, 0.3), ("ml-1m", ML_1M, 0.1)):
+    reviews = {"epochs": 20, "eval_every": 5, "patience": None}
+    # Few users, so few windows an epoch: small batches make steps of them.
+    movies = {"epochs": 80, "eval_every": 10, "patience": None, "batch_size": 64, "bf16": True}
+    for dataset, common, dropout, config in (
+        ("beauty", BEAUTY, 0.3, reviews),
+        ("ml-1m", ML_1M, 0.2, movies),
+    ):
         options: dict[str, Any] = {"shape": {**common, **shape, "dropout": dropout}}
-        options["config"] = {"epochs": 20, "eval_every": 5, "patience": None}
+        options["config"] = config
         jobs.append(Job(dataset, "generator", sids="fused", **options))
         jobs.append(Job(dataset, "sasrec", **options))
     return jobs
@@ -206,7 +212,7 @@ def run_job(
     if seconds is not None:
         limit = max(1.0, seconds - TEST_SECONDS - (time.monotonic() - start))
     config = timeline.TimelineConfig(
-        bf16=gpu, graphs=graphs, seed=job.seed, max_seconds=limit, **job.config
+        graphs=graphs, seed=job.seed, max_seconds=limit, **{"bf16": gpu, **job.config}
     )
     histories, targets = inputs.split("validation")
     chosen = np.random.default_rng(0).permutation(len(targets))[:VALIDATION_USERS]

@@ -18,6 +18,7 @@
 #include "plum/trie_beam_sample.h"
 #include "plum/trie_beam_step.h"
 #include "plum/trie_build.h"
+#include "plum/trie_deny.h"
 #include "plum/trie_mask.h"
 #include "plum/trie_walk.h"
 
@@ -168,7 +169,7 @@ void forced_tail_cpu(uintptr_t states, int64_t count, const TrieArgs& trie, int6
 }
 
 // Address and type of the logits; requests, beams, width, and elements from request to request and
-// from beam to beam; addresses of scores and states; the address and width of the deny list.
+// from beam to beam; addresses of scores and states; the address and width of the dead children.
 using BeamArgs =
     std::tuple<uintptr_t, int, std::array<int64_t, 5>, uintptr_t, uintptr_t, uintptr_t, int64_t>;
 // Addresses of tokens, parents, scores and states.
@@ -176,7 +177,7 @@ using BeamOut = std::array<uintptr_t, 4>;
 
 plum::cpu::BeamStepInput beam_input(const BeamArgs& args, const LevelArgs& levels,
                                     const std::vector<int64_t>& columns, bool valid) {
-  const auto& [logits, type, shape, scores, states, deny, denied] = args;
+  const auto& [logits, type, shape, scores, states, dead, denied] = args;
   plum::cpu::BeamStepInput input{};
   input.logits = pointer<const void>(logits);
   input.type = static_cast<plum::cpu::LogitType>(type);
@@ -190,7 +191,7 @@ plum::cpu::BeamStepInput beam_input(const BeamArgs& args, const LevelArgs& level
   input.levels = row_levels(levels);
   input.columns = columns.data();
   input.valid = valid;
-  input.deny = pointer<const int64_t>(deny);
+  input.dead = pointer<const int64_t>(dead);
   input.denied = denied;
   return input;
 }
@@ -219,6 +220,16 @@ void trie_beam_sample_cpu(const BeamArgs& beams, const TrieArgs& trie, const Lev
                                          temperature};
   plum::cpu::trie_beam_sample(input, plum::make_trie(trie_arrays(trie)), trie_filter(trie, filter),
                               k, {beam_output(out), pointer<double>(out_keys)}, threads);
+}
+
+// `shape`: requests, denied rows of each, joined tries.
+void trie_deny_cpu(uintptr_t rows, uintptr_t roots, const std::array<int64_t, 3>& shape,
+                   const TrieArgs& trie, const FilterArgs& filter, uintptr_t dead, int threads) {
+  py::gil_scoped_release release;
+  plum::cpu::trie_deny({pointer<const int64_t>(rows), shape[0], shape[1]},
+                       plum::make_trie(trie_arrays(trie)),
+                       {pointer<const int64_t>(roots), shape[2]}, trie_filter(trie, filter),
+                       pointer<int64_t>(dead), threads);
 }
 
 int64_t sort_sids(uintptr_t codes, int type, int64_t items, const std::vector<int64_t>& sizes,
@@ -311,6 +322,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("forced_tail_cpu", &forced_tail_cpu);
   module.def("trie_beam_step_cpu", &trie_beam_step_cpu);
   module.def("trie_beam_sample_cpu", &trie_beam_sample_cpu);
+  module.def("trie_deny_cpu", &trie_deny_cpu);
   module.def("sort_sids", &sort_sids);
   module.def("count_runs", &count_runs);
   module.def("fill_trie", &fill_trie);

@@ -161,7 +161,10 @@ class Step {
 
  private:
   void find_nodes(int64_t request) {
-    if (in_.deny != nullptr) limits_.deny(in_.deny + request * in_.denied, in_.denied);
+    if (in_.dead != nullptr) {
+      const auto depth = static_cast<int64_t>(trie_.levels.size());
+      limits_.deny(in_.dead + (request * depth + l_) * in_.denied, in_.denied);
+    }
     const int64_t* states = in_.states + 2 * request * in_.beams;
     for (int64_t beam = 0; beam < in_.beams; ++beam) {
       ranges_[beam] = clamped(trie_, states + 2 * beam);
@@ -202,7 +205,7 @@ class Step {
   const uint64_t* wide_mask(int64_t beam) {
     const int64_t count = nodes_[beam].last - nodes_[beam].first;
     if (count * kSparse < level_->size) return nullptr;
-    return limits_.mask(l_, ranges_[beam], nodes_[beam]);
+    return limits_.mask(l_, ranges_[beam]);
   }
 
   void over_row(int64_t at, int64_t beam, float base) {

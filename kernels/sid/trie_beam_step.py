@@ -146,25 +146,6 @@ def _many_blocks(
     return kept, least, near
 
 
-@triton.jit(do_not_specialize=["num_denied"])
-def _rank_denied_kernel(p_denied, p_table, p_filter_bits, p_ranks, num_denied):
-    """ranks[b, d] = how many of the sorted denied[b, :d + 1] count: rows, reachable, each once."""
-    at = tl.program_id(0).to(tl.int64) * num_denied
-    rows = tl.load(p_table + search.ROWS)
-    total = 0
-    for start in range(0, num_denied, _DENIED):
-        o_d = start + tl.arange(0, _DENIED)
-        m_d = o_d < num_denied
-        b_row = tl.load(p_denied + at + o_d, m_d, other=-1)
-        b_before = tl.load(p_denied + at + o_d - 1, m_d & (o_d > 0), other=-1)
-        m_counts = (b_row >= 0) & (b_row < rows) & (b_row != b_before)
-        if p_filter_bits is not None:
-            m_counts &= search.bit(p_filter_bits, b_row, m_counts) > 0
-        b_rank = total + tl.cumsum(m_counts.to(tl.int32), axis=0)
-        tl.store(p_ranks + at + o_d, b_rank, mask=m_d)
-        total += tl.sum(m_counts.to(tl.int32), axis=0)
-
-
 @triton.jit(
     do_not_specialize=["num_beams", "num_levels", "level", "column", "k", "room", "num_denied"]
 )
@@ -182,8 +163,7 @@ def _beams_kernel(
     p_filter_bits,
     p_filter_ranks,
     p_filter_masks,
-    p_denied,
-    p_denied_ranks,
+    p_dead,
     p_keys,
     p_items,
     p_counts,
@@ -259,21 +239,19 @@ def _beams_kernel(
         top, log_sum = 0.0, 0.0
         if not VALID and not ONE:
             top, log_sum = children.row_log_sum(p_row, stride_column, width, COLUMNS)
-        denied_begin, denied_end = 0, 0
-        if p_denied is not None:
-            p_denied += request * num_denied
-            p_denied_ranks += request * num_denied
+        dead_begin, dead_end = 0, 0
+        if p_dead is not None:
+            p_dead += (request * num_levels + level) * num_denied
             for start in range(0, num_denied, _DENIED):
                 o_d = start + tl.arange(0, _DENIED)
-                # What is no row is below or above all of them.
-                b_denied = tl.load(p_denied + o_d, o_d < num_denied, other=0x7FFFFFFFFFFFFFFF)
-                denied_begin += tl.sum((b_denied < low).to(tl.int32), axis=0)
-                denied_end += tl.sum((b_denied < high).to(tl.int32), axis=0)
+                b_dead = tl.load(p_dead + o_d, o_d < num_denied, other=0x7FFFFFFFFFFFFFFF)
+                dead_begin += tl.sum((b_dead < low).to(tl.int32), axis=0)
+                dead_end += tl.sum((b_dead < high).to(tl.int32), axis=0)
         p_level = p_row + column.to(tl.int64) * stride_column
         row = (p_level, stride_column, b_row, base, top, log_sum)
         trie = (p_at, p_codes, p_starts, p_begins, p_ranks)
         filter = (p_filter_bits, p_filter_ranks, p_filter_masks)
-        deny = (p_denied, p_denied_ranks, denied_begin, denied_end)
+        deny = (p_dead, dead_begin, dead_end)
         p_node_codes = p_codes + codes_at + first
         node = (level, low, first, last, p_node_codes, starts_at)
         task = (row, trie, filter, deny, node, k, room)
@@ -311,7 +289,7 @@ def trie_beam_step(
     *,
     valid: bool = False,
     filter: Sequence[Tensor] = (),
-    deny: Tensor | None = None,
+    dead: Tensor | None = None,
     mean_children: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Chooses the k best children over all beams of each request, without waiting for the device.
@@ -327,7 +305,8 @@ def trie_beam_step(
         valid: Take the softmax over the legal children, not over the whole row.
         filter: The rows that may be reached: bits int64, the set bits before each 512 rows (uint32
             in int32), and the trie's masks without children that hold no row; or nothing.
-        deny: int64 ``[B, D]``, rows that a request must not get; what is no row is left out.
+        dead: int64 ``[B, L, D]``, of each level the first rows, rising, of the children that a
+            request's deny list leaves empty, as ``trie_deny`` gives them.
         mean_children: Children of a node of ``level`` on average, if known: no answer depends on
             it, but how long it takes.
 
@@ -349,15 +328,9 @@ def trie_beam_step(
     items = tokens.new_empty(keys.shape)
     counts, cuts, nears = keys.new_empty((3, batch * beams))
     states = states.contiguous()
-    denied = ranks = None
-    if deny is not None and deny.numel():
-        denied = deny.sort(dim=1).values
-        ranks = torch.empty(denied.shape, dtype=torch.int32, device=device)
-        _rank_denied_kernel[(batch,)](
-            denied, trie.table, filter[0] if filter else None, ranks, denied.shape[1]
-        )
+    dead = None if dead is None or dead.numel() == 0 else dead.contiguous()
     if batch * beams:
-        limited = bool(filter) or denied is not None
+        limited = bool(filter) or dead is not None
         config = beams_config(batch, beams, width, k, limited, mean_children)
         _beams_kernel[(batch * beams,)](
             logits,
@@ -367,8 +340,7 @@ def trie_beam_step(
             None if each is None else search.on_device(tuple(columns), device),
             *trie[:5],
             *((filter[0], filter[1].view(torch.uint32), filter[2]) if filter else (None,) * 3),
-            denied,
-            ranks,
+            dead,
             keys,
             items,
             counts,
@@ -382,7 +354,7 @@ def trie_beam_step(
             column,
             k,
             room,
-            0 if denied is None else denied.shape[1],
+            0 if dead is None else dead.shape[2],
             VALID=valid,
             **config,
         )

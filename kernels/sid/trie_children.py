@@ -74,24 +74,11 @@ def row_log_sum(p_row, stride_column, width, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _denied_among(deny, b_low, b_high, mask):
-    """Returns int64 [BLOCK]: the denied rows in [low, high)."""
-    p_denied, p_denied_ranks, denied_begin, denied_end = deny
-    b_zero = tl.full(b_low.shape, 0, tl.int64)
-    b_begin, b_end = b_zero + denied_begin, b_zero + denied_end
-    b_begin = search.lower_bound(p_denied, b_begin, b_end, b_low, mask)
-    b_end = search.lower_bound(p_denied, b_begin, b_end, b_high, mask)
-    # How many the first n of the list are is counted at n - 1.
-    b_before = tl.load(p_denied_ranks + b_begin - 1, mask & (b_begin > 0), other=0)
-    return tl.load(p_denied_ranks + b_end - 1, mask & (b_end > 0), other=0) - b_before
-
-
-@triton.jit
 def _is_left(trie, filter, deny, node, b_entry, b_code, mask):
     """Returns bool [BLOCK]: filter and deny list leave a row below the child."""
     p_at, p_codes, p_starts, p_begins, p_ranks = trie
     p_bits, p_bit_ranks, p_masks = filter
-    p_denied, _, denied_begin, denied_end = deny
+    p_dead, dead_begin, dead_end = deny
     level, low, _, last, _, starts_at = node
     by_mask = True
     if p_bits is not None:
@@ -99,22 +86,24 @@ def _is_left(trie, filter, deny, node, b_entry, b_code, mask):
         if by_mask:
             p_mask = search.mask_of(p_at, p_begins, p_ranks, p_masks, level, low)
             mask &= search.bit(p_mask, b_code, mask) > 0
-    if denied_begin < denied_end or not by_mask:
+    if dead_begin < dead_end or not by_mask:
+        b_low = b_entry
         if starts_at >= 0:
-            p_start = p_starts + starts_at + b_entry
-            b_low = tl.load(p_start, mask, other=0).to(tl.int64)
-            b_high = tl.load(p_start + 1, mask, other=0).to(tl.int64)
-        else:
-            p_level_codes = p_codes + tl.load(p_at + search.CODES_AT)
-            b_low = b_entry
-            b_high = search.run_end(p_level_codes, b_entry, b_code, last, mask)
-        b_left = b_high - b_low
-        if p_bits is not None:
-            b_left = search.rank(p_bits, p_bit_ranks, b_high, mask)
-            b_left -= search.rank(p_bits, p_bit_ranks, b_low, mask)
-        if p_denied is not None:
-            b_left -= _denied_among(deny, b_low, b_high, mask)
-        mask &= b_left > 0
+            b_low = tl.load(p_starts + starts_at + b_entry, mask, other=0).to(tl.int64)
+        if p_bits is not None:  # noqa: SIM102 (only a constant alone prunes a branch)
+            if not by_mask:
+                if starts_at >= 0:
+                    p_end = p_starts + starts_at + b_entry + 1
+                    b_high = tl.load(p_end, mask, other=0).to(tl.int64)
+                else:
+                    p_level_codes = p_codes + tl.load(p_at + search.CODES_AT)
+                    b_high = search.run_end(p_level_codes, b_entry, b_code, last, mask)
+                b_left = search.rank(p_bits, p_bit_ranks, b_high, mask)
+                mask &= b_left > search.rank(p_bits, p_bit_ranks, b_low, mask)
+        if p_dead is not None:
+            b_begin = tl.full(b_low.shape, 0, tl.int64) + dead_begin
+            b_at = search.lower_bound(p_dead, b_begin, b_begin - dead_begin + dead_end, b_low, mask)
+            mask &= tl.load(p_dead + b_at, mask & (b_at < dead_end), other=-1) != b_low
     return mask
 
 
@@ -122,7 +111,7 @@ def _is_left(trie, filter, deny, node, b_entry, b_code, mask):
 def children_of(trie, filter, deny, node, start, BLOCK: tl.constexpr):
     """Returns the codes of a node's children from the n-th on, int32, and which are legal."""
     p_bits, _, _ = filter
-    p_denied, _, _, _ = deny
+    p_dead, _, _ = deny
     _, _, first, last, p_node_codes, starts_at = node
     o_child = start + tl.arange(0, BLOCK)
     mask = o_child < (last - first).to(tl.int32)
@@ -133,7 +122,7 @@ def children_of(trie, filter, deny, node, start, BLOCK: tl.constexpr):
         m_inner = mask & (o_child > 0)
         b_before = tl.load(p_code - 1, m_inner, other=0).to(tl.int32)
         mask &= ~m_inner | (b_before != b_code)
-    if p_bits is not None or p_denied is not None:
+    if p_bits is not None or p_dead is not None:
         mask = _is_left(trie, filter, deny, node, first + o_child, b_code.to(tl.int64), mask)
     return b_code, mask
 

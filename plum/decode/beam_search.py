@@ -28,7 +28,7 @@ from plum.ops.trie_beam_step import SCORES, BeamStep, trie_beam_step
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from plum.trie import SidFilter, SidTrie
+    from plum.trie import SidDeny, SidFilter, SidTrie
 
 # Bytes of logits that are held at once; a single request may take more.
 _LOGITS_BYTES = 1 << 28
@@ -256,7 +256,7 @@ class SidBeamSearch:
             part = slice(first, first + at_once)
             logits = self._run.logits(outputs[part], tokens)
             broken[part] |= logits.amax(dim=(1, 2)).isnan()
-            deny = None if items.denied_rows is None else items.denied_rows[part]
+            deny = None if items.deny is None else items.deny[part]
             step = trie_beam_step(
                 logits,
                 scores[part],
@@ -298,7 +298,7 @@ class SidBeamSearch:
             seeds=seeds,
             temperature=temperature,
             filter=items.filter,
-            deny=items.denied_rows,
+            deny=items.deny,
         )
 
     def _seeds(self, seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
@@ -374,7 +374,7 @@ class _ItemLimits:
         self._allowed: np.ndarray | None = None
         self._denied: list[np.ndarray] | None = None
         self.filter: SidFilter | None = None
-        self.denied_rows: Tensor | None = None
+        self.deny: SidDeny | None = None
         starts = trie.item_starts
         left = np.diff(starts)
         if allow is not None:
@@ -389,7 +389,7 @@ class _ItemLimits:
             self._denied = [np.unique(trie.item_ids.positions(ids)) for ids in deny]
             lists = [torch.from_numpy(self._emptied(position, left)) for position in self._denied]
             rows = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)
-            self.denied_rows = rows.to(trie.device)
+            self.deny = trie.deny(rows.to(trie.device), self.filter)
 
     def _emptied(self, position: np.ndarray, left: np.ndarray) -> np.ndarray:
         """Returns the rows on which no item is left without those at ``position``."""

@@ -264,7 +264,8 @@ class DepthGenerator(NextItemModel):
             part = order[low : low + batch_size]
             some = [histories[row] for row in part]
             x = self.last_states(some)[:, None]
-            deny = self._seen_rows(some).to(device) if exclude_seen else None
+            seen = self._seen_rows(some).to(device) if exclude_seen else None
+            deny = None if seen is None else self.trie.deny(seen)
             states = self.trie.root_states(len(part))
             sums = torch.zeros(len(part), 1, device=device)
             for level in range(len(self.sizes)):

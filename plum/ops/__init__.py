@@ -15,6 +15,7 @@ from plum.ops.revive_codes import RevivedCodes, revive_codes
 from plum.ops.trie_advance import trie_advance
 from plum.ops.trie_beam_sample import SampleStep, trie_beam_sample
 from plum.ops.trie_beam_step import BeamStep, trie_beam_step
+from plum.ops.trie_deny import trie_deny
 from plum.ops.trie_mask import trie_mask, trie_mask_
 from plum.ops.trie_walk import trie_walk
 
@@ -37,6 +38,7 @@ __all__ = [
     "trie_advance",
     "trie_beam_sample",
     "trie_beam_step",
+    "trie_deny",
     "trie_mask",
     "trie_mask_",
     "trie_walk",

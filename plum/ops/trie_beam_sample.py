@@ -22,15 +22,14 @@ from plum.ops._trie_index import (
 )
 from plum.ops.trie_beam_step import (
     check_beams,
-    check_deny,
-    filter_tensors,
+    is_left,
+    limit_tensors,
     no_children,
-    rows_left,
     top_children,
 )
 
 if TYPE_CHECKING:
-    from plum.trie import SidFilter, SidTrie
+    from plum.trie import SidDeny, SidFilter, SidTrie
 
 
 class SampleStep(NamedTuple):
@@ -63,7 +62,7 @@ def trie_beam_sample(
     seeds: Tensor,
     temperature: float = 1.0,
     filter: SidFilter | Tensor | None = None,
-    deny: Tensor | None = None,
+    deny: SidDeny | Tensor | None = None,
     backend: str | None = None,
 ) -> SampleStep:
     """Draws k children over all beams of each request, each at most once.
@@ -110,8 +109,7 @@ def trie_beam_sample(
         raise InvalidArgument("k", "at least 1", k)
     if not 0 < temperature < float("inf"):
         raise InvalidArgument("temperature", "a number above 0", temperature)
-    if deny is not None:
-        check_deny(deny, trie, states.shape[0])
+    filters, dead = limit_tensors(filter, deny, trie, states.shape[0])
     return SampleStep(
         *_op(
             logits,
@@ -125,8 +123,8 @@ def trie_beam_sample(
             k,
             seeds,
             temperature,
-            filter_tensors(filter, trie),
-            deny,
+            filters,
+            dead,
             backend=backend,
         )
     )
@@ -145,7 +143,7 @@ def _reference(
     seeds: Tensor,
     temperature: float,
     filter: Sequence[Tensor],
-    deny: Tensor | None,
+    dead: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     trie = TrieIndex(*index)
     tokens, parents, best, after = no_children(states, k)
@@ -155,18 +153,18 @@ def _reference(
 
         def at_level(each: int, here: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             some = logits[here], scores[here], keys[here], states[here]
-            denied = None if deny is None else deny[here]
+            lists = None if dead is None else dead[here]
             limits = seeds[here], temperature
-            return _reference(*some, index, each, None, columns, k, *limits, filter, denied)
+            return _reference(*some, index, each, None, columns, k, *limits, filter, lists)
 
         fill_by_level(levels, trie.depth, out, at_level)
         return out
     batch, beams, width = logits.shape
     rows = states.reshape(-1, 2)
-    owner, codes, low, high = children(rows, trie.level(level))[1:]
-    left = rows_left(low, high, owner // beams, trie, filter, deny)
-    legal = (left > 0) & (keys.flatten()[owner] > float("-inf"))
-    owner, codes, low, high = owner[legal], codes[legal], low[legal], high[legal]
+    every = children(rows, trie.level(level))
+    legal = is_left(every, every.owner // beams, level, trie, filter, dead)
+    legal &= keys.flatten()[every.owner] > float("-inf")
+    owner, codes, low, high = (column[legal] for column in every[1:])
     counts = torch.bincount(owner, minlength=len(rows))
     if len(owner) == 0:
         return out
@@ -211,14 +209,14 @@ def _cpu(
     seeds: Tensor,
     temperature: float,
     filter: Sequence[Tensor],
-    deny: Tensor | None,
+    dead: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     scores, keys, states = scores.contiguous(), keys.contiguous(), states.contiguous()
     levels = None if levels is None else levels.contiguous()
-    deny = None if deny is None else deny.contiguous()
-    limits = (seeds.contiguous(), temperature, filter, deny)
+    dead = None if dead is None else dead.contiguous()
+    limits = (seeds.contiguous(), temperature, filter, dead)
     args = (logits, scores, keys, states, index, level, levels, columns, k, *limits)
     out = _fake(*args)
     _native.trie_beam_sample_cpu(*args, out)
@@ -238,7 +236,7 @@ def _fake(
     seeds: Tensor,
     temperature: float,
     filter: Sequence[Tensor],
-    deny: Tensor | None,
+    dead: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens = states.new_empty(states.shape[0], k)
     best, best_keys = (
@@ -251,7 +249,7 @@ def _fake(
 _op = Op(
     "trie_beam_sample(Tensor logits, Tensor scores, Tensor keys, Tensor states, Tensor[] index,"
     " int level, Tensor? levels, int[] columns, int k, Tensor seeds, float temperature,"
-    " Tensor[] filter, Tensor? deny) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor[] filter, Tensor? dead) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],

@@ -13,6 +13,7 @@ from plum._library import Backend, Op
 from plum.errors import InvalidArgument
 from plum.ops._trie_index import (
     EDGES,
+    Children,
     TrieIndex,
     check_device,
     check_level,
@@ -23,9 +24,10 @@ from plum.ops._trie_index import (
     first_columns,
     unpacked,
 )
+from plum.ops.trie_deny import filter_tensors
 
 if TYPE_CHECKING:
-    from plum.trie import SidFilter, SidTrie
+    from plum.trie import SidDeny, SidFilter, SidTrie
 
 SCORES = ("full", "valid")
 MAX_BEAMS = 1 << 16
@@ -57,7 +59,7 @@ def trie_beam_step(
     k: int,
     score: str = "full",
     filter: SidFilter | Tensor | None = None,
-    deny: Tensor | None = None,
+    deny: SidDeny | Tensor | None = None,
     backend: str | None = None,
 ) -> BeamStep:
     """Chooses the k best children over all beams of each request.
@@ -86,9 +88,10 @@ def trie_beam_step(
             ``"valid"`` takes it over the legal children alone (after filter and deny).
         filter: The rows of the SID table that may be reached, prepared once by ``trie.filter``; or
             bool ``[num_sids]``, which is prepared anew in each call.
-        deny: int64 ``[B, D]``, rows of the SID table that a request must not get, in any order,
-            padded with -1. With a filter or a deny list a child is legal only if a row that is
-            left lies below it, so no beam enters a dead end.
+        deny: The rows of the SID table that each request must not get, prepared once for a whole
+            search by ``trie.deny``; or int64 ``[B, D]`` in any order, padded with -1, which is
+            prepared anew in each call. With a filter or a deny list a child is legal only if a row
+            that is left lies below it, so no beam enters a dead end.
         backend: Forces one implementation by name.
 
     Returns:
@@ -103,8 +106,7 @@ def trie_beam_step(
         raise InvalidArgument("k", "at least 1", k)
     if score not in SCORES:
         raise InvalidArgument("score", "'full' or 'valid'", repr(score))
-    if deny is not None:
-        check_deny(deny, trie, states.shape[0])
+    filters, dead = limit_tensors(filter, deny, trie, states.shape[0])
     return BeamStep(
         *_op(
             logits,
@@ -116,8 +118,8 @@ def trie_beam_step(
             first_columns(trie, level, logits.shape[-1]),
             k,
             score == "valid",
-            filter_tensors(filter, trie),
-            deny,
+            filters,
+            dead,
             backend=backend,
         )
     )
@@ -138,73 +140,66 @@ def check_beams(logits: Tensor, scores: Tensor, states: Tensor, trie: SidTrie) -
         raise InvalidArgument("states", f"at most {MAX_BEAMS} beams a request", states.shape[1])
 
 
-def filter_tensors(filter: SidFilter | Tensor | None, trie: SidTrie) -> list[Tensor]:
-    """Returns bits, ranks and masks of a filter; nothing for none.
+def limit_tensors(
+    filter: SidFilter | Tensor | None, deny: SidDeny | Tensor | None, trie: SidTrie, batch: int
+) -> tuple[list[Tensor], Tensor | None]:
+    """Returns the arrays of a filter and the dead children of a deny list, prepared if need be.
 
     Raises:
-        InvalidArgument: it is of another trie or device, or of the wrong dtype or shape.
+        InvalidArgument: they are of another trie, device or number of requests, or the deny list
+            was prepared with another filter.
     """
-    if filter is None:
-        return []
-    prepared = trie.filter(filter) if isinstance(filter, Tensor) else filter
-    if prepared.rows != trie.num_sids or prepared.masks.shape != trie.index.masks.shape:
-        expected = f"a filter made by this trie of {trie.num_sids} SIDs"
-        raise InvalidArgument("filter", expected, f"one of {prepared.rows}")
-    check_device("filter", prepared.bits, trie)
-    return [prepared.bits, prepared.ranks, prepared.masks]
+    if isinstance(filter, Tensor):
+        filter = trie.filter(filter)
+    tensors = filter_tensors(filter, trie)
+    if deny is None:
+        return tensors, None
+    if isinstance(deny, Tensor):
+        deny = trie.deny(deny, filter)
+    if deny.filter is not filter:
+        expected = "a deny list prepared with the filter of the step"
+        raise InvalidArgument("deny", expected, "another", "trie.deny(rows, filter)")
+    if deny.dead.shape[:2] != (batch, trie.depth):
+        got = f"{len(deny)}, of {deny.dead.shape[1]} levels"
+        raise InvalidArgument("deny", f"{batch} lists, of {trie.depth} levels", got)
+    check_device("deny", deny.dead, trie)
+    return tensors, deny.dead
 
 
-def check_deny(deny: Tensor, trie: SidTrie, batch: int) -> None:
-    """Raises InvalidArgument unless ``deny`` is int64 ``[B, D]`` on the trie's device."""
-    check_device("deny", deny, trie)
-    if deny.dtype != torch.int64 or deny.dim() != 2 or deny.shape[0] != batch:
-        got = f"{deny.dtype} {list(deny.shape)}"
-        raise InvalidArgument("deny", f"an int64 tensor [{batch}, D] of rows", got)
-
-
-def rows_left(
-    low: Tensor,
-    high: Tensor,
+def is_left(
+    found: Children,
     request: Tensor,
+    level: int,
     trie: TrieIndex,
     filter: Sequence[Tensor],
-    deny: Tensor | None,
+    dead: Tensor | None,
 ) -> Tensor:
-    """Counts the rows that filter and deny list leave below each child.
+    """Tells which children have a row that filter and deny list leave.
 
     Args:
-        low: int64 ``[T]``, first rows.
-        high: int64 ``[T]``, the rows behind the last.
+        found: The T children.
         request: int64 ``[T]``, the request of each child.
+        level: Their level.
         trie: The trie's arrays.
         filter: Bits, ranks and masks of a filter, or nothing.
-        deny: int64 ``[B, D]`` rows in any order, or None.
+        dead: int64 ``[B, L, D]``, the children without a row, or None.
 
     Returns:
-        int64 ``[T]``.
+        bool ``[T]``.
     """
-    rows = trie.rows
-    left = high - low
-    rank = None
+    left = found.high > found.low
     if filter:
-        rank = torch.nn.functional.pad(unpacked(filter[0], rows).cumsum(0), (1, 0))
-        left = rank[high] - rank[low]
-    if deny is None:
+        rank = torch.nn.functional.pad(unpacked(filter[0], trie.rows).cumsum(0), (1, 0))
+        left = rank[found.high] > rank[found.low]
+    if dead is None or dead.numel() == 0:
         return left
-    drop = (deny < 0) | (deny >= rows)
-    if rank is not None:
-        # A row outside the filter is not counted as left, so it must not be subtracted either.
-        inside = deny.masked_fill(drop, 0)
-        drop = drop | (rank[inside + 1] == rank[inside])
-    deny = deny.masked_fill(drop, rows).sort(dim=1).values
-    repeated = torch.zeros_like(deny, dtype=torch.bool)
-    repeated[:, 1:] = deny[:, 1:] == deny[:, :-1]
-    deny = deny.masked_fill(repeated, rows).sort(dim=1).values
-    # Shifted by more than the number of rows per request, the sorted lists are one sorted list.
-    stride = rows + 1
-    keys = (deny + stride * torch.arange(len(deny), device=deny.device).unsqueeze(1)).flatten()
-    shift = stride * request
-    return left - (torch.searchsorted(keys, high + shift) - torch.searchsorted(keys, low + shift))
+    # Shifted by more than the number of rows per request, the lists are one rising list.
+    stride = trie.rows + 1
+    shift = stride * torch.arange(len(dead), device=dead.device).unsqueeze(1)
+    keys = (dead[:, level].clamp(max=trie.rows) + shift).flatten()
+    key = found.low + stride * request
+    place = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
+    return left & (keys[place] != key)
 
 
 def _reference(
@@ -218,7 +213,7 @@ def _reference(
     k: int,
     valid: bool,
     filter: Sequence[Tensor],
-    deny: Tensor | None,
+    dead: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     trie = TrieIndex(*index)
     out = no_children(states, k)
@@ -226,8 +221,8 @@ def _reference(
 
         def at_level(each: int, here: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             some = logits[here], scores[here], states[here]
-            denied = None if deny is None else deny[here]
-            return _reference(*some, index, each, None, columns, k, valid, filter, denied)
+            lists = None if dead is None else dead[here]
+            return _reference(*some, index, each, None, columns, k, valid, filter, lists)
 
         fill_by_level(levels, trie.depth, out, at_level)
         return out
@@ -237,9 +232,9 @@ def _reference(
     if len(owner) == 0:
         return out
     value = logits.reshape(-1)[owner * width + found.codes + columns[level]].float()
-    if filter or deny is not None:
-        left = rows_left(found.low, found.high, owner // beams, trie, filter, deny)
-        value = value.masked_fill(left <= 0, float("-inf"))
+    if filter or dead is not None:
+        left = is_left(found, owner // beams, level, trie, filter, dead)
+        value = value.masked_fill(~left, float("-inf"))
 
     # As log_softmax does it, the largest logit is taken off first: logits may be large.
     if valid:
@@ -310,14 +305,14 @@ def _cpu(
     k: int,
     valid: bool,
     filter: Sequence[Tensor],
-    deny: Tensor | None,
+    dead: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     scores, states = scores.contiguous(), states.contiguous()
     levels = None if levels is None else levels.contiguous()
-    deny = None if deny is None else deny.contiguous()
-    args = (logits, scores, states, index, level, levels, columns, k, valid, filter, deny)
+    dead = None if dead is None else dead.contiguous()
+    args = (logits, scores, states, index, level, levels, columns, k, valid, filter, dead)
     out = _fake(*args)
     _native.trie_beam_step_cpu(*args, out)
     return out
@@ -334,7 +329,7 @@ def _triton(
     k: int,
     valid: bool,
     filter: Sequence[Tensor],
-    deny: Tensor | None,
+    dead: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from plum.kernels import trie_beam_step as kernel
 
@@ -354,7 +349,7 @@ def _triton(
         k,
         valid=valid,
         filter=filter,
-        deny=deny,
+        dead=dead,
         mean_children=mean_children,
     )
 
@@ -370,7 +365,7 @@ def _fake(
     k: int,
     valid: bool,
     filter: Sequence[Tensor],
-    deny: Tensor | None,
+    dead: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = states.new_empty(states.shape[0], k)
     best = torch.empty_like(tokens, dtype=torch.float32)
@@ -379,7 +374,7 @@ def _fake(
 
 _op = Op(
     "trie_beam_step(Tensor logits, Tensor scores, Tensor states, Tensor[] index, int level,"
-    " Tensor? levels, int[] columns, int k, bool valid, Tensor[] filter, Tensor? deny)"
+    " Tensor? levels, int[] columns, int k, bool valid, Tensor[] filter, Tensor? dead)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,

@@ -15,8 +15,10 @@ from plum.errors import InvalidArgument, InvalidData
 from plum.files import atomic_path
 from plum.ops._trie_index import TrieIndex
 from plum.ops.forced_tail import forced_tail
+from plum.ops.trie_deny import trie_deny
 from plum.trie.build import build_index, read_column, sort_sids
 from plum.trie.item_ids import ItemId, ItemIds
+from plum.trie.sid_deny import SidDeny
 from plum.trie.sid_filter import SidFilter, make_filter
 from plum.trie.storage import check_index, check_starts, read_trie
 
@@ -42,6 +44,7 @@ class SidTrie:
         token_offsets: Per level the token id of code 0 in a model's vocabulary, or None.
         roots: First row of each trie in the table, closed by the number of rows; two numbers
             unless tries were joined.
+        roots_on_device: The same where the index is, int64.
         item_starts: int64 ``[num_sids + 1]`` on the host, where each SID's items begin.
         item_ids: The item ids by SID, then in the order they were given.
     """
@@ -60,8 +63,8 @@ class SidTrie:
         self.codebook_sizes = tuple(codebook_sizes)
         self.token_offsets = None if token_offsets is None else tuple(token_offsets)
         self.roots = tuple(roots)
-        # On the device, so that a search does not wait for a copy.
-        self._roots = torch.tensor(self.roots, device=index.codes.device)
+        # So that a search does not wait for a copy.
+        self.roots_on_device = torch.tensor(self.roots, device=index.codes.device)
         self.item_starts, self.item_ids = item_starts, item_ids
 
     @classmethod
@@ -199,11 +202,13 @@ class SidTrie:
             InvalidArgument: ``tries`` has another shape, dtype or device.
         """
         if tries is None:
-            return self._roots[:2].repeat(batch, 1, 1)
+            return self.roots_on_device[:2].repeat(batch, 1, 1)
         if tries.shape != (batch,) or tries.dtype != torch.int64:
             got = f"{tries.dtype} {list(tries.shape)}"
             raise InvalidArgument("tries", f"an int64 tensor [{batch}]", got)
-        return torch.stack((self._roots[tries], self._roots[tries + 1]), dim=-1).unsqueeze(1)
+        return torch.stack(
+            (self.roots_on_device[tries], self.roots_on_device[tries + 1]), dim=-1
+        ).unsqueeze(1)
 
     def items(self, states: Tensor) -> list[Any]:
         """Looks up the items on states; those on one SID in the order they were given.
@@ -292,6 +297,22 @@ class SidTrie:
             expected = f"a tensor on the trie's device {self.device}"
             raise InvalidArgument("filter", expected, allowed.device)
         return make_filter(allowed, self.index)
+
+    def deny(self, rows: Tensor, filter: SidFilter | None = None) -> SidDeny:
+        """Prepares what each request of a search must not get, once for all of its steps.
+
+        Args:
+            rows: int64 ``[B, D]`` on the trie's device, rows in any order, filled up with -1.
+            filter: The filter that the search has too.
+
+        Returns:
+            The prepared lists, 8 bytes a row and level. They are of this version of the trie.
+
+        Raises:
+            InvalidArgument: the dtype, shape or device does not fit, or the filter is another
+                trie's.
+        """
+        return SidDeny(filter, trie_deny(rows, self, filter))
 
     def insert(self, codes: Any, item_ids: Any) -> SidTrie:
         """Adds items in place; the rows are renumbered, so states and filters of before are void.

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "plum/cpu_features.h"
 #include "plum/trie_beam_step.h"
+#include "plum/trie_deny.h"
 #include "trie_table.h"
 
 namespace {
@@ -27,7 +28,7 @@ struct Result {
 struct Case {
   std::vector<float> logits, scores;
   std::vector<uint16_t> halves;
-  std::vector<int64_t> states, deny, columns;
+  std::vector<int64_t> states, deny, dead, columns;
   std::vector<bool> kept;
   std::vector<uint64_t> bits, masks;
   std::vector<uint32_t> ranks;
@@ -81,7 +82,13 @@ void make_case(const TrieTable& trie, std::mt19937_64& random, Case& c) {
   in.states = c.states.data();
   c.columns.assign(trie.depth, c.offset);
   in.levels = {c.level, nullptr};
-  in.deny = in.denied == 0 ? nullptr : c.deny.data();
+  if (in.denied > 0) {
+    c.dead.assign(in.batch * trie.depth * in.denied, -7);
+    const std::vector<int64_t> roots{0, rows};
+    plum::cpu::trie_deny({c.deny.data(), in.batch, in.denied}, trie.trie, {roots.data(), 1},
+                         c.filter, c.dead.data(), 2);
+    in.dead = c.dead.data();
+  }
 }
 
 Result run(const TrieTable& trie, Case& c, bool bf16, int threads) {
@@ -115,7 +122,7 @@ void check(const TrieTable& trie, const Case& c, const Result& r) {
         const int64_t code = trie.table[low][c.level];
         bool left = false;
         for (high = low; high < state[1] && trie.table[high][c.level] == code; ++high) {
-          left |= c.kept[high] && (in.deny == nullptr || !std::count(list, list + in.denied, high));
+          left |= c.kept[high] && (in.denied == 0 || !std::count(list, list + in.denied, high));
         }
         if (left) legal.push_back({row[c.offset + code], w, code, low, high});
       }

@@ -99,6 +99,19 @@ def trie_walk(architecture: int) -> list[Variant]:
     ]
 
 
+def trie_deny(architecture: int) -> list[Variant]:
+    types = {
+        **dict.fromkeys(("p_denied", "p_roots", "p_dead"), "*i64"),
+        **dict.fromkeys(("num_roots", "num_levels", "num_denied"), "i32"),
+        **{name: kind for name, kind in TRIE.items() if name != "p_masks"},
+    }
+    filter = {"p_filter_bits": "*i64", "p_filter_ranks": "*u32"}
+    return [
+        ("_trie_deny_kernel", types, {"BLOCK": 128, **dict.fromkeys(filter)}, {}),
+        ("_trie_deny_kernel", {**types, **filter}, {"BLOCK": 128}, {}),
+    ]
+
+
 def forced_tail(architecture: int) -> list[Variant]:
     types = {
         **dict.fromkeys(("p_states", "p_tail"), "*i64"),
@@ -136,10 +149,9 @@ def trie_beam_step(architecture: int) -> list[Variant]:
     types = {"p_scores": "*fp32", "p_states": "*i64", **LISTS, **TRIE}
     types |= dict.fromkeys(numbers, "i32")
     filter = {"p_filter_bits": "*i64", "p_filter_ranks": "*u32", "p_filter_masks": "*i64"}
-    deny = {"p_denied": "*i64", "p_denied_ranks": "*i32"}
+    deny = {"p_dead": "*i64"}
     optional = {**LEVELS, **filter, **deny}
-    ranks = {"p_denied": "*i64", "p_table": "*i64", "p_filter_bits": "*i64", "p_ranks": "*i32"}
-    found: list[Variant] = [("_rank_denied_kernel", {**ranks, "num_denied": "i32"}, {}, {})]
+    found: list[Variant] = []
     for logits, beams, width, k, valid, given, mean_children in (
         ("*bf16", 64, 2048, 64, False, {}, None),
         ("*bf16", 64, 2048, 64, True, {}, None),
@@ -188,6 +200,7 @@ VARIANTS = {
     "trie_mask": trie_mask,
     "trie_merge": trie_merge,
     "trie_walk": trie_walk,
+    "trie_deny": trie_deny,
 }
 # Files without a kernel of their own.
 SHARED_FILES = {"residual_choose", "trie_children", "trie_choose", "trie_search"}

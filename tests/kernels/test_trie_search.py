@@ -1,4 +1,4 @@
-"""The Triton kernels of trie_advance, trie_walk and forced_tail give what the references give."""
+"""The Triton kernels of walking, advancing, tails and deny lists give what the references give."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plum.ops import forced_tail, trie_advance, trie_walk
+from plum.ops import forced_tail, trie_advance, trie_deny, trie_walk
 from plum.trie import SidTrie
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,3 +108,19 @@ def test_nothing_to_do():
     assert forced_tail(none, trie, 0, backend="triton").codes.shape == (0, 2)
     root = trie.root_states(1)
     assert forced_tail(root, trie, 2, backend="triton").codes.shape == (1, 1, 0)
+
+
+@pytest.mark.parametrize("shape", CATALOGS.values(), ids=CATALOGS)
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 2**31), joined=st.booleans())
+def test_dead_children_are_those_of_the_reference(shape, seed, joined):
+    trie = make_trie(seed, *shape)[1]
+    if joined:
+        trie = SidTrie.join([make_trie(seed + 1, *shape)[1], trie])
+    random = np.random.default_rng(seed)
+    keep = torch.from_numpy(random.random(trie.num_sids) < 0.3).to(DEVICE)
+    rows = random.integers(-1, trie.num_sids + 1, (3, random.choice([0, 40, trie.num_sids])))
+    denied = torch.from_numpy(rows).to(DEVICE)
+    for filter in (None, trie.filter(keep)):
+        expected = trie_deny(denied, trie, filter, backend="reference")
+        assert torch.equal(trie_deny(denied, trie, filter, backend="triton"), expected)

@@ -397,7 +397,7 @@ def test_refuses_what_does_not_fit():
         trie_beam_step(logits, zero.long(), root, trie, 0, k=1)
     with pytest.raises(InvalidArgument, match="filter: expected bool"):
         trie_beam_step(logits, zero, root, trie, 0, k=1, filter=torch.ones(3, dtype=torch.bool))
-    with pytest.raises(InvalidArgument, match=r"deny: expected an int64 tensor \[1, D\] of rows"):
+    with pytest.raises(InvalidArgument, match=r"deny: expected an int64 tensor \[B, D\] of rows"):
         trie_beam_step(logits, zero, root, trie, 0, k=1, deny=torch.tensor([0]))
     with pytest.raises(InvalidArgument, match="logits: expected 2 columns"):
         trie_beam_step(torch.zeros(1, 1, 3), zero, root, trie, 0, k=1)
@@ -415,7 +415,8 @@ def test_opcheck_and_compile(limited):
     keep = trie.filter(torch.from_numpy(random.random(trie.num_sids) < 0.5)) if limited else None
     deny = torch.tensor([[3, 5, -1], [8, -1, -1]]) if limited else None
     filter = [] if keep is None else list(keep[1:])
-    args = (logits, scores, states, list(trie.index), 1, None, [0, 0], 3, True, filter, deny)
+    dead = None if deny is None else trie.deny(deny, keep).dead
+    args = (logits, scores, states, list(trie.index), 1, None, [0, 0], 3, True, filter, dead)
     torch.library.opcheck(torch.ops.plum.trie_beam_step.default, args)
 
     def step(logits, scores, states):

@@ -23,7 +23,7 @@ struct BeamStepInput {
   RowLevels levels;        // of each request; one that the trie has not has no children
   const int64_t* columns;  // [levels of the trie] column of code 0
   bool valid;              // softmax over the legal children instead of the row
-  const int64_t* deny;     // [B, denied] rows that a request must not get; or null
+  const int64_t* dead;     // [B, levels of the trie, denied] what trie_deny wrote; or null
   int64_t denied;
 };
 
