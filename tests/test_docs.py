@@ -51,6 +51,7 @@ def test_every_block_has_a_language_and_python_is_run(page):
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(map(is_run, blocks_of(page)))], ids=name
 )
+@pytest.mark.usefixtures("outside_pytest")
 def test_blocks_run(page, tmp_path):
     copied = page == ROOT / "kernels" / "README.md"
     if copied:
