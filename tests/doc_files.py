@@ -43,11 +43,11 @@ def write_vectors(folder: Path) -> None:
 
 
 def write_letter(folder: Path) -> None:
-    """A table of SIDs as LETTER writes it, and a CSV of genres."""
-    sids = {f"id-{n}": [f"<a_{n % 7}>", f"<b_{n % 11}>", f"<c_{n % 13}>"] for n in range(300)}
+    """A table of SIDs as LETTER writes it, and the genres of all items with an embedding."""
+    sids = {f"id-{n}": [f"<a_{n % 7}>", f"<b_{n % 11}>", f"<c_{n % 13}>"] for n in range(320)}
     with gzip.open(folder / "letter.index.json.gz", "wt") as file:
         json.dump(sids, file)
-    genres = [f"genre {n % 4}" for n in range(300)]
+    genres = [f"genre {n % 4}" for n in range(320)]
     pl.DataFrame({"item_id": list(sids), "genre": genres}).write_csv(folder / "genres.csv")
 
 

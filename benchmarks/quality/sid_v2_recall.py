@@ -46,7 +46,9 @@ def main() -> None:
     known = {tuple(run[name] for name in KEY) for run in result["runs"]}
     catalog = load_catalog(options)
     log = catalog.sequences
-    for seed, variant in itertools.product(SEEDS, VARIANTS):
+    # Those that PLUM published first.
+    variants = sorted(VARIANTS, key=lambda variant: variant not in PUBLISHED)
+    for seed, variant in itertools.product(SEEDS, variants):
         key = (variant, options.first or 64, options.epochs, seed, options.images_name)
         if key in known:
             continue
