@@ -77,8 +77,9 @@ costs recall.
 
 PLUM's recall is that of a 900 M mixture of experts without continued pre-training, on its own
 videos, **without the watch history in the prompt**. Here the history is all that there is, so that
-only the order of the variants can be held against PLUM's, not the figures; and with one seed, a
-difference of one standard error of a share over the test users, {error:.4f}, says nothing.
+only the order of the variants can be held against PLUM's, not the figures. The standard error of a
+share over the test users is {error:.4f}: a difference of about that size, with one seed, says
+nothing. *Unique* is that of the SIDs that the generators were trained on.
 """
 
 
@@ -115,7 +116,11 @@ def render(result: dict[str, Any]) -> str:
         rows[-1] += [""] * (11 - len(rows[-1]))
     header = ["SIDs", "first level", "seeds", "unique", "R@10", "N@10", "R@10 unseen"]
     header += ["N@10 unseen", "accuracy by level", "PLUM: unique", "R@10"]
-    return "\n".join([*lines, *table(header, rows, words=1)])
+    lines += table(header, rows, words=1)
+    missing = sorted(set(VARIANTS) - {run["variant"] for run in result["runs"]})
+    if missing:
+        lines += ["", f"Not trained yet: {'; '.join(missing)}."]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
