@@ -34,8 +34,8 @@ NAME = "sid_v2_recall"
 SHAPE = {"width": 64, "layers": 2, "heads": 1, "dropout": 0.0, "max_items": 50}
 # One validation at the end: nothing is chosen by it, so that every variant is trained alike.
 CONFIG = {"epochs": 4, "eval_every": 4, "patience": None, "learning_rate": 2e-3}
-KEPT = ("parameters", "level_accuracy", "level_perplexity", "device")
-KEPT += ("validation_recall@10", "train_seconds", "test_seconds")
+KEPT = ("parameters", "level_accuracy", "level_perplexity", "validation_recall@10")
+SPENT = ("device", "train_seconds", "test_seconds")
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
             "sizes": sizes,
             "unique_sid_ratio": len(codes.unique(dim=0)) / len(codes),
             **{kind: found[kind] for kind in METRICS},
-            **{name: found[name] for name in KEPT},
+            **{name: found[name] for name in KEPT + SPENT},
         }
         result["runs"].append(run)
         write_json(path, result)
