@@ -55,7 +55,8 @@ docs: $(STAMP)
 # Small sizes in under ten minutes; FULL=1 for the sizes that figures are quoted from. Peers that
 # are not installed are named in the report.
 bench: $(STAMP)
-	$(BIN)/python -c "import faiss, marisa_trie, superkmeans, vector_quantize_pytorch, xgrammar" 2>/dev/null || \
+	$(BIN)/python -c "import faiss, gin, lightning, marisa_trie, sklearn, superkmeans, threadpoolctl, \
+		vector_quantize_pytorch, xgrammar" 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet -e ".[bench]"
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest benchmarks -m "not gpu" $(if $(FULL),--full) -q \

@@ -86,7 +86,7 @@ class Step:
         process = subprocess.Popen(
             self.command,
             cwd=ROOT,
-            env={**outside_pytest(), "PYTHONUNBUFFERED": "1", **self.environment},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -248,11 +248,6 @@ def write_tables(results: Path) -> None:
     )
     (results / "tables.md").write_text(report.stdout + report.stderr)
     print(report.stdout + report.stderr, flush=True)
-
-
-def outside_pytest() -> dict[str, str]:
-    """Returns the environment without what pytest tells its own workers."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 def has(module: str) -> bool:

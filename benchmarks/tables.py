@@ -1,10 +1,11 @@
-"""Writes the tables of speed in README.md and docs/ from the newest result files.
+"""Writes the tables of figures in README.md and docs/ from the newest result files.
 
 Usage: python -m benchmarks.tables
 
 A table stands between ``<!-- figures: NAME -->`` and ``<!-- end -->``; NAME is a function of this
-file. Its figures come from the newest file in ``benchmarks/results`` that has them, by the date at
-the end of its name, with one thread and at full size.
+file. Figures of speed come from the newest file in ``benchmarks/results`` that has them, by the
+date at the end of its name, with one thread and at full size; those of recommendation quality from
+``quality/recommendation.json``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from plum.files import write_text
@@ -23,6 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "drop_in.md", ROOT / "docs" / "speed.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TIMES = "\N{MULTIPLICATION SIGN}"
+_SHOWN = {("generator", "fused", ""), ("sasrec", "", "")}
 Figures = dict[tuple[str, str], dict[str, Any]]
 
 
@@ -66,6 +68,33 @@ class Source:
         """How many times as fast ``ours`` is."""
         rates = self.get(ours, shape), self.get(theirs, shape)
         return rates[0] / rates[1] if rates[0] and rates[1] else None
+
+
+def recommendation() -> list[str]:
+    """Test Recall@10 of the plain generator beside the baselines, by data set and device."""
+    path = RESULTS / "quality" / "recommendation.json"
+    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    baselines: dict[str, dict[str, str]] = {}
+    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        if run["model"] in ("popularity", "item_knn"):
+            recall = f"{run['metrics']['recall@10']:.3f}"
+            baselines.setdefault(run["dataset"], {})[run["model"]] = recall
+        # Generators of other SIDs are in docs/results.md.
+        elif (run["model"], run["sids"], run["variant"]) in _SHOWN:
+            place = run["dataset"], run["device"].removeprefix("NVIDIA ")
+            found.setdefault(place, {}).setdefault(run["model"], []).append(run)
+    titles = {"ml-1m": "MovieLens-1M, 3,416 items", "beauty": "Amazon Beauty, 12,101 items"}
+    rows = []
+    for dataset, device in sorted(found, key=lambda place: list(titles).index(place[0])):
+        row = [titles[dataset], device]
+        for model in ("generator", "sasrec"):
+            runs = found[dataset, device].get(model, [])
+            recall = fmean(run["metrics"]["recall@10"] for run in runs) if runs else None
+            seconds = fmean(run["train_seconds"] for run in runs) if runs else 0.0
+            row.append("" if recall is None else f"{recall:.3f} ({len(runs)}, {seconds:.0f} s)")
+        rows.append([*row, *(baselines[dataset][model] for model in ("item_knn", "popularity"))])
+    heads = ("device", "generator (seeds, training)", "SASRec", "ItemKNN", "popularity")
+    return _table("test Recall@10, full ranking", heads, rows)
 
 
 def residual_quantize() -> list[str]:
@@ -178,6 +207,22 @@ def trie_build() -> list[str]:
     return _table("5 million SIDs, 3 / 8 levels", heads, rows)
 
 
+def trie_large() -> list[str]:
+    """What fifty million SIDs take."""
+    build, growth = Source("trie_build", size="small"), Source("trie_growth", size="small")
+    seconds = build.figures["plum cpu", "uniform L8 50M"]["seconds"]
+    ratios = [
+        growth.figures["plum cpu, 50 times the SIDs", shape]["seconds"] / figures["seconds"]
+        for (provider, shape), figures in growth.figures.items()
+        if provider == "plum cpu"
+    ]
+    return [
+        f"Fifty million SIDs of 8 levels are built in {seconds:.0f} s; a step then takes"
+        f" {min(ratios):.1f} to {max(ratios):.1f} times as long",
+        f"as with one million. {_from(build)}",
+    ]
+
+
 def generate() -> list[str]:
     """SidBeamSearch beside generate of transformers."""
     source = Source("generate")
@@ -247,11 +292,13 @@ def _table(head: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "recommendation": recommendation,
     "residual_quantize": residual_quantize,
     "kmeans": kmeans,
     "training_step": training_step,
     "trie_decode": trie_decode,
     "trie_build": trie_build,
+    "trie_large": trie_large,
     "generate": generate,
     "drop_in": drop_in,
     "scaling": scaling,

@@ -14,7 +14,6 @@ than the runs themselves can explain:
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -143,11 +142,7 @@ def run_suite(
             *(("--full",) if full else ()),
         ]
         # The progress of the run goes where it does not mix with the table.
-        # Within a worker of pytest-xdist, pytest-benchmark would measure nothing.
-        outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-        ran = subprocess.run(
-            command, cwd=folder.parent, env=outside, stdout=sys.stderr, check=False
-        )
+        ran = subprocess.run(command, cwd=folder.parent, stdout=sys.stderr, check=False)
         if ran.returncode == 5:
             raise InvalidArgument("select", "an expression that selects a benchmark", repr(select))
         if ran.returncode:

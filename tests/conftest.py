@@ -31,6 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture
+def outside_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides from what a test starts that it runs in a worker, where no benchmark is measured."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets; without it a test is skipped, except in CI, where it fails."""

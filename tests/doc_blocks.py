@@ -1,10 +1,12 @@
 """The code blocks of a Markdown page, run in order as a reader would.
 
 A block of ``python`` or ``bash`` is run. One of ``bash`` may stand below an HTML comment
-``<!-- not run: REASON -->``: then its commands are checked, not run. One of ``python`` may stand
-below ``<!-- run with: REPOSITORY -->``: then it is run where there is a checkout. Anything else a
-page shows is ``text`` or another language that is not run. Blocks of a page share a folder, and
-those of Python their names.
+``<!-- not run: REASON -->``: then its commands are checked, not run. Below
+``<!-- run small: COMMAND + ARGUMENTS -->`` it is run with these arguments added to its lines that
+begin with the command, on the files of ``doc_files.py``. One of ``python`` may stand below
+``<!-- run with: REPOSITORY -->``: then it is run where there is a checkout. Anything else a page
+shows is ``text`` or another language that is not run. Blocks of a page share a folder, and those of
+Python their names.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 _FENCE = re.compile(
-    r"(?:^<!-- (?:not run|run with): (?P<reason>[^>]+?) -->\n)?"
+    r"(?:^<!-- (?:(?:not run|run with): (?P<reason>[^>]+?)"
+    r"|run small: (?P<command>[^>]+?) \+ (?P<arguments>[^>]+?)) -->\n)?"
     r"^```(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
@@ -49,7 +52,16 @@ def blocks_of(page: Path) -> list[Block]:
     found = []
     for match in _FENCE.finditer(text):
         line = text.count("\n", 0, match.start("code")) + 1
-        found.append(Block(match["language"], line, match["code"], match["reason"]))
+        code = match["code"]
+        if match["command"]:
+            code, count = re.subn(
+                rf"^{re.escape(match['command'])}\b[^#|\n]*",
+                lambda found: f"{found[0]} {match['arguments']} ",  # noqa: B023
+                code.replace("\\\n", " "),
+                flags=re.MULTILINE,
+            )
+            assert count, f"{page.name}:{line}: no line begins with {match['command']}"
+        found.append(Block(match["language"], line, code, match["reason"]))
     return found
 
 

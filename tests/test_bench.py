@@ -141,6 +141,7 @@ def cli(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_two_runs_are_the_same_and_a_slow_down_is_not(tmp_path):
     """A real run, calmed down, beside itself a percent apart and with a fifth more on plum's."""
     first, second, slow = (tmp_path / f"{name}.json" for name in ("first", "second", "slow"))

@@ -352,6 +352,7 @@ def test_steps_end_as_they_should():
     assert gpu_run.exit_code([[good], [skipped], [good, bad], [slow]]) == 12
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_benchmarks_that_are_interrupted_leave_their_results(tmp_path):
     pytest.importorskip("pytest_benchmark")
     (tmp_path / "test_two.py").write_text(

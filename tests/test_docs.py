@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.peers import drop_in
 
 from .doc_blocks import Block, blocks_of, commands_of, run_page
+from .doc_files import FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -50,11 +51,19 @@ def test_every_block_has_a_language_and_python_is_run(page):
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(map(is_run, blocks_of(page)))], ids=name
 )
+@pytest.mark.usefixtures("outside_pytest")
 def test_blocks_run(page, tmp_path):
     copied = page == ROOT / "kernels" / "README.md"
     if copied:
         pytest.importorskip("triton")
+    for write in FILES.get(name(page), ()):
+        write(tmp_path)
     run_page(page, tmp_path, path=[page.parent / "sid"] if copied else [])
+
+
+def test_every_guide_is_run():
+    for page in (ROOT / "docs" / "howto").glob("*.md"):
+        assert any(map(is_run, blocks_of(page))), f"{name(page)} has no block that is run"
 
 
 @functools.cache
@@ -89,10 +98,11 @@ def check_command(words: list[str], place: str) -> None:
         for option in options:
             assert option in options_of(*verb), f"{place}: plum {' '.join(verb)} has no {option}"
     elif program == "make":
-        targets = [word for word in arguments if "=" not in word]
-        for target in targets:
-            found = re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            assert found, f"{place}: make has no target {target}"
+        makefile = (ROOT / "Makefile").read_text()
+        for word in arguments:
+            variable, given, _ = word.partition("=")
+            form = rf"\$\(.*\b{variable}\b.*\)" if given else rf"^{word}:"
+            assert re.search(form, makefile, re.MULTILINE), f"{place}: make has no {word}"
     elif program == "pip":
         project = (ROOT / "pyproject.toml").read_text()
         for extra in re.findall(r"\.\[([\w,]+)\]", " ".join(arguments)):
@@ -115,9 +125,12 @@ def test_a_broken_page_is_noticed(tmp_path):
     page.write_text("```python\nx = 1\n```\n```python\nassert x == 2\n```\n")
     with pytest.raises(AssertionError, match=r"page\.md:5.*|AssertionError"):
         run_page(page, tmp_path)
-    for command in (["plum", "run", "--no-such-option"], ["make", "nothing"], ["frobnicate"]):
+    page.write_text("<!-- run small: ls + --all -->\n```bash\nls \\\n  a  # b\nlsof\n```\n")
+    (small,) = blocks_of(page)
+    assert commands_of(small.code) == [["ls", "a", "--all"], ["lsof"]]
+    for command in ("plum run --no-such-option", "make nothing", "make gpu NO=1", "frobnicate"):
         with pytest.raises(AssertionError):
-            check_command(command, "here")
+            check_command(command.split(), "here")
 
 
 def test_every_public_name_is_on_its_page():

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.quality import recommendation
+from benchmarks.quality import recommendation, sid_v2_recall
+from benchmarks.quality.recommendation import METRICS
 from benchmarks.quality.recommendation_inputs import (
     load_inputs,
     unique_sids,
@@ -99,6 +101,38 @@ def test_every_preset_has_jobs_of_different_names():
         ["beauty", "generator"],
         ["beauty", "sasrec"],
     ]
+
+
+def test_the_recall_of_the_ablation_goes_on_where_it_was(folder, tmp_path, monkeypatch):
+    log = load_inputs(folder / "smoke.safetensors")
+    codes, sizes = log.sids["fused"]
+    made = []
+
+    def tokenize(catalog, variant, first, *, seed, epochs):
+        made.append(variant)
+        # Two items of the first variant share a SID.
+        shared = codes.copy()
+        shared[1] = shared[0] if variant == "SID-v2" else shared[1]
+        return None, torch.from_numpy(shared), sizes
+
+    monkeypatch.setattr(sid_v2_recall, "load_catalog", lambda _: SimpleNamespace(sequences=log))
+    monkeypatch.setattr(sid_v2_recall, "tokenize", tokenize)
+    monkeypatch.setattr(sid_v2_recall, "SEEDS", range(1))
+    monkeypatch.setattr(sid_v2_recall, "VARIANTS", ("SID-v2", "SID-v1"))
+    monkeypatch.setattr(sid_v2_recall, "SHAPE", {**sid_v2_recall.SHAPE, "width": 16, "layers": 1})
+    monkeypatch.setattr(sid_v2_recall, "CONFIG", {"epochs": 2, "eval_every": 2})
+    words = ["sid_v2_recall", "--data", "unused", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    sid_v2_recall.main()
+    result = read_json(tmp_path / "sid_v2_recall.json")
+    shared, unique = result["runs"]
+    assert (shared["unique_sid_ratio"], unique["unique_sid_ratio"]) == (59 / 60, 1)
+    assert all(0 < run[kind]["recall@50"] <= 1 for run in result["runs"] for kind in METRICS)
+    page = sid_v2_recall.render(result)
+    assert f"{shared['metrics_unseen']['recall@10']:.4f}" in page and "14.4%" in page
+    sid_v2_recall.main()
+    assert made == ["SID-v2", "SID-v1"]
+    assert read_json(tmp_path / "sid_v2_recall.json") == result
 
 
 def test_sids_are_unique():

@@ -279,7 +279,7 @@ def _score(
     ks: tuple[int, ...],
     exclude_seen: bool,
 ) -> dict[str, float]:
-    """Full ranking; every item has a SID of its own."""
+    """Full ranking; items of one SID come in random order."""
     from plum.eval import expand_sids, ranking_metrics
     from plum.lm.sasrec import SASRec
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -138,10 +140,15 @@ def spoiling() -> dict:
 
 
 @pytest.mark.parametrize("published", [{}, spoiling()], ids=["plain", "published"])
-def test_beams_of_generate_are_those_of_the_search(published):
+def test_beams_of_generate_are_those_of_the_search(published, tmp_path):
     model, trie, inputs = tiny_model(), catalog(), prompts()
     expected = SidBeamSearch(model, trie).search(**inputs, num_beams=5)
-    model.generation_config.update(**published)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(published))
+    model = type(model).from_pretrained(tmp_path).eval()
+    assert model.generation_config.top_k == published.get("top_k")
+    found = SidBeamSearch(model, trie).search(**inputs, num_beams=5)
+    assert torch.equal(found.sids, expected.sids) and torch.equal(found.scores, expected.scores)
     processor = SidLogitsProcessor(trie, end_token_id=END, prompt_length=6)
     output = model.generate(**inputs, **processor.beam_arguments(5))
     sequences = output.sequences[:, 6:].view(3, 5, 3) - torch.tensor(OFFSETS)
