@@ -124,6 +124,7 @@ def gpu_jobs() -> list[Job]:
         replace(movie_generator, **smooth),
         varied(movie_sasrec, "width 256, 3 layers", **large),
         *flat_jobs(),
+        *tiger_jobs("scratch:t5-small", {"epochs": 3, "max_items": 50}, {"epochs": 20}, 300),
         replace(review_generator, sids="behavior"),
         replace(review_generator, **smooth),
         replace(review_generator, sids="text"),
@@ -144,7 +145,7 @@ def cpu_jobs() -> list[Job]:
         options["config"] = {"epochs": 20, "eval_every": 5, "patience": None}
         jobs.append(Job(dataset, "generator", sids="fused", **options))
         jobs.append(Job(dataset, "sasrec", **options))
-    return jobs
+    return [*jobs, *tiger_jobs("scratch:t5-tiny", {"epochs": 1}, {"epochs": 4})]
 
 
 def flat_jobs() -> list[Job]:
@@ -155,6 +156,17 @@ def flat_jobs() -> list[Job]:
     return [
         Job("ml-1m", "flat", sids="fused", config={**common, **movies}, seconds=180),
         Job("beauty", "flat", sids="fused", config={**common, **reviews}, seconds=150),
+    ]
+
+
+def tiger_jobs(
+    base: str, movies: dict[str, Any], reviews: dict[str, Any], seconds: float = 2 * TEST_SECONDS
+) -> list[Job]:
+    """Encoder-decoders on the SIDs of the generator; an epoch has every item as a target once."""
+    common = {"base": base, "batch_size": 128, "learning_rate": 2e-3, "max_items": 20}
+    return [
+        Job(dataset, "tiger", sids="fused", config={**common, **config}, seconds=seconds)
+        for dataset, config in (("beauty", reviews), ("ml-1m", movies))
     ]
 
 
@@ -169,8 +181,10 @@ def smoke_jobs() -> list[Job]:
     options["config"] = {"epochs": 2, "eval_every": 1, "batch_size": 16}
     models = (("generator", "fused"), ("sasrec", ""), ("popularity", ""), ("item_knn", ""))
     jobs = [Job("smoke", model, sids=sids, **options) for model, sids in models]
-    flat = {"base": "scratch:tiny", "epochs": 1, "max_items": 8, "batch_size": 16}
-    return [*jobs, Job("smoke", "flat", sids="fused", config=flat)]
+    flat = {"epochs": 1, "max_items": 8, "batch_size": 16}
+    for model, base in (("flat", "scratch:tiny"), ("tiger", "scratch:t5-tiny")):
+        jobs.append(Job("smoke", model, sids="fused", config={"base": base, **flat}))
+    return jobs
 
 
 PRESETS = {"gpu": gpu_jobs, "cpu": cpu_jobs, "smoke": smoke_jobs}
@@ -182,7 +196,7 @@ def run_job(
     """Trains and tests one model; prints a line per validation."""
     if job.model in ("popularity", "item_knn"):
         return _run_simple(job, inputs)
-    if job.model == "flat":
+    if job.model in ("flat", "tiger"):
         return run_flat(job, inputs, seconds)
     import torch
 
