@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.quality import cold_start
+from benchmarks.quality import cold_start, results
 from plum.lm import DepthGenerator, TimelineShape
 from plum.ops import trie_beam_step
 from plum.trie import SidTrie
@@ -80,3 +80,16 @@ def test_an_experiment_in_small(monkeypatch):
         assert 0 <= found["recall@1"] <= found["recall@50"] <= 1
     result = {"shape": cold_start.SHAPE, "training": cold_start.TRAINING, "runs": [run]}
     assert f"{run['whole catalog']['generator']['recall@50']:.4f}" in cold_start.render(result)
+
+
+def test_what_the_section_says_in_words_holds():
+    small, large = results.load_result(cold_start.NAME)["runs"]
+    for run in (small, large):
+        new, whole = run["new items"], run["whole catalog"]
+        chance = 10 / run["items"]
+        ours, text = new["generator"]["recall@10"], new["text similarity"]["recall@10"]
+        assert chance < ours < text
+        assert run is small or ours > 2 * chance
+        assert (new["generator"]["recall@50"] < 50 / run["items"]) == (run is small)
+        assert max(found["recall@10"] for found in whole.values()) < 0.01
+        assert whole["popularity"]["recall@50"] == whole["item_knn"]["recall@50"] == 0

@@ -24,7 +24,7 @@ from benchmarks.quality.results import filled, save_result, table
 NAME = "cold_start"
 SHARES, SIZES, KS = (0.02, 0.05), (256, 256, 256), (1, 10, 50)
 SHAPE: dict[str, Any] = {"width": 64, "layers": 2, "heads": 1, "dropout": 0.1, "max_items": 50}
-TRAINING: dict[str, Any] = {"epochs": 6, "learning_rate": 2e-3, "eval_every": 6}
+TRAINING: dict[str, Any] = {"epochs": 4, "learning_rate": 2e-3, "eval_every": 4}
 # Items of a history that the baseline of text similarity looks at.
 RECENT = 10
 
@@ -172,6 +172,10 @@ cosine with the mean of the last ten items. Popularity and ItemKNN know nothing 
 nobody has had: all new ones have the score 0, so they cannot rank them, and have a row for the
 *whole catalog* alone. By item: Recall@10 of each new item, then the mean, so that the few that many
 users had do not outweigh the others.
+
+After this short training the generator has the new item among its first ten more often than random,
+twice as often among the newest 5%, but not among its first fifty of 68; text similarity does better
+than it, counted over users. In the whole catalog neither does much: what is known comes first.
 """
 
 

@@ -124,7 +124,12 @@ def gpu_jobs() -> list[Job]:
         replace(movie_generator, **smooth),
         varied(movie_sasrec, "width 256, 3 layers", **large),
         *flat_jobs(),
-        *tiger_jobs("scratch:t5-small", {"epochs": 3, "max_items": 50}, {"epochs": 20}, 300),
+        *tiger_jobs(
+            "t5-small",
+            {"epochs": 3, "batch_size": 256, "max_items": 50},
+            {"epochs": 20, "batch_size": 256},
+            seconds=300,
+        ),
         replace(review_generator, sids="behavior"),
         replace(review_generator, **smooth),
         replace(review_generator, sids="text"),
@@ -139,13 +144,13 @@ def gpu_jobs() -> list[Job]:
 def cpu_jobs() -> list[Job]:
     """Small models, for as long as there is time."""
     shape = {"width": 64, "layers": 2, "heads": 1}
-    jobs = simple_jobs()
+    jobs, short = simple_jobs(), {"epochs": 1, "batch_size": 64}
     for dataset, common, dropout in (("beauty", BEAUTY, 0.3), ("ml-1m", ML_1M, 0.1)):
         options: dict[str, Any] = {"shape": {**common, **shape, "dropout": dropout}}
         options["config"] = {"epochs": 20, "eval_every": 5, "patience": None}
         jobs.append(Job(dataset, "generator", sids="fused", **options))
         jobs.append(Job(dataset, "sasrec", **options))
-    return [*jobs, *tiger_jobs("scratch:t5-tiny", {"epochs": 1}, {"epochs": 4})]
+    return [*jobs, *tiger_jobs("t5-tiny", short, short)]
 
 
 def flat_jobs() -> list[Job]:
@@ -160,12 +165,13 @@ def flat_jobs() -> list[Job]:
 
 
 def tiger_jobs(
-    base: str, movies: dict[str, Any], reviews: dict[str, Any], seconds: float = 2 * TEST_SECONDS
+    size: str, movies: dict[str, Any], reviews: dict[str, Any], seconds: float = 2 * TEST_SECONDS
 ) -> list[Job]:
     """Encoder-decoders on the SIDs of the generator; an epoch has every item as a target once."""
-    common = {"base": base, "batch_size": 128, "learning_rate": 2e-3, "max_items": 20}
+    common = {"base": f"scratch:{size}", "learning_rate": 2e-3, "max_items": 20}
+    options: dict[str, Any] = {"sids": "fused", "variant": size, "seconds": seconds}
     return [
-        Job(dataset, "tiger", sids="fused", config={**common, **config}, seconds=seconds)
+        Job(dataset, "tiger", config={**common, **config}, **options)
         for dataset, config in (("beauty", reviews), ("ml-1m", movies))
     ]
 
