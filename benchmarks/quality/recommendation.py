@@ -144,13 +144,14 @@ def gpu_jobs() -> list[Job]:
 def cpu_jobs() -> list[Job]:
     """Small models, for as long as there is time."""
     shape = {"width": 64, "layers": 2, "heads": 1}
-    jobs, short = simple_jobs(), {"epochs": 1, "batch_size": 64}
+    jobs = simple_jobs()
     for dataset, common, dropout in (("beauty", BEAUTY, 0.3), ("ml-1m", ML_1M, 0.1)):
         options: dict[str, Any] = {"shape": {**common, **shape, "dropout": dropout}}
         options["config"] = {"epochs": 20, "eval_every": 5, "patience": None}
         jobs.append(Job(dataset, "generator", sids="fused", **options))
         jobs.append(Job(dataset, "sasrec", **options))
-    return [*jobs, *tiger_jobs("t5-tiny", short, short)]
+    movies, reviews = ({"epochs": epochs, "batch_size": 128} for epochs in (1, 4))
+    return [*jobs, *tiger_jobs("t5-tiny", movies, reviews)]
 
 
 def flat_jobs() -> list[Job]:
