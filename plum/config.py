@@ -104,6 +104,10 @@ class EvaluateConfig(_Section):
     sasrec: bool = Field(
         default=False, description="also train SASRec with full softmax and rank by it"
     )
+    tiger: bool = Field(
+        default=False,
+        description="also train an encoder-decoder on the SIDs; scratch:t5-tiny without a GPU",
+    )
 
 
 class RecommendConfig(_Section):

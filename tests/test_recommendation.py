@@ -72,7 +72,7 @@ def test_a_run_writes_its_results_and_is_not_repeated(folder, tmp_path, monkeypa
 def test_a_job_that_is_short_of_time_reports_what_it_has(folder):
     inputs = load_inputs(folder / "smoke.safetensors")
     for job in recommendation.smoke_jobs():
-        if job.model in ("generator", "sasrec", "flat"):
+        if job.model in ("generator", "sasrec", "flat", "tiger"):
             endless = replace(job, config={**job.config, "epochs": 10**5, "patience": None})
             found = recommendation.run_job(endless, inputs, 1.0)
             assert found["stopped_by_time"], job

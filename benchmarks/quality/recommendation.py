@@ -124,6 +124,12 @@ def gpu_jobs() -> list[Job]:
         replace(movie_generator, **smooth),
         varied(movie_sasrec, "width 256, 3 layers", **large),
         *flat_jobs(),
+        *tiger_jobs(
+            "t5-small",
+            {"epochs": 3, "batch_size": 256, "max_items": 50},
+            {"epochs": 20, "batch_size": 256},
+            seconds=300,
+        ),
         replace(review_generator, sids="behavior"),
         replace(review_generator, **smooth),
         replace(review_generator, sids="text"),
@@ -150,7 +156,8 @@ def cpu_jobs() -> list[Job]:
         options["config"] = config
         jobs.append(Job(dataset, "generator", sids="fused", **options))
         jobs.append(Job(dataset, "sasrec", **options))
-    return jobs
+    movies, reviews = ({"epochs": epochs, "batch_size": 128} for epochs in (1, 4))
+    return [*jobs, *tiger_jobs("t5-tiny", movies, reviews)]
 
 
 def flat_jobs() -> list[Job]:
@@ -161,6 +168,18 @@ def flat_jobs() -> list[Job]:
     return [
         Job("ml-1m", "flat", sids="fused", config={**common, **movies}, seconds=180),
         Job("beauty", "flat", sids="fused", config={**common, **reviews}, seconds=150),
+    ]
+
+
+def tiger_jobs(
+    size: str, movies: dict[str, Any], reviews: dict[str, Any], seconds: float = 2 * TEST_SECONDS
+) -> list[Job]:
+    """Encoder-decoders on the SIDs of the generator; an epoch has every item as a target once."""
+    common = {"base": f"scratch:{size}", "learning_rate": 2e-3, "max_items": 20}
+    options: dict[str, Any] = {"sids": "fused", "variant": size, "seconds": seconds}
+    return [
+        Job(dataset, "tiger", config={**common, **config}, **options)
+        for dataset, config in (("beauty", reviews), ("ml-1m", movies))
     ]
 
 
@@ -175,8 +194,10 @@ def smoke_jobs() -> list[Job]:
     options["config"] = {"epochs": 2, "eval_every": 1, "batch_size": 16}
     models = (("generator", "fused"), ("sasrec", ""), ("popularity", ""), ("item_knn", ""))
     jobs = [Job("smoke", model, sids=sids, **options) for model, sids in models]
-    flat = {"base": "scratch:tiny", "epochs": 1, "max_items": 8, "batch_size": 16}
-    return [*jobs, Job("smoke", "flat", sids="fused", config=flat)]
+    flat = {"epochs": 1, "max_items": 8, "batch_size": 16}
+    for model, base in (("flat", "scratch:tiny"), ("tiger", "scratch:t5-tiny")):
+        jobs.append(Job("smoke", model, sids="fused", config={"base": base, **flat}))
+    return jobs
 
 
 PRESETS = {"gpu": gpu_jobs, "cpu": cpu_jobs, "smoke": smoke_jobs}
@@ -188,7 +209,7 @@ def run_job(
     """Trains and tests one model; prints a line per validation."""
     if job.model in ("popularity", "item_knn"):
         return _run_simple(job, inputs)
-    if job.model == "flat":
+    if job.model in ("flat", "tiger"):
         return run_flat(job, inputs, seconds)
     import torch
 

@@ -1,4 +1,4 @@
-"""The generator of ``plum finetune`` in the recommendation experiments: GPT-2 on flat SIDs."""
+"""What ``plum finetune`` trains on flat SIDs, in the recommendation experiments: GPT-2 or T5."""
 
 from __future__ import annotations
 

@@ -52,7 +52,9 @@ class DepthGenerator(NextItemModel):
     """
 
     codes: Tensor
-    illegal: Tensor
+    masks: Tensor
+    mask_of: Tensor
+    octets: Tensor
 
     def __init__(
         self,
@@ -92,8 +94,11 @@ class DepthGenerator(NextItemModel):
         self.rows, self.sharing = rows.reshape(-1), counts
         # They come with the catalog, not with the weights.
         self.register_buffer("codes", torch.from_numpy(codes), persistent=False)
-        illegal = ~_legal_codes(codes, self.sizes)
-        self.register_buffer("illegal", illegal, persistent=False)
+        for name, table in zip(("masks", "mask_of"), _masks(codes, self.sizes), strict=True):
+            self.register_buffer(name, torch.from_numpy(table), persistent=False)
+        # The eight flags of every octet, as one number.
+        flags = np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little")
+        self.register_buffer("octets", torch.from_numpy(flags).view(torch.int64), persistent=False)
         width, levels = shape.width, len(self.sizes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -196,7 +201,7 @@ class DepthGenerator(NextItemModel):
         losses, hits = [], []
         x = states
         for level, code in enumerate(codes.unbind(1)):
-            illegal = self.illegal[level][targets, : self.sizes[level]]
+            illegal = self._illegal(targets, level)
             logp = self.logits(x, level).masked_fill(illegal, -torch.inf).log_softmax(-1)
             found = -logp.gather(1, code[:, None]).squeeze(1)
             if label_smoothing:
@@ -207,6 +212,24 @@ class DepthGenerator(NextItemModel):
             if level + 1 < len(self.sizes):
                 x = x + functional.embedding(code, self.before[level])
         return torch.stack(losses), torch.stack(hits)
+
+    def _illegal(self, items: Tensor, level: int) -> Tensor:
+        """Tells which codes of a level no SID has behind the codes before it of items.
+
+        Nothing here waits for the device, so that a training step can be a CUDA graph.
+
+        Args:
+            items: int64 ``[M]``.
+            level: The level.
+
+        Returns:
+            bool ``[M, K_l]``.
+        """
+        width = -(-self.sizes[level] // 8)
+        rows = self.mask_of[level].index_select(0, items)
+        octets = self.masks[:, :width].index_select(0, rows).flatten()
+        flags = self.octets.index_select(0, octets.int()).view(torch.bool)
+        return flags.view(len(items), 8 * width)[:, : self.sizes[level]]
 
     @torch.no_grad()
     def score(
@@ -307,12 +330,32 @@ def _table(size: int, width: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(size, width) * 0.02)
 
 
-def _legal_codes(codes: np.ndarray, sizes: Sequence[int]) -> Tensor:
-    """Returns which codes may follow the first l codes of each item, bool ``[L, N, max K]``."""
-    legal = torch.zeros(len(sizes), len(codes), max(sizes), dtype=torch.bool)
-    for level in range(len(sizes)):
-        _, prefix = np.unique(codes[:, :level], axis=0, return_inverse=True)
-        table = np.zeros((int(prefix.max()) + 1, max(sizes)), dtype=bool)
-        table[prefix.ravel(), codes[:, level]] = True
-        legal[level] = torch.from_numpy(table[prefix.ravel()])
-    return legal
+def _masks(codes: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Lays out which codes no SID has behind each prefix, a bit a code.
+
+    A prefix with one child has the mask of that code, which all such prefixes share; most prefixes
+    of a large catalog are of this kind.
+
+    Args:
+        codes: int64 ``[N, L]``.
+        sizes: ``K_l``.
+
+    Returns:
+        ``(masks, mask_of)``: uint8 ``[R, ceil(max K / 8)]``, and int32 ``[L, N]``, the mask of the
+        first l codes of each item.
+    """
+    masks, mask_of = [], np.empty(codes.T.shape, dtype=np.int32)
+    prefix, first = np.zeros(len(codes), dtype=np.int64), 0
+    for level, size in enumerate(sizes):
+        edges, after = np.unique(prefix * size + codes[:, level], return_inverse=True)
+        owner, code = np.divmod(edges, size)
+        wide = np.bincount(owner) > 1
+        mask = size - 1 + np.cumsum(wide)
+        alone = ~wide[owner]
+        mask[owner[alone]] = code[alone]
+        legal = np.zeros((size + int(wide.sum()), -(-max(sizes) // 8)), dtype=np.uint8)
+        np.bitwise_or.at(legal, (mask[owner], code // 8), (1 << code % 8).astype(np.uint8))
+        mask_of[level] = first + mask[prefix]
+        masks.append(~legal)
+        prefix, first = after.ravel(), first + len(legal)
+    return np.concatenate(masks), mask_of

@@ -22,12 +22,15 @@ class SidFormat:
         begin_token_id: Token that every sequence starts with.
         pad_token_id: Token that fills up a batch; it is masked and never a target.
         max_items: Most items of a history that a prompt shows; older ones are cut off.
+        decoder_start_token_id: For encoder-decoder models, the token that decoders start with: the
+            encoder reads a prompt, and the decoder writes the SID of the next item.
     """
 
     item_tokens: np.ndarray
     begin_token_id: int
     pad_token_id: int
     max_items: int
+    decoder_start_token_id: int | None = None
 
     def __post_init__(self) -> None:
         """Checks what no caller could notice later."""
@@ -74,12 +77,17 @@ class SidFormat:
 
         Args:
             windows: Item indices, one int array ``[n]``, ``n >= 1``, per row.
-            last_only: Only the last item of each window is a target, not every item.
+            last_only: Only the last item of each window is a target, not every item; an
+                encoder-decoder model has no others.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[B, T]``; labels are -100
-            where there is no target. transformers models shift the labels themselves.
+            where there is no target. transformers models shift the labels themselves. For
+            encoder-decoder models ``labels`` and ``decoder_input_ids``, int64 ``[B, L]``, go with
+            prompts that are padded on the left.
         """
+        if self.decoder_start_token_id is not None:
+            return self._pairs(windows)
         rows = [self._tokens(window) for window in windows]
         width = max(len(row) for row in rows)
         tokens = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
@@ -92,6 +100,16 @@ class SidFormat:
             labels[i, first : len(row)] = row[first:]
         arrays = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _pairs(self, windows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """Writes a prompt of all items but the last, and the SID of the last as the answer."""
+        tokens, mask = self.pad_prompts([window[:-1] for window in windows])
+        labels = self.item_tokens[[window[-1] for window in windows]]
+        # Spelled out, because the Trainer keeps the labels from the model to smooth them.
+        before = np.full_like(labels, self.decoder_start_token_id)
+        before[:, 1:] = labels[:, :-1]
+        pairs = {"labels": torch.from_numpy(labels), "decoder_input_ids": torch.from_numpy(before)}
+        return {"input_ids": tokens, "attention_mask": mask, **pairs}
 
     def _tokens(self, items: np.ndarray) -> np.ndarray:
         return np.concatenate([[self.begin_token_id], self.item_tokens[items].ravel()])
@@ -138,6 +156,9 @@ class WindowPlan:
         rng = np.random.default_rng((self.seed, number))
         share = (self._stratum + rng.random(len(self.users))) / self._strata
         starts = np.minimum((share * self._starts).astype(np.int64), self._starts - 1)
+        return starts, self._batches(rng)
+
+    def _batches(self, rng: np.random.Generator) -> list[np.ndarray]:
         rows = rng.permutation(len(self.users))
         # Sorting within pools of 32 batches removes most padding and keeps batches random.
         pool = 32 * self.batch_size
@@ -146,13 +167,36 @@ class WindowPlan:
             part = rows[low : low + pool]
             part = part[np.argsort(self.lengths[part], kind="stable")]
             batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
-        return starts, [batches[i] for i in rng.permutation(len(batches))]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class TargetPlan(WindowPlan):
+    """The plan of models that see one target a window: one for every item with items before it.
+
+    Each window ends with its target and begins as early as its size allows, so that an epoch has
+    every interaction but the first of a history as a target once, whatever the model.
+    """
+
+    def __init__(self, lengths: np.ndarray, size: int, *, batch_size: int, seed: int) -> None:
+        """Lays out the windows; arguments as those of :class:`WindowPlan`."""
+        self.batch_size, self.seed = batch_size, seed
+        counts = np.maximum(lengths - 1, 0)
+        self.users = np.repeat(np.arange(len(lengths)), counts)
+        first = np.cumsum(counts) - counts
+        ends = np.arange(len(self.users)) - first[self.users] + 2
+        self.lengths = np.minimum(ends, size)
+        self._starts = ends - self.lengths
+
+    def epoch(self, number: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Returns starts and batches as :meth:`WindowPlan.epoch`; only the batches are drawn."""
+        return self._starts, self._batches(np.random.default_rng((self.seed, number)))
 
 
 class TrainingBatches:
     """All batches of a training run; batch i is a pure function of the seed and i.
 
-    The windows are those of :class:`WindowPlan`. Because nothing depends on what was drawn before,
+    The windows are those of :class:`WindowPlan`, for encoder-decoder models those of
+    :class:`TargetPlan`. Because nothing depends on what was drawn before,
     a resumed run continues with the very same batches.
     """
 
@@ -169,14 +213,18 @@ class TrainingBatches:
             seed: Seed of the cuts and of the order.
 
         Raises:
-            InvalidData: no history has an item, or an item index is outside the catalog.
+            InvalidData: no history has an item, or for an encoder-decoder model two, or an item
+                index is outside the catalog.
         """
         self.form = form
         self.histories = check_histories("histories", histories, len(form.item_tokens))
         lengths = np.array([len(history) for history in self.histories], dtype=np.int64)
-        if lengths.sum() == 0:
-            raise InvalidData("histories", "at least one with an item", "none")
-        self._plan = WindowPlan(lengths, form.max_items + 1, batch_size=batch_size, seed=seed)
+        pairs = form.decoder_start_token_id is not None
+        if lengths.max(initial=0) <= pairs:
+            wanted = "two items" if pairs else "an item"
+            raise InvalidData("histories", f"at least one with {wanted}", "none")
+        plan = TargetPlan if pairs else WindowPlan
+        self._plan = plan(lengths, form.max_items + 1, batch_size=batch_size, seed=seed)
         self._epoch: tuple[int, np.ndarray, list[np.ndarray]] | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""Causal language models over SID tokens: a pretrained one with new tokens, or from scratch."""
+"""Language models over SID tokens: a pretrained one with new tokens, or from scratch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.lm.examples import SidFormat
+from plum.lm.tiger import T5_SHAPES, encoder_decoder
 from plum.sid.vocabulary import SidVocabulary
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ SCRATCH_SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Generator:
-    """A causal language model that speaks SIDs.
+    """A language model that speaks SIDs.
 
     Attributes:
-        model: A transformers causal language model, float32.
+        model: A causal or encoder-decoder language model of transformers, float32.
         tokenizer: Its tokenizer; every SID token is one token of it.
         token_offsets: Token id of code 0 of each level; code c of level l is
             ``token_offsets[l] + c``.
@@ -67,18 +68,21 @@ class Generator:
                 expected = f"codes of level {level} in [0, {size})"
                 raise InvalidArgument("codes", expected, int(bad[0]))
         tokenizer: Any = self.tokenizer
+        config: Any = self.model.config
+        start = config.decoder_start_token_id if config.is_encoder_decoder else None
         return SidFormat(
             item_tokens=codes.astype(np.int64) + np.asarray(self.token_offsets, dtype=np.int64),
             begin_token_id=tokenizer.convert_tokens_to_ids(SidVocabulary.begin),
             pad_token_id=tokenizer.pad_token_id,
             max_items=max_items,
+            decoder_start_token_id=start,
         )
 
 
 def load_generator(
     base: str, vocabulary: SidVocabulary, *, seed: int = 0, max_length: int | None = None
 ) -> Generator:
-    """Loads a causal language model and teaches it the tokens of a SID vocabulary.
+    """Loads a language model and teaches it the tokens of a SID vocabulary.
 
     A pretrained base keeps its own tokens; rows for tokens that it does not have yet start at the
     mean of the old rows plus a tenth of their spread, so that the first logits are harmless and
@@ -86,8 +90,9 @@ def load_generator(
 
     Args:
         base: ``scratch:tiny``, ``scratch:small`` or ``scratch:base`` for a randomly initialized
-            GPT-2 shape whose vocabulary is the SID tokens; otherwise a local folder or a hub name
-            that transformers' ``AutoModelForCausalLM`` can load.
+            GPT-2 shape whose vocabulary is the SID tokens; ``scratch:t5-tiny`` or
+            ``scratch:t5-small`` for a T5 that has the history read by its encoder; otherwise a
+            local folder or a hub name of a causal or encoder-decoder model of transformers.
         vocabulary: The SID tokens.
         seed: Seed of everything that is drawn.
         max_length: Longest sequence in tokens that the model must take; by default 512 for a new
@@ -120,8 +125,8 @@ def _from_scratch(base: str, vocabulary: SidVocabulary, seed: int, max_length: i
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     size = base.removeprefix("scratch:")
-    if size not in SCRATCH_SHAPES:
-        names = ", ".join(f"scratch:{name}" for name in SCRATCH_SHAPES)
+    if size not in SCRATCH_SHAPES | T5_SHAPES:
+        names = ", ".join(f"scratch:{name}" for name in SCRATCH_SHAPES | T5_SHAPES)
         raise InvalidArgument("base", f"one of {names}, a folder or a hub name", repr(base))
     tokens = [PAD, UNKNOWN, *vocabulary.all_tokens]
     words = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token=UNKNOWN))
@@ -136,6 +141,8 @@ def _from_scratch(base: str, vocabulary: SidVocabulary, seed: int, max_length: i
         unk_token=UNKNOWN,
         model_max_length=max_length,
     )
+    if size in T5_SHAPES:
+        return encoder_decoder(size, tokenizer, seed), tokenizer
     config = GPT2Config(
         vocab_size=len(tokens),
         n_positions=max_length,
@@ -158,17 +165,19 @@ def _from_scratch(base: str, vocabulary: SidVocabulary, seed: int, max_length: i
 
 
 def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int | None) -> Any:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     model: Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(base)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(base, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidArgument(
             "base",
-            "scratch:tiny|small|base, a folder written by save_pretrained, or a hub name",
+            "scratch:[t5-]tiny|small, scratch:base, a folder by save_pretrained, or a hub name",
             f"{base!r} ({reason})",
             "download the model first and give its folder, or start from scratch:small",
         ) from error

@@ -19,7 +19,7 @@ def validate(
     """Scores the last item of each row given the items before it, each level given the true ones.
 
     Args:
-        model: A transformers causal language model.
+        model: A transformers language model, causal or encoder-decoder as ``form`` says.
         form: How items are written as tokens.
         rows: Item indices in time order, one int array ``[n]``, ``n >= 1``, per user.
         batch_size: Rows per forward pass.
@@ -37,9 +37,12 @@ def validate(
     model.eval()
     for low in range(0, len(rows), batch_size):
         batch = form.batch(rows[low : low + batch_size], last_only=True)
-        labels = batch.pop("labels")[:, 1:].to(device)
+        labels = batch.pop("labels").to(device)
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        logits = model(**inputs, use_cache=False).logits
+        # A causal model's logits are those of the token after; a decoder begins before its first.
+        if form.decoder_start_token_id is None:
+            logits, labels = logits[:, :-1], labels[:, 1:]
         wanted = labels != IGNORED
         # Every row has exactly L targets, so the flat selection folds back into [B, L].
         targets = labels[wanted]

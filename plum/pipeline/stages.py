@@ -290,11 +290,7 @@ def _finetune(work: Workspace) -> None:
     settings = work.settings
     table = SidTable.load(work.input("tokenize") / "table")
     sequences = sequences_of(Dataset.load(work.input("data")))
-    validation = sequences.split("validation")
-    rows = [
-        np.append(history, target)
-        for history, target in zip(validation.histories, validation.targets, strict=True)
-    ]
+    rows = _validation_rows(sequences)
     if is_depth_base(settings.base):
         _finetune_depth(work, table, sequences.training(), rows)
         return
@@ -313,6 +309,12 @@ def _finetune(work: Workspace) -> None:
         FinetuneConfig(**settings.model_dump(exclude={"base", "dropout"}), seed=work.seed),
         progress=work.progress,
     )
+
+
+def _validation_rows(sequences: Sequences) -> list[Items]:
+    """Returns the histories of validation, each with its target behind it."""
+    split = sequences.split("validation")
+    return [np.append(*row) for row in zip(split.histories, split.targets, strict=True)]
 
 
 def _finetune_depth(
@@ -346,7 +348,8 @@ def _evaluate(work: Workspace) -> None:
     test = sequences.split("test")
     k = DEPTHS[-1]
     users = [sequences.user_ids[user] for user in test.users]
-    ranked = {"generator": _rank_in_parts(recommender, users, test.histories, k, work)}
+    parts = work.folder / "recommendations"
+    ranked = {"generator": _rank_in_parts(recommender, users, test.histories, k, work, parts)}
     # The baselines may use all that is known before the test item.
     known, seen = list(test.histories), work.settings.filter_seen
     for name, baseline in (("popularity", Popularity()), ("item_knn", ItemKNN())):
@@ -355,6 +358,12 @@ def _evaluate(work: Workspace) -> None:
     if work.settings.sasrec:
         sasrec = _trained_sasrec(sequences, work.seed)
         ranked["sasrec"] = sasrec.recommend(known, k, exclude_seen=seen)
+    if work.settings.tiger:
+        folder = work.folder / "tiger"
+        tiger = _trained_tiger(work, recommender, sequences, folder)
+        parts = folder / "recommendations"
+        ranked["tiger"] = _rank_in_parts(tiger, users, test.histories, k, work, parts)
+        shutil.rmtree(folder / "checkpoints")
     metrics = {
         name: ranking_metrics(items, test.targets, ks=DEPTHS, num_items=sequences.num_items)
         for name, items in ranked.items()
@@ -379,6 +388,26 @@ def _trained_sasrec(sequences: Sequences, seed: int) -> SASRec:
     return sasrec
 
 
+def _trained_tiger(
+    work: Workspace, generator: Recommender, sequences: Sequences, folder: Path
+) -> Recommender:
+    """Trains an encoder-decoder on the generator's SIDs, to the best validation loss."""
+    gpu, table = torch.cuda.is_available(), generator.table
+    base = "scratch:t5-small" if gpu else "scratch:t5-tiny"
+    model = load_generator(base, SidVocabulary(table.codebook_sizes), seed=work.seed)
+    # A history of 20 items, as in TIGER.
+    config = FinetuneConfig(
+        batch_size=128, learning_rate=2e-3, max_items=20, patience=3, seed=work.seed
+    )
+    training, validation = sequences.training(), _validation_rows(sequences)
+    finetune(model, training, validation, table.codes, folder, config, progress=work.progress)
+    model.model.to("cuda" if gpu else "cpu")  # type: ignore[arg-type]
+    trie = SidTrie.load(work.input("index") / "trie.safetensors")
+    shown = generator.config.finetune.model_copy(update={"max_items": config.max_items})
+    settings = generator.config.model_copy(update={"finetune": shown})
+    return Recommender(generator.dataset, table, trie, model, settings)
+
+
 def _recommender(work: Workspace) -> Recommender:
     """Returns the recommender of the stages alone, whatever was appended to the run."""
     config = load_config(work.run_dir / "config.json")
@@ -386,13 +415,18 @@ def _recommender(work: Workspace) -> Recommender:
 
 
 def _rank_in_parts(
-    recommender: Recommender, users: list[str], histories: list[Items], k: int, work: Workspace
+    recommender: Recommender,
+    users: list[str],
+    histories: list[Items],
+    k: int,
+    work: Workspace,
+    folder: Path,
 ) -> Items:
     """Ranks for every test user, part by part; parts that an earlier try wrote are kept."""
     batch, seen = work.settings.batch_size, work.settings.filter_seen
     parts = []
     for start in range(0, len(users), _USERS_PER_PART):
-        path = work.folder / "recommendations" / f"{start:08d}.parquet"
+        path = folder / f"{start:08d}.parquet"
         stop = min(start + _USERS_PER_PART, len(users))
         if not path.exists():
             found = [

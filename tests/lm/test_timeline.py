@@ -147,6 +147,48 @@ def test_sasrec_ranks_by_its_scores_and_leaves_out_what_was_seen(histories):
         assert row.tolist() == wanted + [-1] * (30 - len(wanted))
 
 
+@pytest.mark.parametrize("sizes", [SIZES, (3, 70, 9, 9)])
+def test_masks_are_those_of_a_plain_loop_and_losses_are_equal_to_the_bit(sizes):
+    rng = np.random.default_rng(2)
+    codes = np.stack([rng.integers(0, size, 200) for size in sizes], axis=1)
+    model = DepthGenerator(codes, sizes, SHAPE, label_smoothing=0.1).eval()
+    illegal = []
+    for level, size in enumerate(sizes):
+        table = torch.ones(200, size, dtype=torch.bool)
+        for item, other in itertools.product(range(200), repeat=2):
+            if (codes[item, :level] == codes[other, :level]).all():
+                table[item, codes[other, level]] = False
+        illegal.append(table)
+        assert torch.equal(model._illegal(torch.arange(200), level), table)
+    states = torch.randn(64, 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    targets = torch.from_numpy(rng.integers(0, 200, 64))
+    targets[::7] = -100
+    found = []
+    for masks in (model._illegal, lambda items, level: illegal[level][items]):
+        model._illegal = masks
+        states.grad = None
+        model.loss(states, targets).backward()
+        found.append((model.level_losses(states, targets), states.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_masks_take_little_memory_and_losses_never_wait_for_the_device():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    codes = np.random.default_rng(4).integers(0, 256, (20_000, 3))
+    model = DepthGenerator(codes, (256,) * 3, SHAPE)
+    # 20,000 x 256 flags a level would be 15 MB.
+    assert sum(buffer.nbytes for buffer in model.buffers()) < 1.5e6
+    # Tensors without values cannot be asked for one.
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        states = mode.from_tensor(torch.zeros(10, 32, requires_grad=True))
+        targets = mode.from_tensor(torch.zeros(10, dtype=torch.int64))
+        loss = model.loss(states, targets)
+        loss.backward()
+        assert loss.shape == ()
+
+
 def test_probabilities_of_the_catalog_add_up_and_the_beam_finds_the_best(codes, histories):
     model = generator(codes)
     with torch.no_grad():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import pytest
 from plum.config import resolve_config
 from plum.data import sequences_of
 from plum.errors import InvalidArgument, InvalidData
+from plum.lm import FinetuneConfig
+from plum.pipeline import stages
 from plum.pipeline.recommender import Recommender
 from plum.pipeline.run import finish, run_stages
 from plum.pipeline.stages import STAGES
@@ -83,6 +86,20 @@ def test_sasrec_is_a_baseline_when_asked_for(finished, encoder, tmp_path):
     before = json.loads((finished / "metrics.json").read_text())
     assert metrics["sasrec"]["recall@10"] > metrics["popularity"]["recall@10"]
     assert {name: metrics[name] for name in before} == before
+
+
+def test_an_encoder_decoder_is_a_baseline_when_asked_for(finished, encoder, tmp_path, monkeypatch):
+    short = replace(FinetuneConfig(), epochs=2.0)
+    monkeypatch.setattr(stages, "FinetuneConfig", lambda **more: replace(short, **more))
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    assert "evaluate" in run(folder, encoder, "evaluate.tiger=true")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    before = json.loads((finished / "metrics.json").read_text())
+    assert metrics["tiger"]["recall@10"] > metrics["popularity"]["recall@10"]
+    assert metrics["tiger"]["invalid_rate"] == metrics["tiger"]["duplicate_rate"] == 0
+    assert {name: metrics[name] for name in before} == before
+    assert not (folder / "evaluate" / "tiger" / "checkpoints").exists()
 
 
 def test_a_generator_with_one_position_per_item_takes_the_same_place(finished, encoder, tmp_path):
