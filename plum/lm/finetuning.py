@@ -80,6 +80,7 @@ def finetune(
     Raises:
         InvalidData: a history has an index outside the catalog, or the loss is not finite.
         InvalidArgument: the model takes shorter sequences than ``config.max_items`` needs.
+        MissingDependency: ``config.lora_rank`` is set and peft is not installed.
     """
     form = generator.format(codes, config.max_items)
     longest = getattr(generator.model.config, "max_position_embeddings", None)
@@ -109,5 +110,6 @@ def finetune(
         validate=look if rows else None,
         keep_best=True,
         patience=config.patience,
+        short=True,
         progress=progress,
     )

@@ -104,6 +104,7 @@ def pretrain(
             ``config.sequence_length``, or cannot keep packed documents apart.
         InvalidData: a history has an index outside the catalog, there is nothing to train on, or
             the loss is not finite.
+        MissingDependency: ``config.lora_rank`` is set and peft is not installed.
     """
     longest = getattr(generator.model.config, "max_position_embeddings", None)
     if longest is not None and longest < config.sequence_length:
@@ -113,7 +114,8 @@ def pretrain(
     form = generator.format(codes, config.max_items)
     histories = check_histories("train", train, len(form.item_tokens))
     rows = check_histories("validation", validation, len(form.item_tokens))
-    for name, values in (("texts", items.texts), ("attributes", items.attributes)):
+    said = {"texts": items.texts, "attributes": items.attributes}
+    for name, values in (said | {f"columns[{n!r}]": v for n, v in items.columns.items()}).items():
         if len(values) != len(form.item_tokens):
             raise InvalidData(f"items.{name}", f"{len(form.item_tokens)} items", len(values))
     rng = np.random.default_rng(config.seed)

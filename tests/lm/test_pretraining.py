@@ -233,6 +233,8 @@ def test_bad_inputs_are_refused(tmp_path, bases, histories, codes, items):
         run(bases["tied"], PretrainConfig(sequence_length=97))
     with pytest.raises(InvalidData, match=r"items\.texts: expected 30 items, got 2"):
         run(bases["tied"], texts=ItemTexts(["a", "b"], {}, items.attributes))
+    with pytest.raises(InvalidData, match=r"items\.columns\['name'\]: expected 30 items, got 1"):
+        run(bases["tied"], texts=ItemTexts(items.texts, {"name": ["a"]}, items.attributes))
     with pytest.raises(InvalidData, match="metadata: expected at least one document"):
         run(bases["tied"], texts=ItemTexts([""] * 30, {}, items.attributes))
     assert list(tmp_path.iterdir()) == []
