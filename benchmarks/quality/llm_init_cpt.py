@@ -223,7 +223,10 @@ def render(result: dict[str, Any]) -> str:
         cells.append(" → ".join(f"{general[step]:.2f}" for step in steps if step in general))
         cells.append(f"{sum(run['seconds'].values()):.0f}")
         rows.append(cells)
-    lines = [_HEAD, *results.table(header, rows, words=2), "", *results.filled(_READING)]
+    lines = [_HEAD, *results.table(header, rows, words=2), ""]
+    if len(result["runs"]) % len(CELLS):
+        lines += ["Cells that are not in the table have not been run.", ""]
+    lines += results.filled(_READING)
     told = [run for run in result["runs"] if run["cpt"]]
     if not told:
         return "\n".join(lines)
