@@ -91,7 +91,7 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 			$(BIN)/python -m pip install "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
 			$(BIN)/python -m pip install "torch==$(TORCH_VERSION)" --index-url $(CPU_INDEX); \
 		fi
-	$(BIN)/python -m pip install --quiet -e ".[pipeline,minilm,triton,test,lint,build,docs]"
+	$(BIN)/python -m pip install --quiet -e ".[pipeline,minilm,lora,triton,test,lint,build,docs]"
 	touch $@
 
 clean:

@@ -147,6 +147,7 @@ def _stage_command(name: str, help_text: str) -> None:
 _stage_command("data", "Reads a data set into items.parquet and interactions.parquet.")
 _stage_command("embed", "Encodes the text of every item.")
 _stage_command("index", "Builds the trie of the catalog.")
+_stage_command("pretrain", "Teaches a language model SIDs: what users took, what items are.")
 _stage_command("finetune", "Trains the generator to write the next item's SID.")
 _stage_command("evaluate", "Scores the generator and the baselines on the test items.")
 

@@ -76,6 +76,42 @@ class TokenizeConfig(_Section):
         return self
 
 
+class PretrainConfig(_Section):
+    """Continued pre-training; see :class:`plum.lm.PretrainConfig`. Off while ``steps`` is 0."""
+
+    base: str | None = Field(
+        default=None, description="folder or hub name of a language model that reads text"
+    )
+    steps: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=16, ge=1)
+    sequence_length: int = Field(default=512, ge=2)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    behavior_share: float = Field(default=0.5, ge=0, le=1, description="of the tokens")
+    max_items: int = Field(default=50, ge=1)
+    columns: tuple[str, ...] | None = Field(
+        default=None, description="what is told of an item; every column without it"
+    )
+    attributes: tuple[str, ...] | None = Field(
+        default=None,
+        description="columns that stand in a history; genres or categories without it",
+    )
+    held_out_items: float = Field(default=0.05, ge=0, lt=1)
+    general_text: Path | None = Field(
+        default=None, description="a text whose loss is watched; it is not trained on"
+    )
+    eval_every_steps: int | None = Field(default=None, ge=1)
+    save_every_steps: int = Field(default=200, ge=1)
+    bf16: bool | None = None
+    lora_rank: int = Field(default=0, ge=0, description="0 trains all weights")
+
+    @model_validator(mode="after")
+    def _has_a_base(self) -> PretrainConfig:
+        if self.steps and self.base is None:
+            raise ValueError("steps above 0 need a base, a folder or hub name")
+        return self
+
+
 class FinetuneConfig(_Section):
     """How the generator is trained; see :class:`plum.lm.FinetuneConfig`."""
 
@@ -90,6 +126,7 @@ class FinetuneConfig(_Section):
     patience: int | None = Field(default=None, ge=1)
     save_every_steps: int = Field(default=200, ge=1)
     bf16: bool | None = None
+    lora_rank: int = Field(default=0, ge=0, description="0 trains all weights")
 
 
 class EvaluateConfig(_Section):
@@ -127,6 +164,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     embed: EmbedConfig = EmbedConfig()
     tokenize: TokenizeConfig = TokenizeConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()

@@ -42,6 +42,7 @@ def test_resolved_configuration_reads_back(tmp_path):
         ({"settings": ["finetune=3"]}, "finetune: .*got 3"),
         ({"settings": ["tokenize.kind=vq"]}, "tokenize.kind: .*'rq-vae', 'rq-kmeans' or 'r-vq'"),
         ({"settings": ["tokenize.codebook_sizes=[8, 0]"]}, "tokenize.codebook_sizes.1: .*got 0"),
+        ({"settings": ["pretrain.steps=5"]}, "pretrain: .*steps above 0 need a base"),
         ({"settings": ["tokenize.codebook_sizes=[]"]}, "tokenize.codebook_sizes: "),
     ],
 )

@@ -46,7 +46,7 @@ BELOW = {
     },
 }
 HEAVY = (
-    "transformers", "datasets", "ray", "sklearn", "scipy", "polars", "pandas", "matplotlib",
+    "transformers", "peft", "datasets", "ray", "sklearn", "scipy", "polars", "pandas", "matplotlib",
     "sentence_transformers", "pydantic", "typer", "rich", "triton",
 )  # fmt: skip
 

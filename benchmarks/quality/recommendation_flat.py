@@ -5,11 +5,14 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.quality.recommendation_inputs import BEAMS, KS, TEST_SECONDS, Inputs
+
+if TYPE_CHECKING:
+    from plum.lm import Generator
 
 
 class _TimeIsUp(Exception):
@@ -20,12 +23,9 @@ def run_flat(job: Any, inputs: Inputs, seconds: float | None) -> dict[str, Any]:
     """Trains and tests one model; the best weights by validation loss count."""
     import torch
 
-    from plum.decode import SidBeamSearch
-    from plum.eval import expand_sids, ranking_metrics
-    from plum.lm import FinetuneConfig, finetune, load_generator, validate
+    from plum.lm import FinetuneConfig, finetune, load_generator
     from plum.lm.checkpoints import Checkpoints
     from plum.sid import SidVocabulary
-    from plum.trie import SidTrie
 
     start = time.monotonic()
     limit = None if seconds is None else max(1.0, seconds - 3 * TEST_SECONDS)
@@ -52,11 +52,34 @@ def run_flat(job: Any, inputs: Inputs, seconds: float | None) -> dict[str, Any]:
             if (Path(folder) / "checkpoints" / "best.safetensors").exists():
                 Checkpoints(Path(folder) / "checkpoints", "").load_best(generator.model)
     trained = time.monotonic() - start
+    return {
+        **score_flat(generator, codes, items, inputs),
+        "parameters": sum(p.numel() for p in generator.model.parameters()),
+        "steps": done["steps"],
+        "stopped_by_time": done["steps"] < done["total"],
+        "train_seconds": round(trained, 1),
+        "test_seconds": round(time.monotonic() - start - trained, 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
+
+
+def score_flat(
+    generator: Generator, codes: np.ndarray, items: int, inputs: Inputs
+) -> dict[str, Any]:
+    """Tests a model: full ranking by constrained beams, and its SID tokens level by level."""
+    import torch
+
+    from plum.decode import SidBeamSearch
+    from plum.eval import expand_sids, ranking_metrics
+    from plum.lm import validate
+    from plum.trie import SidTrie
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = generator.model
     model.to(device).eval()
     form = generator.format(codes, items)
-    trie = SidTrie.from_codes(codes, codebook_sizes=sizes, token_offsets=generator.token_offsets)
+    sizes, offsets = generator.codebook_sizes, generator.token_offsets
+    trie = SidTrie.from_codes(codes, codebook_sizes=sizes, token_offsets=offsets)
     search = SidBeamSearch(model, trie)
     histories, targets = inputs.split("test")
     every = np.array(trie.items(trie.root_states(1))[0][0])
@@ -90,10 +113,4 @@ def run_flat(job: Any, inputs: Inputs, seconds: float | None) -> dict[str, Any]:
         "beams": BEAMS,
         "level_accuracy": levels["level_accuracy"],
         "level_perplexity": levels["level_perplexity"],
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": done["steps"],
-        "stopped_by_time": done["steps"] < done["total"],
-        "train_seconds": round(trained, 1),
-        "test_seconds": round(time.monotonic() - start - trained, 1),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
     }

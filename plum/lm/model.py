@@ -165,6 +165,7 @@ def _from_scratch(base: str, vocabulary: SidVocabulary, seed: int, max_length: i
 
 
 def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int | None) -> Any:
+    from tokenizers import AddedToken
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     model: Any
@@ -186,7 +187,9 @@ def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int
         hint = "lower max_items, or take a base with a longer context"
         raise InvalidArgument("base", f"a context of at least {max_length} tokens", longest, hint)
     known = len(tokenizer)
-    tokenizer.add_tokens([t for t in vocabulary.all_tokens if t not in tokenizer.get_vocab()])
+    new_tokens = [token for token in vocabulary.all_tokens if token not in tokenizer.get_vocab()]
+    # A normalizer, such as one that marks spaces, would make other tokens of them.
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             tokenizer.add_special_tokens({"pad_token": PAD})

@@ -1,4 +1,4 @@
-"""Fine-tuning on next-item prediction: transformers' Trainer inside, exact resume around it."""
+"""The loop that trains causal language models: transformers' Trainer inside an exact resume."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.files import atomic_folder, write_json
+from plum.lm.adapters import add_lora
 from plum.lm.checkpoints import Checkpoints, fingerprint, hash_seed
-from plum.lm.examples import TrainingBatches, check_histories
 from plum.lm.model import Generator, quiet_transformers
-from plum.lm.validation import validate
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -25,30 +24,25 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """How the generator is trained.
+class TrainingConfig:
+    """How weights are fitted, whatever they are trained on.
 
     Attributes:
-        epochs: Passes over all interactions.
-        max_steps: Optimizer steps; when set, ``epochs`` does not count.
-        batch_size: Windows per optimizer step.
+        batch_size: Sequences per optimizer step.
         learning_rate: Peak learning rate of AdamW.
         schedule: After the warm-up, fall to zero along a cosine or stay constant.
         warmup: Share of the steps over which the learning rate rises linearly from zero.
         weight_decay: AdamW's decay, on matrices and embeddings but not on biases and norms.
         max_grad_norm: Gradients are scaled down to this global norm.
         label_smoothing: Share of the target's probability spread over the vocabulary.
-        max_items: Most items of a history that the model is shown.
         eval_every_steps: Steps between validations; by default once per epoch.
-        patience: Stop after this many validations without a better loss; None never stops.
-        validation_users: At most this many validation rows are used, a seeded choice.
         save_every_steps: Steps between checkpoints.
         bf16: Mixed precision with bfloat16; None: where the hardware multiplies bfloat16.
+        lora_rank: Train low-rank updates of this rank in place of the linear layers, and the
+            embeddings of SID tokens alone; 0 trains all weights. What is saved is merged.
         seed: Seed of the order, the cuts and dropout.
     """
 
-    epochs: float = 20.0
-    max_steps: int | None = None
     batch_size: int = 64
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -56,104 +50,105 @@ class FinetuneConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
-    max_items: int = 50
     eval_every_steps: int | None = None
-    patience: int | None = None
-    validation_users: int = 2000
     save_every_steps: int = 200
     bf16: bool | None = None
+    lora_rank: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Checks every value against its range."""
-        positive = ["epochs", "batch_size", "learning_rate", "max_grad_norm", "max_items"]
-        positive += ["validation_users", "save_every_steps"]
-        positive += [
-            name
-            for name in ("max_steps", "eval_every_steps", "patience")
-            if getattr(self, name) is not None
-        ]
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise InvalidArgument(name, "a number above 0", getattr(self, name))
+        self._check_positive(
+            "batch_size", "learning_rate", "max_grad_norm", "eval_every_steps", "save_every_steps"
+        )
         for name in ("warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidArgument(name, "a share in [0, 1)", getattr(self, name))
-        if not self.weight_decay >= 0:
-            raise InvalidArgument("weight_decay", "a number >= 0", self.weight_decay)
+        for name in ("weight_decay", "lora_rank"):
+            if not getattr(self, name) >= 0:
+                raise InvalidArgument(name, "a number >= 0", getattr(self, name))
         if self.schedule not in ("cosine", "constant"):
             raise InvalidArgument("schedule", "'cosine' or 'constant'", repr(self.schedule))
 
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InvalidArgument(name, "a number above 0", value)
 
-def finetune(
+
+class Batches(Protocol):
+    """All batches of a run; a batch depends on its number alone, so that a resume repeats it."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch."""
+
+    def batch_at(self, step: int) -> dict[str, torch.Tensor]:
+        """Returns what the model is called with at a step, counted from 0 over all epochs."""
+
+
+def train_model(
     generator: Generator,
-    train: Sequence[np.ndarray],
-    validation: Sequence[np.ndarray],
-    codes: np.ndarray,
+    batches: Batches,
+    config: TrainingConfig,
     output_dir: str | Path,
-    config: FinetuneConfig,
     *,
+    total: int,
+    parts: Sequence[Sequence[np.ndarray]],
+    validate: Callable[[], dict[str, Any]] | None,
+    keep_best: bool = False,
+    patience: int | None = None,
+    short: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains the generator in place on next-item prediction and saves it.
+    """Trains a generator in place and saves it.
 
-    The loss is the cross-entropy of every SID token given all tokens before it, so one pass over
-    a window trains every next item in it. With validation rows the weights with the lowest
-    validation loss are the result, else the last ones.
-
-    Batches, cuts and dropout of a step depend on the seed and the step alone. A run that is
-    killed and started again with the same arguments goes on from its newest checkpoint; on a CPU
-    it ends with bit-identical weights, on a GPU up to kernels that are not deterministic.
+    Batches and dropout of a step depend on the seed and the step alone. A run that is killed and
+    started again with the same arguments goes on from its newest checkpoint; on a CPU it ends with
+    bit-identical weights, on a GPU up to kernels that are not deterministic.
 
     Args:
-        generator: What :func:`load_generator` returned; on a resume it is loaded the same way.
-        train: Item indices in time order, one int array ``[n]`` per user.
-        validation: As ``train``, the last item of each row being the held-out target; may be
-            empty.
-        codes: SID of each item, int ``[N, L]``.
+        generator: What :func:`plum.lm.load_generator` returned; on a resume it is loaded the same
+            way.
+        batches: What to train on.
+        config: How to train.
         output_dir: Gets ``checkpoints/``, ``model/`` (plain transformers loads it, weights and
             tokenizer) and ``history.json``.
-        config: How to train.
+        total: Optimizer steps.
+        parts: All that is trained and validated on, see :func:`plum.lm.checkpoints.fingerprint`.
+        validate: Looks at the model as it stands; returns ``validation_loss`` and what else
+            belongs into the record. None for no validation.
+        keep_best: The weights with the lowest validation loss are the result, not the last ones.
+        patience: Stop after this many validations without a better loss; None never stops.
+        short: Sequences are short and not packed, which decides how attention is computed.
         progress: Called as ``progress(steps_done, steps_in_all)``.
 
     Returns:
         The records of ``history.json``, one per validation: ``step``, ``epoch``,
-        ``learning_rate``, ``train_loss`` (nats per token, mean since the last record) and, with
-        validation rows, ``validation_loss``, ``level_accuracy`` and ``level_perplexity`` (per
-        level, full vocabulary).
+        ``learning_rate``, ``train_loss`` (nats per token, mean since the last record) and what
+        ``validate`` returned.
 
     Raises:
-        InvalidData: a history has an index outside the catalog, or the loss is not finite.
-        InvalidArgument: the model takes shorter sequences than ``config.max_items`` needs.
+        InvalidData: the loss is not finite.
+        MissingDependency: ``config.lora_rank`` is set and peft is not installed.
     """
-    form = generator.format(codes, config.max_items)
-    longest = getattr(generator.model.config, "max_position_embeddings", None)
-    if longest is not None and longest < form.max_length:
-        hint = f"load the generator with max_length={form.max_length}, or lower max_items"
-        expected = f"a context of at least {form.max_length} tokens"
-        raise InvalidArgument("generator", expected, longest, hint)
-    batches = TrainingBatches(form, train, batch_size=config.batch_size, seed=config.seed)
-    rows = check_histories("validation", validation, len(form.item_tokens))
-    if any(len(row) == 0 for row in rows):
-        raise InvalidData("validation", "rows with at least the target", "an empty row")
-    if len(rows) > config.validation_users:
-        rng = np.random.default_rng(config.seed)
-        chosen = np.sort(rng.permutation(len(rows))[: config.validation_users])
-        rows = [rows[i] for i in chosen]
-
     bf16 = _has_fast_bf16() if config.bf16 is None else config.bf16
-    total = config.max_steps or max(1, round(config.epochs * batches.steps_per_epoch))
     output_dir = Path(output_dir)
-    settings = asdict(config) | {"bf16": bf16}
+    settings = asdict(config) | {"bf16": bf16, "total": total}
     del settings["save_every_steps"]
-    parts = (batches.histories, rows, [form.item_tokens.ravel()])
     identity = fingerprint(generator.model, settings, parts)
     checkpoints = Checkpoints(output_dir / "checkpoints", identity)
     with quiet_transformers():
-        run = _Run(generator, batches, rows, config, checkpoints, total, bf16, progress)
+        merge = add_lora(generator, config.lora_rank, config.seed) if config.lora_rank else None
+        run = _Run(generator, batches, config, checkpoints, total, bf16)
+        run.validate, run.keep_best, run.patience = validate, keep_best, patience
+        run.short, run.progress = short, progress
         run.train()
-        if rows:
+        if validate is not None and keep_best:
             checkpoints.load_best(generator.model)
+        if merge is not None:
+            merge()
         with atomic_folder(output_dir / "model") as folder:
             generator.model.save_pretrained(folder)
             generator.tokenizer.save_pretrained(folder)
@@ -167,17 +162,19 @@ class _Run:
     def __init__(
         self,
         generator: Generator,
-        batches: TrainingBatches,
-        validation: list[np.ndarray],
-        config: FinetuneConfig,
+        batches: Batches,
+        config: TrainingConfig,
         checkpoints: Checkpoints,
         total: int,
         bf16: bool,
-        progress: Progress | None,
     ) -> None:
-        self.generator, self.batches, self.validation = generator, batches, validation
-        self.config, self.checkpoints, self.total, self.bf16 = config, checkpoints, total, bf16
-        self.progress = progress
+        self.generator, self.batches, self.config = generator, batches, config
+        self.checkpoints, self.total, self.bf16 = checkpoints, total, bf16
+        self.validate: Callable[[], dict[str, Any]] | None = None
+        self.keep_best = False
+        self.patience: int | None = None
+        self.short = False
+        self.progress: Progress | None = None
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.loss_sum: torch.Tensor = torch.zeros((), dtype=torch.float64)
@@ -232,8 +229,9 @@ class _Run:
         # Some versions of the Trainer switch the cache off themselves, and for good.
         model.config.use_cache = False
         trainer = _make_trainer(self, arguments, optimizer, scheduler)
-        # Measured on a CPU with AMX: eager attention in bfloat16 is half again as fast as sdpa.
-        if arguments.device.type == "cpu" and self.bf16:
+        # Measured on a CPU with AMX: eager attention in bfloat16 is half again as fast as sdpa at
+        # 150 tokens, and a third as fast at 512.
+        if arguments.device.type == "cpu" and self.bf16 and self.short:
             model.set_attn_implementation("eager")
         try:
             trainer.train()
@@ -278,16 +276,11 @@ class _Run:
             "learning_rate": self.config.learning_rate * self._factor(self.step - 1),
             "train_loss": loss,
         }
-        if self.validation:
+        if self.validate is not None:
             best = min((r["validation_loss"] for r in self.history), default=math.inf)
-            record |= validate(
-                self.generator.model,
-                self.batches.form,
-                self.validation,
-                batch_size=2 * self.config.batch_size,
-            )
+            record |= self.validate()
             self._check_finite(record["validation_loss"])
-            if record["validation_loss"] < best:
+            if self.keep_best and record["validation_loss"] < best:
                 self.checkpoints.save_best(self.generator.model)
         self.history.append(record)
 
@@ -297,10 +290,10 @@ class _Run:
             raise InvalidData(f"training up to step {self.step}", "a finite loss", loss, hint)
 
     def _out_of_patience(self) -> bool:
-        if self.config.patience is None or not self.validation or not self.history:
+        if self.patience is None or self.validate is None or not self.history:
             return False
         losses = [record["validation_loss"] for record in self.history]
-        return len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
+        return len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
     def _factor(self, step: int) -> float:
         """Learning rate of a step (from 0) as a share of the peak."""
@@ -361,7 +354,7 @@ def _make_trainer(
     return trainer
 
 
-def _adamw(model: torch.nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
+def _adamw(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},

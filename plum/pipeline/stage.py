@@ -51,6 +51,7 @@ class Stage:
         run: Does the work.
         sources: Names the files outside the run that it reads, given its settings.
         version: Raised when the work changes, so that old outputs are not taken for new ones.
+        optional: Stages whose outputs it reads where there are any.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Stage:
     run: Callable[[Workspace], None]
     sources: Callable[[Any], list[Path]] = lambda settings: []
     version: int = 1
+    optional: tuple[str, ...] = ()
 
     def fingerprint(self, run_dir: Path, settings: Any, seed: int) -> str:
         """Returns a digest of everything the outputs depend on.
@@ -76,6 +78,10 @@ class Stage:
                     f"run: plum {name} --output {run_dir}",
                 )
             inputs[name] = read_json(manifest)["outputs"]
+        for name in self.optional:
+            manifest = run_dir / name / "manifest.json"
+            if manifest.exists() and (outputs := read_json(manifest)["outputs"]):
+                inputs[name] = outputs
         for source in self.sources(settings):
             status = source.stat()
             inputs[str(source.resolve())] = [status.st_size, status.st_mtime_ns]

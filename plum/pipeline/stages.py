@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plum.config import DataConfig, EmbedConfig, load_config
+from plum.config import PretrainConfig as PretrainSettings
 from plum.data import (
     Dataset,
     Sequences,
@@ -28,6 +29,7 @@ from plum.data import (
     render_texts,
     sequences_of,
 )
+from plum.data.text_files import read_text
 from plum.embed import encode_images, encode_texts, similarity_report
 from plum.errors import InvalidArgument, InvalidData
 from plum.eval import ItemKNN, Popularity, ranking_metrics
@@ -35,6 +37,8 @@ from plum.files import atomic_path, write_json
 from plum.lm import (
     DepthGenerator,
     FinetuneConfig,
+    ItemTexts,
+    PretrainConfig,
     SASRec,
     TimelineConfig,
     TimelineShape,
@@ -43,6 +47,7 @@ from plum.lm import (
     finetune_depth,
     is_depth_base,
     load_generator,
+    pretrain,
     train_timeline,
 )
 from plum.pipeline.recommender import Recommendation, Recommender
@@ -77,6 +82,10 @@ def _data_files(settings: DataConfig) -> list[Path]:
 def _embed_files(settings: EmbedConfig) -> list[Path]:
     models = _files(settings.encoder, settings.image)
     return models + _files(settings.images, pattern="**/*")
+
+
+def _pretrain_files(settings: PretrainSettings) -> list[Path]:
+    return _files(settings.base, settings.general_text) if settings.steps else []
 
 
 def _data(work: Workspace) -> None:
@@ -286,16 +295,72 @@ def _index(work: Workspace) -> None:
     )
 
 
+def _pretrain(work: Workspace) -> None:
+    settings = work.settings
+    if not settings.steps:
+        return
+    table = SidTable.load(work.input("tokenize") / "table")
+    dataset = Dataset.load(work.input("data"))
+    sequences = sequences_of(dataset)
+    generator = load_generator(
+        settings.base,
+        SidVocabulary(table.codebook_sizes),
+        seed=work.seed,
+        max_length=settings.sequence_length,
+    )
+    text = settings.general_text
+    not_ours = {"base", "columns", "attributes", "general_text"}
+    pretrain(
+        generator,
+        sequences.training(),
+        _validation_rows(sequences),
+        table.codes,
+        _item_texts(dataset, settings.columns, settings.attributes),
+        work.folder,
+        PretrainConfig(**settings.model_dump(exclude=not_ours), seed=work.seed),
+        general_text=None if text is None else read_text(text),
+        progress=work.progress,
+    )
+
+
+def _item_texts(
+    dataset: Dataset, columns: tuple[str, ...] | None, attributes: tuple[str, ...] | None
+) -> ItemTexts:
+    """Returns what is said of the items, by default in every column."""
+    known = [column for column in dataset.items.columns if column != "item_id"]
+    if attributes is None:
+        attributes = tuple(name for name in ("genres", "categories") if name in known)[:1]
+    for setting, names in (("columns", columns or ()), ("attributes", attributes)):
+        for name in names:
+            if name not in known:
+                raise InvalidArgument(f"pretrain.{setting}", f"some of {known}", repr(name))
+    rows = dataset.items.select(attributes).rows() if attributes else [()] * dataset.items.height
+    return ItemTexts(
+        dataset.texts(),
+        {name: dataset.items[name].to_list() for name in columns or known},
+        [", ".join(value for value in row if value) for row in rows],
+    )
+
+
 def _finetune(work: Workspace) -> None:
     settings = work.settings
     table = SidTable.load(work.input("tokenize") / "table")
     sequences = sequences_of(Dataset.load(work.input("data")))
     rows = _validation_rows(sequences)
+    pretrained = work.input("pretrain") / "model"
+    base = str(pretrained) if pretrained.is_dir() else settings.base
     if is_depth_base(settings.base):
+        if pretrained.is_dir():
+            raise InvalidArgument(
+                "finetune.base", "scratch:small, which gives way to what was pre-trained",
+                settings.base, "or leave out the pre-training: --set pretrain.steps=0",
+            )  # fmt: skip
         _finetune_depth(work, table, sequences.training(), rows)
         return
+    if settings.lora_rank and base.startswith("scratch:"):
+        raise InvalidArgument("finetune.lora_rank", f"0 with {base}", settings.lora_rank)
     generator = load_generator(
-        settings.base,
+        base,
         SidVocabulary(table.codebook_sizes),
         seed=work.seed,
         max_length=1 + len(table.codebook_sizes) * (settings.max_items + 1),
@@ -490,7 +555,14 @@ STAGES = {
         Stage("tokenize", ("data", "embed"), _tokenize),
         Stage("report", ("tokenize", "embed"), _report),
         Stage("index", ("tokenize",), _index, version=2),
-        Stage("finetune", ("data", "tokenize"), _finetune, lambda s: _files(s.base)),
+        Stage("pretrain", ("data", "tokenize"), _pretrain, _pretrain_files),
+        Stage(
+            "finetune",
+            ("data", "tokenize"),
+            _finetune,
+            lambda s: _files(s.base),
+            optional=("pretrain",),
+        ),
         Stage("evaluate", ("data", "tokenize", "index", "finetune"), _evaluate, version=2),
         # The samples are made with the search of evaluate, so they follow its outputs.
         Stage("recommend", ("data", "tokenize", "index", "finetune", "evaluate"), _recommend),

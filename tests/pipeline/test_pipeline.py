@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from safetensors.torch import load_file
 
 from plum.config import resolve_config
 from plum.data import sequences_of
@@ -25,6 +26,7 @@ from plum.pipeline.recommender import Recommender
 from plum.pipeline.run import finish, run_stages
 from plum.pipeline.stages import STAGES
 
+from ..text_base import build_text_base
 from ..tiny_encoder import LETTERS, build_encoder
 
 SETTINGS = [
@@ -125,6 +127,42 @@ def test_a_generator_with_one_position_per_item_takes_the_same_place(finished, e
         recommender.recommend([], 5)
     with pytest.raises(InvalidArgument, match="scratch:depth-small"):
         run(folder, encoder, "finetune.base=scratch:depth-huge")
+
+
+def test_fine_tuning_starts_from_what_was_pre_trained(finished, encoder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    assert not (folder / "pretrain" / "model").exists()
+    (tmp_path / "text.txt").write_text("a lamp and a map\n\na red tent")
+    base = build_text_base(tmp_path / "base", length=192)
+    told = [f"pretrain.base={json.dumps(base)}", "pretrain.steps=6", "pretrain.batch_size=2"]
+    told += ["pretrain.sequence_length=192", "pretrain.max_items=4"]
+    told += [f"pretrain.general_text={json.dumps(str(tmp_path / 'text.txt'))}"]
+    assert run(folder, encoder, *told) == ["pretrain", "finetune", "evaluate", "recommend"]
+    assert run(folder, encoder, *told) == []
+    (record,) = json.loads((folder / "pretrain" / "history.json").read_text())
+    assert set(record["losses"]) == {"behavior", "text_to_sid", "sid_to_text", "general"}
+    models = [
+        load_file(folder / stage / "model" / "model.safetensors")
+        for stage in ("pretrain", "finetune")
+    ]
+    assert models[0].keys() == models[1].keys()
+    config = resolve_config(base=json.loads((folder / "config.json").read_text()))
+    recommender = Recommender.load(folder, config)
+    found = recommender.recommend(recommender.table.item_ids[:3], 20)
+    assert len({item.item_id for item in found}) == 20
+    with pytest.raises(InvalidArgument, match=r"finetune\.base: .*pretrain\.steps=0"):
+        run(folder, encoder, *told, "finetune.base=scratch:depth-tiny")
+    with pytest.raises(InvalidArgument, match=r"pretrain\.columns: .*'color'"):
+        run(folder, encoder, *told, "pretrain.columns=[color]")
+    with pytest.raises(InvalidArgument, match="base: expected a model whose tokenizer reads text"):
+        run(folder, encoder, *told, "pretrain.base=scratch:tiny")
+    # Switched off again, what it left is gone and the run is the one of before.
+    assert run(folder, encoder) == ["pretrain", "finetune", "evaluate", "recommend"]
+    before = [path / "finetune" / "model" / "model.safetensors" for path in (finished, folder)]
+    assert before[0].read_bytes() == before[1].read_bytes()
+    with pytest.raises(InvalidArgument, match=r"finetune\.lora_rank: expected 0 with scratch:tiny"):
+        run(folder, encoder, "finetune.lora_rank=4")
 
 
 def test_does_only_what_changed(finished, encoder, tmp_path):

@@ -46,6 +46,14 @@ def test_runs_once_and_again_only_when_something_it_reads_changed(tmp_path):
     assert (tmp_path / "second" / "out.txt").read_text() == "B"
 
 
+def test_what_an_optional_stage_left_counts_once_it_is_there(tmp_path):
+    stage = Stage("third", ("first",), write, optional=("second",))
+    assert run(FIRST, tmp_path) and run(stage, tmp_path) and not run(stage, tmp_path)
+    nothing = Stage("second", (), lambda work: None)
+    assert run(nothing, tmp_path) and not run(stage, tmp_path)
+    assert run(SECOND, tmp_path) and run(stage, tmp_path) and not run(stage, tmp_path)
+
+
 def test_seed_version_and_source_files_count(tmp_path):
     source = tmp_path / "source.csv"
     source.write_text("x")
