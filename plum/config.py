@@ -176,7 +176,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tokenize": {"kind": "rq-vae", "codebook_sizes": (128, 128, 128)},
         "finetune": {"base": "scratch:tiny", "epochs": 20, "max_items": 20, "learning_rate": 5e-3},
     },
-    "cpu": {},
+    "cpu": {
+        "embed": {"behavior": 64},
+        "tokenize": {"collisions": "balanced"},
+        "finetune": {
+            "base": "scratch:depth-tiny",
+            "epochs": 40,
+            "batch_size": 64,
+            "learning_rate": 1e-3,
+            "max_items": 200,
+            "dropout": 0.2,
+        },
+    },
     "gpu": {
         "embed": {"behavior": 64},
         "tokenize": {"collisions": "balanced"},
@@ -265,7 +276,7 @@ def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> None:
 
 def _validated(values: Mapping[str, Any]) -> Config:
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -276,3 +287,8 @@ def _validated(values: Mapping[str, Any]) -> Config:
             known = ", ".join(section.model_fields)
             raise InvalidConfig(f"{where}: unknown key; the keys here are: {known}") from None
         raise InvalidConfig(f"{where}: {first['msg']}, got {first['input']!r}") from None
+    base = config.finetune.base
+    if config.pretrain.steps and base.startswith("scratch:depth"):
+        expected = "scratch:small, which gives way to what pretrain trains"
+        raise InvalidConfig(f"finetune.base: with pretrain.steps expected {expected}, got {base}")
+    return config

@@ -43,6 +43,10 @@ def test_resolved_configuration_reads_back(tmp_path):
         ({"settings": ["tokenize.kind=vq"]}, "tokenize.kind: .*'rq-vae', 'rq-kmeans' or 'r-vq'"),
         ({"settings": ["tokenize.codebook_sizes=[8, 0]"]}, "tokenize.codebook_sizes.1: .*got 0"),
         ({"settings": ["pretrain.steps=5"]}, "pretrain: .*steps above 0 need a base"),
+        (
+            {"preset": "cpu", "settings": ["pretrain.base=x", "pretrain.steps=5"]},
+            "finetune.base: with pretrain.steps expected scratch:small",
+        ),
         ({"settings": ["tokenize.codebook_sizes=[]"]}, "tokenize.codebook_sizes: "),
     ],
 )

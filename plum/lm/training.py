@@ -133,7 +133,7 @@ def train_model(
         InvalidData: the loss is not finite.
         MissingDependency: ``config.lora_rank`` is set and peft is not installed.
     """
-    bf16 = _has_fast_bf16() if config.bf16 is None else config.bf16
+    bf16 = has_fast_bf16() if config.bf16 is None else config.bf16
     output_dir = Path(output_dir)
     settings = asdict(config) | {"bf16": bf16, "total": total}
     del settings["save_every_steps"]
@@ -363,7 +363,7 @@ def _adamw(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
-def _has_fast_bf16() -> bool:
+def has_fast_bf16() -> bool:
     """Whether matrix units for bfloat16 are there: without them it is slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -50,6 +50,7 @@ from plum.lm import (
     pretrain,
     train_timeline,
 )
+from plum.lm.training import has_fast_bf16
 from plum.pipeline.recommender import Recommendation, Recommender
 from plum.pipeline.stage import Stage, Workspace
 from plum.pipeline.tokenize_file import before_last
@@ -350,11 +351,6 @@ def _finetune(work: Workspace) -> None:
     pretrained = work.input("pretrain") / "model"
     base = str(pretrained) if pretrained.is_dir() else settings.base
     if is_depth_base(settings.base):
-        if pretrained.is_dir():
-            raise InvalidArgument(
-                "finetune.base", "scratch:small, which gives way to what was pre-trained",
-                settings.base, "or leave out the pre-training: --set pretrain.steps=0",
-            )  # fmt: skip
         _finetune_depth(work, table, sequences.training(), rows)
         return
     if settings.lora_rank and base.startswith("scratch:"):
@@ -386,7 +382,6 @@ def _finetune_depth(
     work: Workspace, table: SidTable, training: list[Items], validation: list[Items]
 ) -> None:
     settings = work.settings
-    gpu = torch.cuda.is_available()
     shape = depth_shape(settings.base, max_items=settings.max_items, dropout=settings.dropout)
     model = DepthGenerator(
         table.codes,
@@ -401,7 +396,7 @@ def _finetune_depth(
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         patience=settings.patience,
-        bf16=gpu if settings.bf16 is None else settings.bf16,
+        bf16=has_fast_bf16() if settings.bf16 is None else settings.bf16,
         seed=work.seed,
     )
     finetune_depth(model, training, validation, work.folder, config, progress=work.progress)
