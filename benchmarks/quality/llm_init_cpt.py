@@ -253,7 +253,8 @@ ML-1M as under *Recommendation quality*, SIDs of text and log (256 x 256 x 256),
 items, 50 beams, every test user, full ranking; one seed. *Random* has the shape and the tokenizer
 of the base and weights drawn anew. Every cell has the same number of fine-tuning steps, and those
 with CPT have the pre-training on top, as in PLUM's table, which is that of a model of 900M
-activated parameters on YouTube's log: what can be compared is the order of the cells.
+activated parameters on YouTube's log: what can be compared is the order of the cells. So what CPT
+adds includes that of the steps it adds. Seconds are those of a machine that was shared.
 
 Losses are in nats per token: *validation* on the SID of the validation item after fine-tuning,
 *general text* at the start, after CPT where there is one, and after fine-tuning; that text was
