@@ -161,8 +161,6 @@ def test_fine_tuning_starts_from_what_was_pre_trained(finished, encoder, tmp_pat
     recommender = Recommender.load(folder, config)
     found = recommender.recommend(recommender.table.item_ids[:3], 20)
     assert len({item.item_id for item in found}) == 20
-    with pytest.raises(InvalidArgument, match=r"finetune\.base: .*pretrain\.steps=0"):
-        run(folder, encoder, *told, "finetune.base=scratch:depth-tiny")
     with pytest.raises(InvalidArgument, match=r"pretrain\.columns: .*'color'"):
         run(folder, encoder, *told, "pretrain.columns=[color]")
     with pytest.raises(InvalidArgument, match="base: expected a model whose tokenizer reads text"):
