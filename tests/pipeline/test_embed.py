@@ -47,7 +47,7 @@ def catalog(tmp_path: Path) -> list[str]:
 
 
 def run(folder: Path, settings: list[str]) -> list[str]:
-    config = resolve_config(dataset="tables", settings=settings)
+    config = resolve_config(dataset="tables", settings=["embed.behavior=null", *settings])
     quiet = {"progress_of": lambda stage: lambda done, total: None}
     return [o.stage for o in run_stages(config, folder, ["data", "embed"], **quiet) if o.ran]
 
