@@ -14,7 +14,7 @@ from plum.errors import InvalidArgument, InvalidData
 from plum.files import write_json
 from plum.lm.checkpoints import Checkpoints, fingerprint
 from plum.lm.depth import DEPTH_SHAPES, DepthGenerator
-from plum.lm.examples import check_histories
+from plum.lm.examples import check_histories, some_rows
 from plum.lm.timeline import TimelineConfig, TimelineShape, train_timeline
 
 
@@ -74,9 +74,7 @@ def finetune_depth(
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise InvalidData("validation", "a row with a history and a target", "none")
-    if len(rows) > validation_users:
-        chosen = np.random.default_rng(config.seed).permutation(len(rows))[:validation_users]
-        rows = [rows[i] for i in np.sort(chosen)]
+    rows = some_rows(rows, validation_users, np.random.default_rng(config.seed))
     histories, targets = [row[:-1] for row in rows], np.array([row[-1] for row in rows])
     wanted = model.rows[targets]
 

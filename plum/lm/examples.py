@@ -246,6 +246,13 @@ class TrainingBatches:
         return self.form.batch(windows, last_only=False)
 
 
+def some_rows(rows: list[np.ndarray], most: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Returns at most so many of the rows, drawn without replacement, in their order."""
+    if len(rows) <= most:
+        return rows
+    return [rows[i] for i in np.sort(rng.permutation(len(rows))[:most])]
+
+
 def check_histories(name: str, histories: Sequence[np.ndarray], num_items: int) -> list[np.ndarray]:
     """Returns histories as one-dimensional integer arrays with every index inside the catalog.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from plum.errors import InvalidArgument, InvalidData
-from plum.lm.examples import TrainingBatches, check_histories
+from plum.lm.examples import TrainingBatches, check_histories, some_rows
 from plum.lm.model import Generator
 from plum.lm.training import Progress, TrainingConfig, train_model
 from plum.lm.validation import validate
@@ -93,10 +93,7 @@ def finetune(
     rows = check_histories("validation", validation, len(form.item_tokens))
     if any(len(row) == 0 for row in rows):
         raise InvalidData("validation", "rows with at least the target", "an empty row")
-    if len(rows) > config.validation_users:
-        rng = np.random.default_rng(config.seed)
-        chosen = np.sort(rng.permutation(len(rows))[: config.validation_users])
-        rows = [rows[i] for i in chosen]
+    rows = some_rows(rows, config.validation_users, np.random.default_rng(config.seed))
 
     def look() -> dict[str, Any]:
         return validate(generator.model, form, rows, batch_size=2 * config.batch_size)

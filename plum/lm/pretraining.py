@@ -28,7 +28,7 @@ from plum.lm.corpus import (
     packed_batch,
     tokenize,
 )
-from plum.lm.examples import check_histories
+from plum.lm.examples import check_histories, some_rows
 from plum.lm.model import Generator
 from plum.lm.training import Progress, TrainingConfig, train_model
 
@@ -122,8 +122,7 @@ def pretrain(
         if len(values) != len(form.item_tokens):
             raise InvalidData(f"items.{name}", f"{len(form.item_tokens)} items", len(values))
     rng = np.random.default_rng(config.seed)
-    if len(rows) > config.held_out_users:
-        rows = [rows[i] for i in np.sort(rng.permutation(len(rows))[: config.held_out_users])]
+    rows = some_rows(rows, config.held_out_users, rng)
     order = rng.permutation(len(form.item_tokens))
     count = round(config.held_out_items * len(order))
     held_out, told = np.sort(order[:count]), np.sort(order[count:])
