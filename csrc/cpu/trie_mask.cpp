@@ -28,9 +28,6 @@ namespace {
 constexpr int64_t kLogitsPerThread = 1 << 17;
 // A node with a mask is masked by it if it holds at least one row in so many columns.
 constexpr int64_t kSparse = 16;
-// Rows ahead of the one being filled whose codes, then whose logits are fetched: a fill leaves no
-// room for the processor to do so by itself.
-constexpr int64_t kCodesAhead = 8, kLogitsAhead = 4;
 
 template <typename Word>
 const Masker<Word>& active_masker() {
@@ -62,20 +59,7 @@ void trie_mask(const Word* logits, int64_t stride, Word* masked, int64_t masked_
   parallel(workers, [&](int worker) {
     std::vector<Word> kept;
     const int64_t end = rows * (worker + 1) / workers;
-    // The first code of a state of a matrix level, or null.
-    const auto code_of = [&](int64_t i) -> const uint16_t* {
-      if (i >= end || levels[i] < 0 || levels[i] >= depth) return nullptr;
-      const TrieLevel& level = trie.levels[levels[i]];
-      const int64_t row = states[2 * i];
-      return level.starts == nullptr && row >= 0 && row < trie.rows ? level.codes + row : nullptr;
-    };
     for (int64_t i = rows * worker / workers; i < end; ++i) {
-      // A prefetch of an address that is not there does nothing.
-      __builtin_prefetch(code_of(i + kCodesAhead));
-      if (const uint16_t* code = code_of(i + kLogitsAhead)) {
-        const int64_t at = i + kLogitsAhead;
-        __builtin_prefetch(logits + at * stride + columns[levels[at]] + *code);
-      }
       Word* out = masked + i * masked_stride;
       const int64_t l = levels[i];
       if (l < 0 || l >= depth) {
