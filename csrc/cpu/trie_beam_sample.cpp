@@ -53,10 +53,7 @@ class Sample {
     const int64_t l = step.levels[request];
     found_.clear();
     if (l >= 0 && l < static_cast<int64_t>(trie_.levels.size())) {
-      if (step.dead != nullptr) {
-        const auto depth = static_cast<int64_t>(trie_.levels.size());
-        limits_.deny(step.dead + (request * depth + l) * step.denied, step.denied);
-      }
+      limits_.deny(step.dead, step.denied, request, l);
       for (int64_t beam = 0; beam < step.beams; ++beam) draw(request, beam, l);
     }
     const int64_t kept = std::min<int64_t>(k_, found_.size());

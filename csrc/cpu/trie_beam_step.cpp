@@ -161,10 +161,7 @@ class Step {
 
  private:
   void find_nodes(int64_t request) {
-    if (in_.dead != nullptr) {
-      const auto depth = static_cast<int64_t>(trie_.levels.size());
-      limits_.deny(in_.dead + (request * depth + l_) * in_.denied, in_.denied);
-    }
+    limits_.deny(in_.dead, in_.denied, request, l_);
     const int64_t* states = in_.states + 2 * request * in_.beams;
     for (int64_t beam = 0; beam < in_.beams; ++beam) {
       ranges_[beam] = clamped(trie_, states + 2 * beam);

@@ -24,10 +24,12 @@ class Limits {
  public:
   Limits(const Trie& trie, const TrieFilter& filter) : trie_(trie), filter_(filter) {}
 
-  // Takes a request's list of a level that trie_deny wrote.
-  void deny(const int64_t* dead, int64_t count) {
-    dead_ = dead;
-    dead_end_ = first_from(dead, dead + count, kNoRow);
+  // Takes a request's list of a level among those that trie_deny wrote, [batch, levels, count]; or
+  // null for none.
+  void deny(const int64_t* dead, int64_t count, int64_t request, int64_t level) {
+    if (dead == nullptr) return;
+    dead_ = dead + (request * static_cast<int64_t>(trie_.levels.size()) + level) * count;
+    dead_end_ = first_from(dead_, dead_ + count, kNoRow);
   }
 
   // Looks at the children of one beam from here on.
