@@ -14,6 +14,9 @@ from plum.errors import InvalidArgument
 from plum.lm.examples import IGNORED
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
 
+# Rows of logits at a time on a CPU.
+_ROWS = 256
+
 
 class SASRec(NextItemModel):
     """Self-attentive sequential recommendation (Kang and McAuley, 2018) with one vector per item.
@@ -50,6 +53,8 @@ class SASRec(NextItemModel):
 
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """Returns the cross-entropy over the catalog; see :meth:`NextItemModel.loss`."""
+        if states.device.type == "cpu" and hasattr(functional, "linear_cross_entropy"):
+            return _chunked_loss(states, self.items, targets)
         logits = states @ self.items.T.to(states.dtype)
         return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
 
@@ -92,3 +97,13 @@ class SASRec(NextItemModel):
             items = best.indices.masked_fill(best.values.isneginf(), -1)
             found[rows, : items.shape[1]] = items.cpu().numpy()
         return found
+
+
+def _chunked_loss(states: Tensor, items: Tensor, targets: Tensor) -> Tensor:
+    """The same in float32, by chunks whose logits stay in the cache (torch 2.13 and later)."""
+    real = targets != IGNORED
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=_ROWS)
+    with torch.autocast("cpu", enabled=False):
+        return functional.linear_cross_entropy(
+            states[real].float(), items, targets[real], options=options
+        )

@@ -9,9 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.files import read_json
+from plum.lm import timeline
 from plum.lm.checkpoints import Checkpoints
 from plum.lm.depth import DepthGenerator, is_depth_generator
 from plum.lm.depth_training import finetune_depth
@@ -223,6 +225,38 @@ def test_filling_has_no_share_in_the_loss(codes, kind):
     wanted = model.loss(states[[0, 2]], torch.tensor([5, 6]))
     found = model.loss(states, torch.tensor([5, -100, 6, -100]))
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.skipif(not hasattr(functional, "linear_cross_entropy"), reason="needs torch 2.13")
+def test_the_loss_by_chunks_is_the_plain_one():
+    generator = torch.Generator().manual_seed(0)
+    model = SASRec(1000, SHAPE)
+    model.items.data.normal_(generator=generator)
+    states = torch.randn(700, 32, generator=generator, requires_grad=True)
+    targets = torch.randint(1000, (700,), generator=generator)
+    targets[::3] = -100
+    inputs = (states, model.items)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(states, targets)
+    plain = functional.cross_entropy(states @ model.items.T, targets, ignore_index=-100)
+    torch.testing.assert_close(loss, plain)
+    for found, wanted in zip(
+        torch.autograd.grad(loss, inputs), torch.autograd.grad(plain, inputs), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("items", [1, 7, 200])
+def test_attention_in_bfloat16_is_causal_attention(items):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, items, 16, generator=generator).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = timeline._attend(q, k, v)
+    exact = functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=True
+    )
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=0.05, atol=0.03)
 
 
 @pytest.mark.gpu
