@@ -1,27 +1,29 @@
 """The code blocks of a Markdown page, run in order as a reader would.
 
 A block of ``python`` or ``bash`` is run. One of ``bash`` may stand below an HTML comment
-``<!-- not run: REASON -->``: then its commands are checked, not run. Below
-``<!-- run small: COMMAND + ARGUMENTS -->`` it is run with these arguments added to its lines that
-begin with the command, on the files of ``doc_files.py``. One of ``python`` may stand below
-``<!-- run with: REPOSITORY -->``: then it is run where there is a checkout. Anything else a page
-shows is ``text`` or another language that is not run. Blocks of a page share a folder, and those of
-Python their names.
+``<!-- run small: COMMAND + ARGUMENTS -->``: then these arguments are added to its lines that begin
+with the command, and it finds the files of ``doc_files.py``; ``run small in a checkout`` runs it in
+a copy of this repository. One of ``python`` may stand below ``<!-- run with: REPOSITORY -->``: then
+it is run where there is a checkout of that. Anything else a page shows is ``text`` or another
+language that is not run. Blocks of a page share a folder, and those of Python their names.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parents[1]
+# The copy of this repository in the folder of a page.
+CHECKOUT = "checkout"
 _FENCE = re.compile(
-    r"(?:^<!-- (?:(?:not run|run with): (?P<reason>[^>]+?)"
-    r"|run small: (?P<command>[^>]+?) \+ (?P<arguments>[^>]+?)) -->\n)?"
+    r"(?:^<!-- (?:run with: (?P<repository>[^>]+?)"
+    r"|run small(?P<copy> in a checkout)?: (?P<command>[^>]+?) \+ (?P<arguments>[^>]+?)) -->\n)?"
     r"^```(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
@@ -39,12 +41,12 @@ for language, place, code in BLOCKS:
 
 
 class Block(NamedTuple):
-    """A fenced block: language, its first line's number, text, and why it is not run here."""
+    """A fenced block: language, its first line's number, text, and the checkout that it needs."""
 
     language: str
     line: int
     code: str
-    reason: str | None
+    repository: str | None
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -55,13 +57,15 @@ def blocks_of(page: Path) -> list[Block]:
         code = match["code"]
         if match["command"]:
             code, count = re.subn(
-                rf"^{re.escape(match['command'])}\b[^#|\n]*",
+                rf"^(?:[A-Z_]+=\S+ )*{re.escape(match['command'])}\b[^#|\n]*",
                 lambda found: f"{found[0]} {match['arguments']} ",  # noqa: B023
                 code.replace("\\\n", " "),
                 flags=re.MULTILINE,
             )
             assert count, f"{page.name}:{line}: no line begins with {match['command']}"
-        found.append(Block(match["language"], line, code, match["reason"]))
+            if match["copy"]:
+                code = f"cd {CHECKOUT}\n{code}"
+        found.append(Block(match["language"], line, code, match["repository"]))
     return found
 
 
@@ -70,8 +74,10 @@ def run_page(page: Path, folder: Path, *, path: list[Path] | None = None) -> Non
     blocks = [
         (block.language, f"{page.name}:{block.line}", block.code)
         for block in blocks_of(page)
-        if block.language in ("python", "bash") and block.reason is None
+        if block.language in ("python", "bash") and block.repository is None
     ]
+    if any(block.startswith(f"cd {CHECKOUT}\n") for _, _, block in blocks):
+        _copy_checkout(folder / CHECKOUT)
     environment = dict(os.environ)
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment["PYTHONPATH"] = ":".join(map(str, path or []))
@@ -86,13 +92,12 @@ def run_page(page: Path, folder: Path, *, path: list[Path] | None = None) -> Non
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 
 
-def commands_of(code: str) -> list[list[str]]:
-    """Splits the lines of a shell block into words, without comments and assignments."""
-    found = []
-    for line in code.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-            words.pop(0)
-        if words:
-            found.append(words)
-    return found
+def _copy_checkout(folder: Path) -> None:
+    """Copies what is tracked here, as a clone has it."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)

@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from .text_base import build_text_base
 from .tiny_encoder import build_encoder
 
 KINDS = ("tent", "lamp", "boots", "stove", "map")
+# Movies of a small ML-1M, those that the README asks about among them.
+MOVIES = (*range(1, 57), 364, 588, 595, 2081)
 
 
 def write_shop(folder: Path) -> None:
@@ -54,11 +57,11 @@ def write_letter(folder: Path) -> None:
 def write_movielens(folder: Path) -> None:
     """60 movies and their log in the form of ML-1M."""
     rng = np.random.default_rng(2)
-    movies = "".join(f"{n}::{KINDS[n % 5].title()} {n} (1999)::Drama\n" for n in range(1, 61))
+    movies = "".join(f"{n}::{KINDS[n % 5].title()} {n} (1999)::Drama\n" for n in MOVIES)
     ratings = "".join(
         f"{user}::{movie}::4::{978_300_000 + moment}\n"
         for user in range(1, 81)
-        for moment, movie in enumerate(1 + rng.permutation(60)[:10])
+        for moment, movie in enumerate(rng.permutation(MOVIES)[:10])
     )
     (folder / "ml-1m").mkdir()
     (folder / "ml-1m" / "movies.dat").write_text(movies)
@@ -71,7 +74,7 @@ def write_posters(folder: Path) -> None:
 
     rng = np.random.default_rng(3)
     with tarfile.open(folder / "posters.tar", "w") as tar:
-        for movie in range(1, 60):
+        for movie in MOVIES[1:]:
             data = io.BytesIO()
             Image.fromarray(rng.integers(0, 255, (24, 16, 3), dtype=np.uint8)).save(data, "JPEG")
             entry = tarfile.TarInfo(f"{movie}.jpg")
@@ -84,7 +87,13 @@ def write_encoder(folder: Path) -> None:
     build_encoder(folder / "models" / "my-encoder", words=tuple("abcdefghijklmnopqrstuvwxyz"))
 
 
+def write_text_base(folder: Path) -> None:
+    """A causal language model with random weights."""
+    build_text_base(folder / "models" / "my-model")
+
+
 FILES = {
-    "README.md": (write_encoder, write_shop, write_vectors, write_letter),
+    "README.md": (write_encoder, write_shop, write_vectors, write_letter, write_movielens),
     "docs/howto/own_encoder.md": (write_encoder, write_movielens, write_posters),
+    "docs/howto/pretrain.md": (write_encoder, write_text_base, write_movielens),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import re
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.peers import drop_in
 
-from .doc_blocks import Block, blocks_of, commands_of, run_page
+from .doc_blocks import Block, blocks_of, run_page
 from .doc_files import FILES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +35,7 @@ def name(page: Path) -> str:
 
 
 def is_run(block: Block) -> bool:
-    return block.language in ("python", "bash") and block.reason is None
+    return block.language in ("python", "bash") and block.repository is None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -44,8 +43,8 @@ def test_every_block_has_a_language_and_python_is_run(page):
     for block in blocks_of(page):
         place = f"{name(page)}:{block.line}"
         assert block.language in {"python", "bash"} | SHOWN, f"{place}: {block.language!r}"
-        if block.language == "python" and block.reason is not None:
-            assert page.name == "drop_in.md" and block.reason in drop_in.REPOSITORIES, place
+        if block.repository is not None:
+            assert page.name == "drop_in.md" and block.repository in drop_in.REPOSITORIES, place
 
 
 @pytest.mark.parametrize(
@@ -66,57 +65,6 @@ def test_every_guide_is_run():
         assert any(map(is_run, blocks_of(page))), f"{name(page)} has no block that is run"
 
 
-@functools.cache
-def options_of(*command: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-m", "plum.cli", *command, "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"COLUMNS": "200", "TERM": "dumb"},
-    ).stdout
-
-
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(b.reason for b in blocks_of(page))], ids=name
-)
-def test_commands_that_are_not_run_exist(page):
-    for block in blocks_of(page):
-        if block.reason is None or block.language == "python":
-            continue
-        for command in commands_of(block.code):
-            check_command(command, f"{name(page)}:{block.line}")
-
-
-def check_command(words: list[str], place: str) -> None:
-    program, *arguments = words
-    options = [word.split("=")[0] for word in arguments if word.startswith("--")]
-    if program == "plum":
-        verb = arguments[:1]
-        if verb == ["bench"] and "compare" in arguments:
-            verb = ["bench", "compare"]
-        for option in options:
-            assert option in options_of(*verb), f"{place}: plum {' '.join(verb)} has no {option}"
-    elif program == "make":
-        makefile = (ROOT / "Makefile").read_text()
-        for word in arguments:
-            variable, given, _ = word.partition("=")
-            form = rf"\$\(.*\b{variable}\b.*\)" if given else rf"^{word}:"
-            assert re.search(form, makefile, re.MULTILINE), f"{place}: make has no {word}"
-    elif program == "pip":
-        project = (ROOT / "pyproject.toml").read_text()
-        for extra in re.findall(r"\.\[([\w,]+)\]", " ".join(arguments)):
-            for part in extra.split(","):
-                assert re.search(rf"^{part} = \[", project, re.MULTILINE), f"{place}: extra {part}"
-    elif program == "python":
-        if arguments[0] == "-m":
-            assert importlib.util.find_spec(arguments[1]), f"{place}: no module {arguments[1]}"
-        else:
-            assert (ROOT / arguments[0]).is_file(), f"{place}: no file {arguments[0]}"
-    else:
-        assert program in ("git", "cd", "python3"), f"{place}: who is {program}?"
-
-
 def test_a_broken_page_is_noticed(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```python\nx = 1\n```\ntext\n\n```bash\nexit 3\n```\n")
@@ -125,12 +73,16 @@ def test_a_broken_page_is_noticed(tmp_path):
     page.write_text("```python\nx = 1\n```\n```python\nassert x == 2\n```\n")
     with pytest.raises(AssertionError, match=r"page\.md:5.*|AssertionError"):
         run_page(page, tmp_path)
-    page.write_text("<!-- run small: ls + --all -->\n```bash\nls \\\n  a  # b\nlsof\n```\n")
+    page.write_text("<!-- run small: ls + --all -->\n```bash\nls \\\n  a  # b\nX=1 ls\nlsof\n```\n")
     (small,) = blocks_of(page)
-    assert commands_of(small.code) == [["ls", "a", "--all"], ["lsof"]]
-    for command in ("plum run --no-such-option", "make nothing", "make gpu NO=1", "frobnicate"):
-        with pytest.raises(AssertionError):
-            check_command(command.split(), "here")
+    assert [line.split() for line in small.code.splitlines()] == [
+        ["ls", "a", "--all", "#", "b"],
+        ["X=1", "ls", "--all"],
+        ["lsof"],
+    ]
+    page.write_text("<!-- run small in a checkout: make + -n -->\n```bash\nmake nothing\n```\n")
+    with pytest.raises(AssertionError, match="No rule to make target 'nothing'"):
+        run_page(page, tmp_path)
 
 
 def test_every_public_name_is_on_its_page():

@@ -40,7 +40,7 @@ def test_every_system_of_the_page_has_a_loop():
 
 
 def test_code_that_needs_a_checkout_says_which():
-    needed = [block.reason for block in blocks_of(drop_in.PAGE) if block.reason]
+    needed = [block.repository for block in blocks_of(drop_in.PAGE) if block.repository]
     assert sorted(needed) == sorted([drop_in.GRID, drop_in.RECOMMENDER, drop_in.MINIONEREC])
     with pytest.raises(ValueError, match="not enough values"):
         drop_in.section("no such system")
