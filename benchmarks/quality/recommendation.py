@@ -155,7 +155,7 @@ def cpu_jobs() -> list[Job]:
         options: dict[str, Any] = {"shape": {**common, **shape, "dropout": dropout}}
         options["config"] = config
         jobs.append(Job(dataset, "generator", sids="fused", **options))
-        jobs.append(Job(dataset, "sasrec", **options))
+        jobs.append(Job(dataset, "sasrec", **options | {"config": {**config, "epochs": 40}}))
     movies, reviews = ({"epochs": epochs, "batch_size": 128} for epochs in (1, 4))
     return [*jobs, *tiger_jobs("t5-tiny", movies, reviews)]
 
