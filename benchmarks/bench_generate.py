@@ -6,12 +6,19 @@ layers of 768), else 4 layers of 256 and prompts of a quarter of the length. The
 to be generate's, and so are the SIDs in more than nine places of ten; the share is stated (near
 ties aside it is 1). Rows are requests. Beside the rates: the share of the time that a search spends
 outside the model's layers and head, and the model steps that forced tails save.
+
+``PLUM_RUN`` names the folder of a run of ``plum run`` whose generator transformers loads; then that
+model is measured too, on histories of its test users:
+
+PLUM_RUN=runs/mine python -m pytest benchmarks/bench_generate.py -k run
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,6 +88,32 @@ def make_prompts(batch: int, length: int) -> Tensor:
     return torch.randint(WORDS, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
+# Requests and beams of the model of a run, and items of each history.
+RUN_SHAPES = {f"{batch} x W={width}": (batch, width) for batch in (1, 8) for width in (32, 128)}
+RUN_ITEMS = 10
+
+
+@functools.lru_cache(maxsize=1)
+def make_run_case(folder: Path) -> tuple[Case, Tensor]:
+    """The generator of a run, and prompts of test users ``[8, P]``."""
+    from plum.config import Config
+    from plum.data import sequences_of
+    from plum.files import read_json
+    from plum.lm import Generator
+    from plum.pipeline.recommender import Recommender
+
+    config = Config.model_validate(read_json(folder / "config.json"))
+    found = Recommender.load(folder, config)
+    generator = found.generator
+    if not isinstance(generator, Generator) or generator.model.config.is_encoder_decoder:
+        pytest.skip(f"the generator of {folder} is no causal model of transformers")
+    histories = sequences_of(found.dataset).split("test").histories
+    chosen = [history[-RUN_ITEMS:] for history in histories if len(history) >= RUN_ITEMS][:8]
+    offsets = torch.tensor(found.trie.token_offsets)
+    tokens = found.trie.codes_at(torch.arange(found.trie.num_sids)) + offsets
+    return Case(generator.model, found.trie, tokens), found.format.pad_prompts(chosen)[0]
+
+
 # What generate gave, by shape and size; it takes minutes, so it runs once.
 _answers: dict[tuple[str, bool], Tensor] = {}
 
@@ -93,42 +126,71 @@ def bench_generate_cpu(benchmark, prepare, full, budget, threads, provider, shap
     case = make_case(levels, full)
     prompts = make_prompts(batch, length if full else length // 4)
     benchmark.group = f"generate, {shape}, {threads} thread(s)"
+    _bench(benchmark, prepare, budget, case, prompts, width, provider, (shape, full))
+    if provider == "plum full" and full:
+        benchmark.extra_info["target_over"] = [PEER, 5]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("shape", RUN_SHAPES)
+@pytest.mark.parametrize("threads", [1], indirect=True, ids=["1-thread"])
+def bench_generate_run_cpu(benchmark, prepare, full, budget, threads, provider, shape):
+    folder = os.environ.get("PLUM_RUN")
+    if not folder:
+        pytest.skip("PLUM_RUN names no folder of a run")
+    case, prompts = make_run_case(Path(folder))
+    batch, width = RUN_SHAPES[shape]
+    benchmark.group = f"generate_run, {shape}, {threads} thread(s)"
+    _bench(benchmark, prepare, budget, case, prompts[:batch], width, provider, (shape, full))
+    if provider == "plum full":
+        benchmark.extra_info["target_over"] = [PEER, 5]
+
+
+def _bench(
+    benchmark: Any,
+    prepare: Any,
+    budget: float,
+    case: Case,
+    prompts: Tensor,
+    width: int,
+    provider: str,
+    key: tuple[str, bool],
+) -> None:
+    batch, levels = len(prompts), case.trie.depth
     generate = prepare("generate_transformers:generate", case.model, case.tokens, prompts, width)
     search = functools.partial(generate_ours.Search, case.model, case.trie, prompts, width)
     facts: dict[str, float] = {}
     if provider == PEER:
         # The only run is the one that is timed; its answer is checked before it is recorded.
         benchmark.pedantic(generate, rounds=1)
-        _answers[shape, full] = generate.result()
+        _answers[key] = generate.result()
         _share_equal(search("full", skip=False)(), generate.result())
     else:
         score, skip = SEARCHES[provider]
         if score == "valid":
             expected = search(score, skip=not skip)()
         else:
-            if (shape, full) not in _answers:
+            if key not in _answers:
                 generate()
-                _answers[shape, full] = generate.result()
-            expected = _answers[shape, full]
+                _answers[key] = generate.result()
+            expected = _answers[key]
         run = search(score, skip=skip)
         facts["share_of_sids_equal"] = measure(
             benchmark, Job(run), budget, lambda found: _share_equal(found, expected)
         )
         facts["share_outside_the_model"] = run.share_outside_the_model()
         facts["share_of_steps_saved"] = 1 - run.model_steps / levels
-    layers = sum(weights.numel() for weights in case.model.transformer.h.parameters())
-    vocabulary, hidden = case.model.lm_head.weight.shape
+    layers = case.model.num_parameters(exclude_embeddings=True)
+    vocabulary, hidden = case.model.get_output_embeddings().weight.shape
     steps = levels
     if provider == "plum valid":
-        vocabulary, steps = CODES, run.model_steps
+        vocabulary, steps = max(case.trie.codebook_sizes), run.model_steps
     # Tokens that the layers see, and of those the ones that the head sees.
     predicted = batch * (1 + width * (steps - 1))
     tokens = prompts.numel() + predicted - batch
     operations = 2.0 * (layers * tokens + hidden * vocabulary * predicted)
     nbytes = steps * 4 * (layers + hidden * vocabulary)
     record(benchmark, batch, operations=operations, nbytes=nbytes, ceiling=ceiling("cpu"), **facts)
-    if provider == "plum full" and full:
-        benchmark.extra_info["target_over"] = [PEER, 5]
 
 
 def _share_equal(found: Tensor, expected: Tensor) -> float:
