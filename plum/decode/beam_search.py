@@ -24,6 +24,7 @@ from plum.errors import InvalidArgument, InvalidData
 from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_beam_sample import SampleStep, trie_beam_sample
 from plum.ops.trie_beam_step import SCORES, BeamStep, trie_beam_step
+from plum.trie.item_ids import numbers_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -406,8 +407,8 @@ class _ItemLimits:
             return [list(chain.from_iterable(beams)) for beams in self._trie.items(states)]
         spans = self._trie.item_starts[states.cpu().numpy()]
         found = []
-        for request, beams in enumerate(spans.tolist()):
-            position = np.concatenate([np.arange(start, stop) for start, stop in beams])
+        for request, beams in enumerate(spans):
+            position = numbers_in(beams)
             if self._allowed is not None:
                 position = position[self._allowed[position]]
             if self._denied is not None:

@@ -218,8 +218,11 @@ class _TextIds(ItemIds):
         return len(self._offsets) - 1
 
     def span(self, start: int, stop: int) -> list[str]:
-        ends = self._offsets[start : stop + 1].tolist()
-        return [self._text[a:b].tobytes().decode() for a, b in itertools.pairwise(ends)]
+        ends = self._offsets[start : stop + 1]
+        if len(ends) < 2:
+            return []
+        text = self._text[ends[0] : ends[-1]].tobytes()
+        return [text[a:b].decode() for a, b in itertools.pairwise((ends - ends[0]).tolist())]
 
     def select(self, order: np.ndarray) -> _TextIds:
         lengths = np.diff(self._offsets)[order]
@@ -247,6 +250,13 @@ class _TextIds(ItemIds):
             self._index = {value: row for row, value in enumerate(self.span(0, len(self)))}
         found = [self._index.get(value, -1) for value in wanted.span(0, len(wanted))]
         return np.array(found, dtype=np.int64)
+
+
+def numbers_in(ranges: np.ndarray) -> np.ndarray:
+    """Lists the numbers of half-open ranges ``[n, 2]``, one range after the other."""
+    low, lengths = ranges[:, 0], ranges[:, 1] - ranges[:, 0]
+    ends = np.cumsum(lengths)
+    return np.repeat(low - (ends - lengths), lengths) + np.arange(lengths.sum())
 
 
 def _vector(

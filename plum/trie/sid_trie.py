@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from plum.ops._trie_index import TrieIndex
 from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_deny import trie_deny
 from plum.trie.build import build_index, read_column, sort_sids
-from plum.trie.item_ids import ItemId, ItemIds
+from plum.trie.item_ids import ItemId, ItemIds, numbers_in
 from plum.trie.sid_deny import SidDeny
 from plum.trie.sid_filter import SidFilter, make_filter
 from plum.trie.storage import check_index, check_starts, read_trie
@@ -231,12 +232,14 @@ class SidTrie:
         if ((low < 0) | (low > high) | (high > self.num_sids)).any():
             expected = f"ranges of the {self.num_sids} rows"
             raise InvalidArgument("states", expected, "others", "insert and delete renumber rows")
-        spans = iter(self.item_starts[ranges].reshape(-1, 2).tolist())
+        spans = self.item_starts[ranges].reshape(-1, 2)
+        found = self.item_ids.select(numbers_in(spans))
+        ids = iter(found.span(0, len(found)))
+        counts = iter((spans[:, 1] - spans[:, 0]).tolist())
 
         def nest(shape: tuple[int, ...]) -> list[Any]:
             if not shape:
-                start, stop = next(spans)
-                return self.item_ids.span(start, stop)
+                return list(itertools.islice(ids, next(counts)))
             return [nest(shape[1:]) for _ in range(shape[0])]
 
         return nest(ranges.shape[:-1])
