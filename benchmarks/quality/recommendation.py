@@ -146,22 +146,20 @@ def cpu_jobs() -> list[Job]:
     narrow, wide = ({"width": 64 * heads, "layers": 2, "heads": heads} for heads in (1, 2))
     # Few users, so few windows an epoch: small batches make steps of them.
     movies = {"epochs": 40, "eval_every": 10, "patience": None, "batch_size": 64, "bf16": True}
-    reviews = {"epochs": 20, "eval_every": 5, "patience": None}
-    of_movies = {"shape": {**ML_1M, **narrow, "dropout": 0.2}, "config": movies}
-    of_reviews = {"shape": {**BEAUTY, **narrow, "dropout": 0.3}, "config": reviews}
-    generator = Job("ml-1m", "generator", sids="fused", **of_movies)
+    reviews = {"epochs": 20, "eval_every": 5, "patience": None, "bf16": True}
+    of_movies = {"shape": {**ML_1M, **wide, "dropout": 0.2}, "config": movies}
+    of_reviews = {"shape": {**BEAUTY, **wide, "dropout": 0.5}, "config": reviews}
+    small_movies = {"shape": {**ML_1M, **narrow, "dropout": 0.2}, "config": movies}
+    small_reviews = {"shape": {**BEAUTY, **narrow, "dropout": 0.3}, "config": reviews}
+    small = {"sids": "fused", "variant": "width 64"}
     return [
         *simple_jobs(),
         Job("beauty", "generator", sids="fused", **of_reviews),
-        Job(
-            "beauty",
-            "sasrec",
-            shape={**BEAUTY, **wide, "dropout": 0.5},
-            config={**reviews, "bf16": True},
-        ),
-        replace(generator, config={**movies, "epochs": 80}),
-        Job("ml-1m", "sasrec", **of_movies),
-        replace(generator, variant="width 128", shape={**ML_1M, **wide, "dropout": 0.2}),
+        Job("beauty", "sasrec", **of_reviews),
+        Job("ml-1m", "generator", sids="fused", **of_movies),
+        Job("ml-1m", "sasrec", **small_movies),
+        Job("beauty", "generator", **small, **small_reviews),
+        Job("ml-1m", "generator", **small, **small_movies),
         *tiger_jobs("t5-tiny", {"epochs": 1, "batch_size": 128}, {"epochs": 4, "batch_size": 128}),
     ]
 
