@@ -152,15 +152,19 @@ def cpu_jobs() -> list[Job]:
     small_movies = {"shape": {**ML_1M, **narrow, "dropout": 0.2}, "config": movies}
     small_reviews = {"shape": {**BEAUTY, **narrow, "dropout": 0.3}, "config": reviews}
     small = {"sids": "fused", "variant": "width 64"}
-    return [
-        *simple_jobs(),
+    main = [
         Job("beauty", "generator", sids="fused", **of_reviews),
         Job("beauty", "sasrec", **of_reviews),
         Job("ml-1m", "generator", sids="fused", **of_movies),
         Job("ml-1m", "sasrec", **small_movies),
+    ]
+    return [
+        *simple_jobs(),
+        *main,
         Job("beauty", "generator", **small, **small_reviews),
         Job("ml-1m", "generator", **small, **small_movies),
         *tiger_jobs("t5-tiny", {"epochs": 1, "batch_size": 128}, {"epochs": 4, "batch_size": 128}),
+        *(replace(job, seed=seed) for seed in (1, 2) for job in main),
     ]
 
 
