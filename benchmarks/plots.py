@@ -1,8 +1,8 @@
-"""Draws docs/figures/scaling.svg from the newest result of bench_scaling.py.
+"""Draws the plots of docs/figures that show results: scaling.svg and recommendation.svg.
 
 Usage: python -m benchmarks.plots
 
-The file holds a digest of the points that it was drawn from, so that a test tells when it is out of
+A file holds a digest of the points that it was drawn from, so that a test tells when it is out of
 step with the results, whatever the version of matplotlib.
 """
 
@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from benchmarks.bench_scaling import BASE, DECODE_AXES, DECODE_BASE, SEARCH_AXES
-from benchmarks.tables import ROOT, Source
-from plum.files import atomic_path
+from benchmarks.quality.recommendation import PUBLISHED
+from benchmarks.tables import RESULTS, ROOT, Source
+from plum.files import atomic_path, read_json
 
-PLOT = ROOT / "docs" / "figures" / "scaling.svg"
+FOLDER = ROOT / "docs" / "figures"
+_NAMES = {"generator": "generator", "sasrec": "SASRec", "item_knn": "ItemKNN",
+          "popularity": "popularity", "tiger": "TIGER-like"}  # fmt: skip
+_DATASETS = {"ml-1m": "MovieLens-1M", "beauty": "Amazon Beauty"}
 # Provider to points (size, seconds).
 Curves = dict[str, list[tuple[int, float]]]
 _TITLES = {
@@ -31,13 +39,13 @@ _COLORS = {"plum cpu": "#5e35b1", "STATIC": "#d81b60", "torch addmm + argmin": "
            "faiss ResidualQuantizer": "#00897b", "vector-quantize-pytorch": "#757575"}  # fmt: skip
 
 
-def curves() -> dict[tuple[str, str], Curves]:
-    """Returns the curves of each plot: by op, and the size that changes."""
-    found: dict[tuple[str, str], Curves] = {}
+def curves() -> dict[str, Curves]:
+    """Returns the curves of each plot, named by the op and the size that changes."""
+    found: dict[str, Curves] = {}
     for op, axes in (("search_scaling", SEARCH_AXES), ("decode_scaling", DECODE_AXES)):
         source = Source(op)
         for axis, values in axes.items():
-            plot = found.setdefault((op, axis), {})
+            plot = found.setdefault(f"{op} {axis}", {})
             for provider, shape in source.figures:
                 name, _, value = shape.partition("=")
                 if name == axis and int(value) in values:
@@ -46,23 +54,29 @@ def curves() -> dict[tuple[str, str], Curves]:
     return found
 
 
-def digest() -> str:
-    """Returns what tells the points of one result from those of another."""
-    points = {f"{op} {axis}": plot for (op, axis), plot in curves().items()}
-    return hashlib.sha256(json.dumps(points, sort_keys=True).encode()).hexdigest()
+def recalls() -> dict[str, dict[str, float]]:
+    """Returns test Recall@10 without seen items: by data set, then by model, published ones too."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in read_json(RESULTS / "quality" / "recommendation.json")["runs"]:
+        if "metrics_unseen" in run:
+            name = _NAMES[run["model"]] + (f", {run['variant']}" if run["variant"] else "")
+            seeds = found.setdefault(run["dataset"], {}).setdefault(name, [])
+            seeds.append(run["metrics_unseen"]["recall@10"])
+    return {
+        dataset: {name: fmean(seeds) for name, seeds in models.items()}
+        | {f"published: {name}": float(recall) for name, recall, _ in PUBLISHED[dataset]}
+        for dataset, models in found.items()
+    }
 
 
-def draw(path: Path) -> None:
+def draw_scaling(path: Path) -> None:
     """Draws all curves on logarithmic axes."""
-    import matplotlib
-    from matplotlib import pyplot as plt
-
     plots = curves()
-    with matplotlib.rc_context({"svg.hashsalt": "plum", "font.size": 8}):
-        figure, grid = plt.subplots(2, 4, figsize=(11, 5.2), layout="constrained")
+    with _figure(path, plots, 2, 4, (11, 5.2)) as grid:
         for axis in grid.flat[len(plots) :]:
             axis.axis("off")
-        for axis, ((op, size), plot) in zip(grid.flat, plots.items(), strict=False):
+        for axis, (name, plot) in zip(grid.flat, plots.items(), strict=False):
+            op, size = name.split()
             for provider, points in plot.items():
                 x, seconds = zip(*sorted(points), strict=True)
                 axis.plot(
@@ -81,10 +95,45 @@ def draw(path: Path) -> None:
         # Of each op one plot, into the corner that is free.
         lines = {line.get_label(): line for row in grid[:, 0] for line in row.get_lines()}
         grid[1, 3].legend(list(lines.values()), list(lines), loc="center", fontsize=8)
+
+
+def draw_recommendation(path: Path) -> None:
+    """Draws a bar a model, the best on top."""
+    plots = recalls()
+    with _figure(path, plots, 1, len(plots), (11, 3.4)) as axes:
+        for axis, (dataset, models) in zip(axes.flat, plots.items(), strict=True):
+            names = sorted(models, key=lambda name: models[name])
+            colors = ["#bdbdbd" if name.startswith("published") else "#5e35b1" if
+                      name.startswith("generator") else "#00897b" for name in names]  # fmt: skip
+            bars = axis.barh(names, [models[name] for name in names], color=colors)
+            axis.bar_label(bars, fmt="%.3f", padding=2)
+            axis.margins(x=0.12)
+            axis.set_title(_DATASETS[dataset])
+            axis.set_xlabel("test Recall@10, seen items left out")
+            axis.spines[["top", "right"]].set_visible(False)
+
+
+@contextmanager
+def _figure(
+    path: Path, points: Any, rows: int, columns: int, size: tuple[float, float]
+) -> Iterator[Any]:
+    """Gives axes ``[rows, columns]`` to draw on, then writes them with the digest of the points."""
+    from matplotlib import pyplot as plt
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "plum", "font.size": 8}):
+        options = {"figsize": size, "layout": "constrained", "squeeze": False}
+        figure, axes = plt.subplots(rows, columns, **options)
+        yield axes
         with atomic_path(path) as temporary:
-            metadata = {"Date": None, "Description": digest()}
+            metadata = {"Date": None, "Description": digest(points)}
             figure.savefig(temporary, format="svg", metadata=metadata, facecolor="white")
         plt.close(figure)
+
+
+def digest(points: Any) -> str:
+    """Returns what tells the points of one result from those of another."""
+    return hashlib.sha256(json.dumps(points, sort_keys=True).encode()).hexdigest()
 
 
 def _short(value: int) -> str:
@@ -94,6 +143,14 @@ def _short(value: int) -> str:
     return str(value)
 
 
+# File to its points and how it is drawn.
+PLOTS: dict[str, tuple[Callable[[], Any], Callable[[Path], None]]] = {
+    "scaling.svg": (curves, draw_scaling),
+    "recommendation.svg": (recalls, draw_recommendation),
+}
+
+
 if __name__ == "__main__":
-    draw(PLOT)
-    print(PLOT)
+    for name, (_, draw) in PLOTS.items():
+        draw(FOLDER / name)
+        print(FOLDER / name)

@@ -515,15 +515,21 @@ def test_tables_follow_the_newest_results(tmp_path, monkeypatch):
         tables.Source("nothing")
 
 
-def test_the_plot_is_in_step_with_the_results(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", plots.PLOTS)
+def test_plots_are_in_step_with_the_results(name, tmp_path):
     pytest.importorskip("matplotlib").use("agg")
-    assert plots.digest() in plots.PLOT.read_text(), "run: python -m benchmarks.plots"
-    plots.draw(tmp_path / "scaling.svg")
-    drawn = (tmp_path / "scaling.svg").read_text()
-    assert plots.digest() in drawn
+    points, draw = plots.PLOTS[name]
+    digest = plots.digest(points())
+    assert digest in (plots.FOLDER / name).read_text(), "run: python -m benchmarks.plots"
+    draw(tmp_path / name)
+    assert digest in (tmp_path / name).read_text()
+
+
+def test_a_plot_follows_the_newest_results(tmp_path, monkeypatch):
+    before = plots.digest(plots.curves())
     newest = tables.ROOT / tables.scaling()[0].split("`")[1]
     results = json.loads(newest.read_text())
     results["benchmarks"][0]["stats"]["min"] *= 1.5
     (tmp_path / "scaling-2099-01-01.json").write_text(json.dumps(results))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert plots.digest() not in drawn
+    assert plots.digest(plots.curves()) != before

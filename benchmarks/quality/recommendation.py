@@ -395,7 +395,7 @@ class Runner:
             print(f"{job.key}: {shown} after {run['seconds']} s", flush=True)
 
 
-_PUBLISHED = {
+PUBLISHED = {
     "ml-1m": [
         ("SASRec, sampled softmax (eSASRec)", ".2929", ".1684"),
         ("SASRec, sampled softmax (HSTU)", ".2853", ".1603"),
@@ -419,6 +419,8 @@ def render(result: dict[str, Any]) -> str:
         "",
         *filled(_READING)[:-1],
     ]
+    plot = "[Recall@10 of the generator, the baselines, and published figures]"
+    lines += ["", f"!{plot}(figures/recommendation.svg)"]
     rates = ("invalid_rate", "duplicate_rate")
     worst = max(run[kind][rate] for run in result["runs"] for kind in METRICS if kind in run
                 for rate in rates)  # fmt: skip
@@ -434,7 +436,7 @@ def render(result: dict[str, Any]) -> str:
                 runs.setdefault((name, run.get("device", "CPU")), []).append(run)
         rows = [
             [f"published: {name}", "", "", "", recall, ndcg, *[""] * 7]
-            for name, recall, ndcg in _PUBLISHED.get(dataset, [])
+            for name, recall, ndcg in PUBLISHED.get(dataset, [])
         ]
         by_recall = sorted(runs.items(), key=lambda each: _mean(each[1], "recall@10"))
         for (name, device), found in by_recall:
