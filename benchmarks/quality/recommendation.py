@@ -147,22 +147,23 @@ def cpu_jobs() -> list[Job]:
     # Few users, so few windows an epoch: small batches make steps of them.
     movies = {"epochs": 40, "eval_every": 10, "patience": None, "batch_size": 64, "bf16": True}
     reviews = {"epochs": 20, "eval_every": 5, "patience": None, "bf16": True}
-    of_movies = {"shape": {**ML_1M, **wide, "dropout": 0.2}, "config": movies}
-    of_reviews = {"shape": {**BEAUTY, **wide, "dropout": 0.5}, "config": reviews}
-    small_movies = {"shape": {**ML_1M, **narrow, "dropout": 0.2}, "config": movies}
-    small_reviews = {"shape": {**BEAUTY, **narrow, "dropout": 0.3}, "config": reviews}
-    small = {"sids": "fused", "variant": "width 64"}
+
+    def of(common: dict[str, Any], size: dict[str, int], dropout: float) -> dict[str, Any]:
+        config = movies if common is ML_1M else reviews
+        return {"shape": {**common, **size, "dropout": dropout}, "config": config}
+
     main = [
-        Job("beauty", "generator", sids="fused", **of_reviews),
-        Job("beauty", "sasrec", **of_reviews),
-        Job("ml-1m", "generator", sids="fused", **of_movies),
-        Job("ml-1m", "sasrec", **small_movies),
+        Job("beauty", "generator", sids="fused", **of(BEAUTY, wide, 0.3)),
+        Job("beauty", "sasrec", **of(BEAUTY, wide, 0.5)),
+        Job("ml-1m", "generator", sids="fused", **of(ML_1M, wide, 0.2)),
+        Job("ml-1m", "sasrec", **of(ML_1M, narrow, 0.2)),
     ]
+    small = {"sids": "fused", "variant": "width 64"}
     return [
         *simple_jobs(),
         *main,
-        Job("beauty", "generator", **small, **small_reviews),
-        Job("ml-1m", "generator", **small, **small_movies),
+        Job("beauty", "generator", **small, **of(BEAUTY, narrow, 0.3)),
+        Job("ml-1m", "generator", **small, **of(ML_1M, narrow, 0.2)),
         *tiger_jobs("t5-tiny", {"epochs": 1, "batch_size": 128}, {"epochs": 4, "batch_size": 128}),
         *(replace(job, seed=seed) for seed in (1, 2) for job in main),
     ]
