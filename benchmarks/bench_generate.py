@@ -142,9 +142,10 @@ def bench_generate_run_cpu(benchmark, prepare, full, budget, threads, provider, 
     batch, width = RUN_SHAPES[shape]
     benchmark.group = f"generate_run, {shape}, {threads} thread(s)"
     key = (shape, full)
-    _bench(benchmark, prepare, budget, case, prompts[:batch], width, provider, key, rounds=20)
+    _bench(benchmark, prepare, budget, case, prompts[:batch], width, provider, key, rounds=5)
     if provider == "plum full":
         benchmark.extra_info["target_over"] = [PEER, 5]
+        benchmark.extra_info["parameters"] = case.model.num_parameters()
 
 
 def _bench(

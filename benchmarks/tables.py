@@ -234,7 +234,9 @@ def generate() -> list[str]:
 
 def generate_run() -> list[str]:
     """The same on the trained model of a run."""
-    return _searches("generate_run", "search with the demo's model of 0.13 M parameters")
+    source = Source("generate_run")
+    size = max(facts.get("parameters", 0) for facts in source.figures.values())
+    return _searches("generate_run", f"search with a trained GPT-2 shape of {size / 1e6:.1f} M")
 
 
 def _searches(op: str, what: str) -> list[str]:
