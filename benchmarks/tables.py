@@ -236,7 +236,9 @@ def generate_run() -> list[str]:
     """The same on the trained model of a run."""
     source = Source("generate_run")
     size = max(facts.get("parameters", 0) for facts in source.figures.values())
-    return _searches("generate_run", f"search with a trained GPT-2 shape of {size / 1e6:.1f} M")
+    return _searches(
+        "generate_run", f"search with a trained GPT-2 shape of {size / 1e6:.1f} M parameters"
+    )
 
 
 def _searches(op: str, what: str) -> list[str]:
