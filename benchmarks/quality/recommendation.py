@@ -164,7 +164,9 @@ def cpu_jobs() -> list[Job]:
         *main,
         Job("beauty", "generator", **small, **of(BEAUTY, narrow, 0.3)),
         Job("ml-1m", "generator", **small, **of(ML_1M, narrow, 0.2)),
-        *tiger_jobs("t5-tiny", {"epochs": 1, "batch_size": 128}, {"epochs": 4, "batch_size": 128}),
+        *tiger_jobs(
+            "t5-tiny", {"epochs": 0.25, "batch_size": 128}, {"epochs": 4, "batch_size": 128}
+        ),
         *(replace(job, seed=seed) for seed in (1, 2) for job in main),
     ]
 
