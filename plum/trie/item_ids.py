@@ -225,10 +225,9 @@ class _TextIds(ItemIds):
         return [text[a:b].decode() for a, b in itertools.pairwise((ends - ends[0]).tolist())]
 
     def select(self, order: np.ndarray) -> _TextIds:
-        lengths = np.diff(self._offsets)[order]
-        offsets = np.append(0, np.cumsum(lengths))
-        shift = np.repeat(self._offsets[:-1][order] - offsets[:-1], lengths)
-        return _TextIds(self._text[shift + np.arange(offsets[-1])], offsets)
+        ranges = np.stack((self._offsets[:-1][order], self._offsets[1:][order]), axis=1)
+        offsets = np.append(0, np.cumsum(ranges[:, 1] - ranges[:, 0]))
+        return _TextIds(self._text[numbers_in(ranges)], offsets)
 
     def first_repeat(self) -> int | None:
         seen: set[str] = set()
