@@ -66,6 +66,26 @@ def test_every_guide_is_run():
         assert any(map(is_run, blocks_of(page))), f"{name(page)} has no block that is run"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_extras_and_variables_of_make_exist(page):
+    for block in blocks_of(page):
+        if block.language == "bash":
+            check_names(block.code, f"{name(page)}:{block.line}")
+
+
+def check_names(code: str, place: str) -> None:
+    """Neither pip nor make minds a name that is not there."""
+    project, makefile = (ROOT / file for file in ("pyproject.toml", "Makefile"))
+    for extras in re.findall(r"\.\[([\w,]+)\]", code):
+        for extra in extras.split(","):
+            found = re.search(rf"^{extra} = \[", project.read_text(), re.MULTILINE)
+            assert found, f"{place}: no extra {extra}"
+    for line in re.findall(r"^make\b.*", code, re.MULTILINE):
+        for variable in re.findall(r"\b([A-Z_]+)=", line):
+            found = re.search(rf"\$\(.*\b{variable}\b.*\)", makefile.read_text())
+            assert found, f"{place}: make has no {variable}"
+
+
 def test_a_broken_page_is_noticed(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```python\nx = 1\n```\ntext\n\n```bash\nexit 3\n```\n")
@@ -84,6 +104,9 @@ def test_a_broken_page_is_noticed(tmp_path):
     page.write_text("<!-- run small in a checkout: make + -n -->\n```bash\nmake nothing\n```\n")
     with pytest.raises(AssertionError, match="No rule to make target 'nothing'"):
         run_page(page, tmp_path)
+    for code in ("make gpu NO=1", 'pip install -e ".[pipeline,nothing]"'):
+        with pytest.raises(AssertionError, match="here: "):
+            check_names(code, "here")
 
 
 def test_every_public_name_is_on_its_page():
