@@ -233,8 +233,12 @@ class SidTrie:
             expected = f"ranges of the {self.num_sids} rows"
             raise InvalidArgument("states", expected, "others", "insert and delete renumber rows")
         spans = self.item_starts[ranges].reshape(-1, 2)
-        found = self.item_ids.select(numbers_in(spans))
-        ids = iter(found.span(0, len(found)))
+        if len(spans) == 1:
+            # Often the root: the whole catalog needs no copy.
+            ids = iter(self.item_ids.span(*spans[0].tolist()))
+        else:
+            found = self.item_ids.select(numbers_in(spans))
+            ids = iter(found.span(0, len(found)))
         counts = iter((spans[:, 1] - spans[:, 0]).tolist())
 
         def nest(shape: tuple[int, ...]) -> list[Any]:
