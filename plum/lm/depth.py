@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,7 +63,6 @@ class DepthGenerator(NextItemModel):
         shape: TimelineShape,
         *,
         label_smoothing: float = 0.0,
-        item_loss: float = 0.0,
         seed: int = 0,
     ) -> None:
         """Draws the weights.
@@ -73,9 +72,6 @@ class DepthGenerator(NextItemModel):
             codebook_sizes: Codes of each level, ``K_l``.
             shape: Shape of the transformer.
             label_smoothing: Share of a code's probability spread over the legal codes.
-            item_loss: Weight of a second loss, the softmax over the catalog by the inner products
-                of state and item vectors. It only helps the timeline to learn; what is written
-                does not depend on it.
             seed: Seed of the weights.
 
         Raises:
@@ -84,10 +80,7 @@ class DepthGenerator(NextItemModel):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise InvalidArgument("label_smoothing", "a share in [0, 1)", label_smoothing)
-        if item_loss < 0:
-            raise InvalidArgument("item_loss", "a weight >= 0", item_loss)
         self.sizes, self.label_smoothing = tuple(codebook_sizes), label_smoothing
-        self.item_loss = item_loss
         self.trie = SidTrie.from_codes(codes, codebook_sizes=self.sizes)
         codes = np.asarray(codes, dtype=np.int64)
         _, rows, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
@@ -138,14 +131,16 @@ class DepthGenerator(NextItemModel):
         return functional.linear(x, self.heads[level].to(x.dtype)).float()
 
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean of -log P(SID of the target), and the item loss if it has a weight."""
-        loss = self.level_losses(states, targets, self.label_smoothing)[0].sum()
-        if self.item_loss == 0:
-            return loss
-        vectors = self._read(self.codes)
-        logits = states @ vectors.T.to(states.dtype)
-        items = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
-        return loss + self.item_loss * items
+        """Returns the mean of -log P(SID of the target), smoothed as the model was told to."""
+        total = states.new_zeros((), dtype=torch.float32)
+        for logits, illegal, code in self._levels(states, targets):
+            logp = logits.log_softmax(1)
+            loss = functional.nll_loss(logp, code, ignore_index=IGNORED, reduction="sum")
+            if self.label_smoothing:
+                mean = logp.masked_fill(illegal, 0).sum(1) / (~illegal).sum(1)
+                loss = loss.lerp(-mean.masked_fill(code == IGNORED, 0).sum(), self.label_smoothing)
+            total = total + loss
+        return total / (targets >= 0).sum().clamp(min=1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors``; the SIDs stay with their table."""
@@ -180,38 +175,45 @@ class DepthGenerator(NextItemModel):
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.eval()
 
-    def level_losses(
-        self, states: Tensor, targets: Tensor, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+    def level_losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Scores each level given the true codes before it.
 
         Args:
             states: ``[M, D]``.
             targets: int64 ``[M]``, item indices; -100 where there is none.
-            label_smoothing: Share of a code's probability spread over the legal codes.
 
         Returns:
             ``(losses, accuracy)``, fp32 ``[L]`` each: -log P(code) in nats and how often the most
             likely legal code is the right one, means over the targets.
         """
-        weight = (targets >= 0).float()
-        weight = weight / weight.sum().clamp(min=1)
-        targets = targets.clamp(min=0)
-        codes = self.codes[targets]
         losses, hits = [], []
+        for logits, _, code in self._levels(states, targets):
+            total = functional.cross_entropy(logits, code, ignore_index=IGNORED, reduction="sum")
+            losses.append(total)
+            hits.append((logits.argmax(1) == code).sum())
+        count = (targets >= 0).sum().clamp(min=1)
+        return torch.stack(losses) / count, torch.stack(hits) / count
+
+    def _levels(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Goes through the levels, each given the true codes before it.
+
+        Args:
+            states: ``[M, D]``.
+            targets: int64 ``[M]``, item indices; -100 where there is none.
+
+        Yields:
+            ``(logits, illegal, code)``: fp32 ``[M, K_l]`` with -inf at the illegal codes, bool
+            ``[M, K_l]``, which those are, and int64 ``[M]``, the code of the target or -100.
+        """
+        real = targets >= 0
+        targets = targets.clamp(min=0)
         x = states
-        for level, code in enumerate(codes.unbind(1)):
+        for level, code in enumerate(self.codes[targets].unbind(1)):
             illegal = self._illegal(targets, level)
-            logp = self.logits(x, level).masked_fill(illegal, -torch.inf).log_softmax(-1)
-            found = -logp.gather(1, code[:, None]).squeeze(1)
-            if label_smoothing:
-                spread = -logp.masked_fill(illegal, 0).sum(1) / (~illegal).sum(1)
-                found = (1 - label_smoothing) * found + label_smoothing * spread
-            losses.append((found * weight).sum())
-            hits.append(((logp.argmax(-1) == code) * weight).sum())
+            logits = self.logits(x, level).masked_fill(illegal, -torch.inf)
+            yield logits, illegal, code.where(real, IGNORED)
             if level + 1 < len(self.sizes):
                 x = x + functional.embedding(code, self.before[level])
-        return torch.stack(losses), torch.stack(hits)
 
     def _illegal(self, items: Tensor, level: int) -> Tensor:
         """Tells which codes of a level no SID has behind the codes before it of items.

@@ -83,10 +83,9 @@ def test_a_state_sees_nothing_behind_its_item(codes, kind):
     torch.testing.assert_close(together[1], model.last_states([rows[1][-12:]])[0])
 
 
-@pytest.mark.parametrize("kind", ["sasrec", "generator", "smooth generator", "item loss"])
+@pytest.mark.parametrize("kind", ["sasrec", "generator", "smooth generator"])
 def test_a_certain_next_item_is_learned(codes, histories, kind):
-    every = {"smooth generator": {"label_smoothing": 0.1}, "item loss": {"item_loss": 0.5}}
-    options = every.get(kind, {})
+    options = {"label_smoothing": 0.1} if kind == "smooth generator" else {}
     model = SASRec(30, SHAPE) if kind == "sasrec" else generator(codes, **options)
     history = train_timeline(
         model, histories, CONFIG, validate=lambda: {"score": recall(model, histories)}
@@ -215,11 +214,7 @@ def test_probabilities_of_the_catalog_add_up_and_the_beam_finds_the_best(codes, 
 
 @pytest.mark.parametrize("kind", ["sasrec", "generator"])
 def test_filling_has_no_share_in_the_loss(codes, kind):
-    model = (
-        SASRec(30, SHAPE)
-        if kind == "sasrec"
-        else generator(codes, label_smoothing=0.2, item_loss=0.5)
-    )
+    model = SASRec(30, SHAPE) if kind == "sasrec" else generator(codes, label_smoothing=0.2)
     model.eval()
     states = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     wanted = model.loss(states[[0, 2]], torch.tensor([5, 6]))
