@@ -36,7 +36,7 @@ def measure(
         job()
         seconds = time.perf_counter() - start
     checked = check(job.result())
-    rounds = min(50, int(budget / seconds))
+    rounds = min(500, int(budget / seconds))
     benchmark.pedantic(job, rounds=max(rounds, 1 if seconds > 2 * budget else 2))
     return checked
 
