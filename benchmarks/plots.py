@@ -59,7 +59,8 @@ def recalls() -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, list[float]]] = {}
     for run in read_json(RESULTS / "quality" / "recommendation.json")["runs"]:
         if "metrics_unseen" in run:
-            name = _NAMES[run["model"]] + (f", {run['variant']}" if run["variant"] else "")
+            name = _NAMES[run["model"]] + run["sids"].removeprefix("fused")
+            name += f", {run['variant']}" if run["variant"] else ""
             seeds = found.setdefault(run["dataset"], {}).setdefault(name, [])
             seeds.append(run["metrics_unseen"]["recall@10"])
     return {

@@ -24,7 +24,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "drop_in.md", ROOT / "docs" / "speed.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TIMES = "\N{MULTIPLICATION SIGN}"
-_SHOWN = {("generator", "fused", ""), ("sasrec", "", "")}
+# The SIDs of the generator that is shown, the best first.
+_SIDS = ("fused, multi-resolution", "fused")
 Figures = dict[tuple[str, str], dict[str, Any]]
 
 
@@ -71,23 +72,24 @@ class Source:
 
 
 def recommendation() -> list[str]:
-    """Test Recall@10 of the plain generator beside the baselines, by data set and device."""
+    """Test Recall@10 of the generator beside the baselines, by data set and device."""
     path = RESULTS / "quality" / "recommendation.json"
     found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     baselines: dict[str, dict[str, str]] = {}
     for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
         if run["model"] in ("popularity", "item_knn"):
             baselines.setdefault(run["dataset"], {})[run["model"]] = _recall([run])
-        # Generators of other SIDs are in docs/results.md.
-        elif (run["model"], run["sids"], run["variant"]) in _SHOWN:
+        # Variants, and what has no place in this table, are in docs/results.md.
+        elif run["model"] in ("generator", "sasrec") and not run["variant"]:
             place = run["dataset"], run["device"].removeprefix("NVIDIA ")
-            found.setdefault(place, {}).setdefault(run["model"], []).append(run)
+            found.setdefault(place, {}).setdefault(run["sids"] or run["model"], []).append(run)
     titles = {"ml-1m": "MovieLens-1M, 3,416 items", "beauty": "Amazon Beauty, 12,101 items"}
     rows = []
     for dataset, device in sorted(found, key=lambda place: list(titles).index(place[0])):
         row = [titles[dataset], device]
-        for model in ("generator", "sasrec"):
-            runs = found[dataset, device].get(model, [])
+        models = found[dataset, device]
+        for names in (_SIDS, ("sasrec",)):
+            runs = next((models[name] for name in names if name in models), [])
             seconds = fmean(run["train_seconds"] for run in runs) if runs else 0.0
             row.append(f"{_recall(runs)} ({len(runs)}, {seconds:.0f} s)" if runs else "")
         rows.append([*row, *(baselines[dataset][model] for model in ("item_knn", "popularity"))])

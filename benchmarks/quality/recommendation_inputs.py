@@ -20,12 +20,14 @@ KS = (1, 5, 10, 20, 50)
 BEAMS = 50
 # What a job needs after training: the best weights are put in place and scored on the test set.
 TEST_SECONDS = 15.0
-# What each kind of SIDs is made of, and its codebook sizes.
-KINDS = {
+# What each kind of SIDs is made of, and its codebook sizes; None stands for resolutions that begin
+# with the largest power of two up to a third of the items.
+KINDS: dict[str, tuple[tuple[str, ...], tuple[int, ...] | None]] = {
     "text": (("text",), (256, 256, 256)),
     "behavior": (("behavior",), (256, 256, 256)),
     "fused": (("text", "behavior"), (256, 256, 256)),
     "fused, 2 levels": (("text", "behavior"), (512, 256)),
+    "fused, multi-resolution": (("text", "behavior"), None),
 }
 
 
@@ -65,6 +67,7 @@ def prepare(data: Path, output: Path, cache: Path) -> None:
     from benchmarks.quality.codebook_catalogs import ENCODER, beauty, movielens_1m
     from plum.data import behavior_vectors, filter_interactions, sequences_of
     from plum.embed import encode_texts
+    from plum.quantize import multi_resolution_sizes
 
     every = movielens_1m(data)
     movies = filter_interactions(every, min_user_interactions=5, min_item_interactions=5)
@@ -76,6 +79,8 @@ def prepare(data: Path, output: Path, cache: Path) -> None:
         tensors = {"items": sequences.items, "offsets": sequences.offsets}
         vectors = {"text": torch.from_numpy(text), "behavior": torch.from_numpy(behavior)}
         for kind, (names, levels) in KINDS.items():
+            if levels is None:
+                levels = multi_resolution_sizes(1 << (len(text) // 3).bit_length() - 1, 3)
             codes, sizes = unique_sids({each: vectors[each] for each in names}, levels)
             tensors |= {f"codes.{kind}": codes, f"sizes.{kind}": np.array(sizes)}
             used = [len(np.unique(column)) for column in codes.T]
