@@ -453,7 +453,8 @@ def render(result: dict[str, Any]) -> str:
                 cells += [_mean(found, metric, kind) for metric in ("recall@10", "ndcg@10")]
             cells.append(_mean([{"metrics": _validation(run)} for run in found], "recall@10"))
             cells.append(" / ".join(f"{share:.3f}" for share in first.get("level_accuracy", ())))
-            cells.append(" / ".join(f"{each:.3g}" for each in first.get("level_perplexity", ())))
+            perplexity = first.get("level_perplexity", ())
+            cells.append(" / ".join(f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in perplexity))
             size, epochs = first.get("parameters"), first.get("epochs")
             cells.append(f"{size / 1e6:.1f} M" if size else "")
             cells += [str(epochs or ""), device.removeprefix("NVIDIA ")]
