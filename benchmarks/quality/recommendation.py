@@ -66,7 +66,7 @@ class Job:
         return " / ".join(part for part in parts if part)
 
 
-MULTI: dict[str, Any] = {"sids": "fused, multi-resolution"}
+MULTI = "fused, multi-resolution"
 ML_1M: dict[str, Any] = {"max_items": 200}
 BEAUTY: dict[str, Any] = {"max_items": 50}
 
@@ -82,7 +82,7 @@ def gpu_jobs() -> list[Job]:
         Job(
             "ml-1m",
             "generator",
-            **MULTI,
+            sids=MULTI,
             shape={**ML_1M, **large},
             config={**movies, "epochs": 60},
             seconds=80,
@@ -97,7 +97,7 @@ def gpu_jobs() -> list[Job]:
         Job(
             "beauty",
             "generator",
-            **MULTI,
+            sids=MULTI,
             shape={**BEAUTY, **medium, "dropout": 0.6},
             config={**reviews, "epochs": 30},
             seconds=70,
@@ -154,16 +154,16 @@ def cpu_jobs() -> list[Job]:
         return {"shape": {**common, **size, "dropout": dropout}, "config": config}
 
     main = [
-        Job("beauty", "generator", **MULTI, **of(BEAUTY, wider, 0.6)),
+        Job("beauty", "generator", sids=MULTI, **of(BEAUTY, wider, 0.6)),
         Job("beauty", "sasrec", **of(BEAUTY, wide, 0.5)),
-        Job("ml-1m", "generator", **MULTI, **of(ML_1M, wide, 0.2)),
+        Job("ml-1m", "generator", sids=MULTI, **of(ML_1M, wide, 0.2)),
         Job("ml-1m", "sasrec", **of(ML_1M, narrow, 0.2)),
     ]
     small = {"sids": "fused", "variant": "width 64"}
     return [
         *simple_jobs(),
         *main,
-        Job("beauty", "generator", **MULTI, variant="width 128", **of(BEAUTY, wide, 0.4)),
+        Job("beauty", "generator", sids=MULTI, variant="width 128", **of(BEAUTY, wide, 0.4)),
         Job("beauty", "generator", sids="fused", **of(BEAUTY, wide, 0.3)),
         Job("ml-1m", "generator", sids="fused", **of(ML_1M, wide, 0.2)),
         Job("beauty", "generator", **small, **of(BEAUTY, narrow, 0.3)),

@@ -133,10 +133,11 @@ class DepthGenerator(NextItemModel):
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean of -log P(SID of the target), smoothed as the model was told to."""
         total = states.new_zeros((), dtype=torch.float32)
-        for logits, illegal, code in self._levels(states, targets):
+        for logits, code in self._levels(states, targets):
             logp = logits.log_softmax(1)
             loss = functional.nll_loss(logp, code, ignore_index=IGNORED, reduction="sum")
             if self.label_smoothing:
+                illegal = logp.isneginf()
                 mean = logp.masked_fill(illegal, 0).sum(1) / (~illegal).sum(1)
                 loss = loss.lerp(-mean.masked_fill(code == IGNORED, 0).sum(), self.label_smoothing)
             total = total + loss
@@ -187,14 +188,14 @@ class DepthGenerator(NextItemModel):
             likely legal code is the right one, means over the targets.
         """
         losses, hits = [], []
-        for logits, _, code in self._levels(states, targets):
+        for logits, code in self._levels(states, targets):
             total = functional.cross_entropy(logits, code, ignore_index=IGNORED, reduction="sum")
             losses.append(total)
             hits.append((logits.argmax(1) == code).sum())
         count = (targets >= 0).sum().clamp(min=1)
         return torch.stack(losses) / count, torch.stack(hits) / count
 
-    def _levels(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _levels(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Goes through the levels, each given the true codes before it.
 
         Args:
@@ -202,16 +203,15 @@ class DepthGenerator(NextItemModel):
             targets: int64 ``[M]``, item indices; -100 where there is none.
 
         Yields:
-            ``(logits, illegal, code)``: fp32 ``[M, K_l]`` with -inf at the illegal codes, bool
-            ``[M, K_l]``, which those are, and int64 ``[M]``, the code of the target or -100.
+            ``(logits, code)``: fp32 ``[M, K_l]`` with -inf at the illegal codes, and int64 ``[M]``,
+            the code of the target or -100.
         """
         real = targets >= 0
         targets = targets.clamp(min=0)
         x = states
         for level, code in enumerate(self.codes[targets].unbind(1)):
-            illegal = self._illegal(targets, level)
-            logits = self.logits(x, level).masked_fill(illegal, -torch.inf)
-            yield logits, illegal, code.where(real, IGNORED)
+            logits = self.logits(x, level).masked_fill(self._illegal(targets, level), -torch.inf)
+            yield logits, code.where(real, IGNORED)
             if level + 1 < len(self.sizes):
                 x = x + functional.embedding(code, self.before[level])
 
