@@ -23,6 +23,7 @@ except ImportError as error:
 
 # In the order of the C++ enum RowType.
 _ROW_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MINUS_INFINITY = {torch.float32: 0xFF800000, torch.bfloat16: 0xFF80, torch.float16: 0xFC00}
 
 
 def missing() -> str | None:
@@ -232,13 +233,14 @@ def trie_mask_cpu(
     """Fills ``masked`` from ``logits``, both ``[M, V]``, rows any distance apart; may be one."""
     rows, width = logits.shape
     assert logits.is_cpu and masked.is_cpu and masked.shape == logits.shape
-    assert width < 2 or (logits.stride(1) == 1 and masked.stride(1) == 1)
+    (stride, step), (masked_stride, masked_step) = logits.stride(), masked.stride()
+    assert width < 2 or step == masked_step == 1
     _check_cpu(states, torch.int64)
-    assert states.shape == (rows, 2)
+    assert states.numel() == 2 * rows
     _C.trie_mask_cpu(
-        (logits.data_ptr(), logits.stride(0), masked.data_ptr(), masked.stride(0)),
+        (logits.data_ptr(), stride, masked.data_ptr(), masked_stride),
         logits.dtype == torch.float32,
-        {torch.float32: 0xFF800000, torch.bfloat16: 0xFF80, torch.float16: 0xFC00}[logits.dtype],
+        _MINUS_INFINITY[logits.dtype],
         rows,
         width,
         states.data_ptr(),

@@ -138,8 +138,7 @@ def _cpu(
 ) -> None:
     flat = _matrix(logits)
     each = None if levels is None else levels.contiguous()
-    states = states.reshape(-1, 2).contiguous()
-    _native.trie_mask_cpu(flat, flat, states, index, level, each, columns)
+    _native.trie_mask_cpu(flat, flat, states.contiguous(), index, level, each, columns)
     if flat.data_ptr() != logits.data_ptr():
         logits.copy_(flat.view(logits.shape))
 
@@ -147,11 +146,8 @@ def _cpu(
 def _matrix(logits: Tensor) -> Tensor:
     """Returns logits as rows that may be any distance apart, in a copy where they cannot be."""
     width = logits.shape[-1]
-    if logits.dim() == 2 or logits.is_contiguous():
-        flat = logits.view(-1, width)
-        if width < 2 or flat.stride(1) == 1:
-            return flat
-    return logits.reshape(-1, width).contiguous()
+    flat = logits if logits.dim() == 2 else logits.reshape(-1, width)
+    return flat if width < 2 or flat.stride(1) == 1 else flat.contiguous()
 
 
 def _triton(
@@ -220,8 +216,8 @@ def _copy_cpu(
 ) -> Tensor:
     masked = _copy_fake(logits, states, index, level, levels, columns)
     each = None if levels is None else levels.contiguous()
-    states, out = states.reshape(-1, 2).contiguous(), masked.view(-1, logits.shape[-1])
-    _native.trie_mask_cpu(_matrix(logits), out, states, index, level, each, columns)
+    flat, out = _matrix(logits), _matrix(masked)
+    _native.trie_mask_cpu(flat, out, states.contiguous(), index, level, each, columns)
     return masked
 
 
