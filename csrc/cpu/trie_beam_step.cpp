@@ -215,19 +215,7 @@ class Step {
     if (!(base - log_sum > best_.threshold())) return;
     const float* columns = logits + in_.columns[l_];
     if (const uint64_t* mask = wide_mask(beam)) {
-      if (best_.threshold() > kNever) {
-        // Few columns are above the threshold; which of them are children is looked up.
-        const int64_t hits = find_above(columns, level_->size, top, log_sum, base);
-        if (hits <= 2 * k_) {
-          for (int64_t h = 0; h < hits; ++h) {
-            if (bit(mask, hits_[h]))
-              push(beam, hits_[h], base + ((columns[hits_[h]] - top) - log_sum));
-          }
-          return;
-        }
-      }
-      kernels_.masked(columns, level_->size, mask, room(values_, level_->size));
-      take(beam, base, level_->size, top, log_sum, [](int64_t i) { return i; });
+      take(beam, base, columns, level_->size, mask, top, log_sum, [](int64_t i) { return i; });
       return;
     }
     const bool limited = limits_.filtered() || limits_.denied();
@@ -235,7 +223,8 @@ class Step {
       const int64_t count = list_children(beam, false);
       gather(columns, count);
       // Few children are above the threshold; which of them may be reached is looked up.
-      const int64_t hits = find_above(values_.data(), count, top, log_sum, base);
+      const int64_t hits =
+          find_above(values_.data(), count, nullptr, top, log_sum, base, best_.threshold());
       if (hits <= 2 * k_) {
         for (int64_t h = 0; h < hits; ++h) {
           const int64_t code = codes_[hits_[h]];
@@ -261,7 +250,8 @@ class Step {
       const int64_t size = level_->size;
       kernels_.masked(row(at, size), size, mask, room(values_, size));
       const float top = kernels_.largest(values_.data(), size);
-      take(beam, base, size, top, log_of_sum(size, top), [](int64_t i) { return i; });
+      take(beam, base, values_.data(), size, nullptr, top, log_of_sum(size, top),
+           [](int64_t i) { return i; });
       return;
     }
     const int64_t count = list_children(beam, limits_.filtered() || limits_.denied());
@@ -311,47 +301,48 @@ class Step {
     if (score > best_.threshold()) best_.push(score, static_cast<uint64_t>(beam << 16 | code));
   }
 
-  int64_t find_above(const float* x, int64_t count, float top, float log_sum, float base,
-                     float threshold) {
-    return kernels_.find_above(x, count, top, log_sum, base, threshold,
+  int64_t find_above(const float* x, int64_t count, const uint64_t* bits, float top, float log_sum,
+                     float base, float threshold) {
+    return kernels_.find_above(x, count, bits, top, log_sum, base, threshold,
                                room(hits_, count + kHitPadding));
   }
 
-  int64_t find_above(const float* x, int64_t count, float top, float log_sum, float base) {
-    return find_above(x, count, top, log_sum, base, best_.threshold());
-  }
-
-  // Finds the scores of values_[0..count) above the threshold, but not many more than the k best;
-  // returns how many.
-  int64_t find(float base, int64_t count, float top, float log_sum) {
-    const float* x = values_.data();
-    int64_t hits = find_above(x, count, top, log_sum, base);
+  // Finds the scores of x[0..count) above the threshold, of those whose bit is set if there are
+  // bits, but not many more than the k best; returns how many.
+  int64_t find(const float* x, int64_t count, const uint64_t* bits, float top, float log_sum,
+               float base) {
+    const auto above = [&](float threshold) {
+      return find_above(x, count, bits, top, log_sum, base, threshold);
+    };
+    int64_t hits = above(best_.threshold());
     if (hits <= 2 * k_) return hits;
     float high = base - log_sum, low = std::max(best_.threshold(), high - kReach);
     for (int round = 0; round < kHalvings; ++round) {
       const float middle = low + (high - low) / 2;
-      hits = find_above(x, count, top, log_sum, base, middle);
+      hits = above(middle);
       (hits < k_ ? high : low) = middle;
       if (hits >= k_ && hits <= 2 * k_) break;
     }
-    if (hits < k_ || hits > 2 * k_) hits = find_above(x, count, top, log_sum, base, low);
-    if (hits < k_) return find_above(x, count, top, log_sum, base);
+    if (hits < k_ || hits > 2 * k_) hits = above(low);
+    if (hits < k_) return above(best_.threshold());
     best_.raise_threshold(low);
     return hits;
   }
 
-  // Pushes the best of values_[0..count): each is a legal child or -inf; code_of gives its code.
+  // Pushes the best of x[0..count), of those whose bit is set if there are bits: they are legal
+  // children or -inf. code_of gives the code of each.
   template <typename CodeOf>
-  void take(int64_t beam, float base, int64_t count, float top, float log_sum,
-            const CodeOf& code_of) {
-    const int64_t hits = find(base, count, top, log_sum);
+  void take(int64_t beam, float base, const float* x, int64_t count, const uint64_t* bits,
+            float top, float log_sum, const CodeOf& code_of) {
+    const int64_t hits = find(x, count, bits, top, log_sum, base);
     for (int64_t h = 0; h < hits; ++h) {
-      push(beam, code_of(hits_[h]), base + ((values_[hits_[h]] - top) - log_sum));
+      push(beam, code_of(hits_[h]), base + ((x[hits_[h]] - top) - log_sum));
     }
   }
 
   void take_children(int64_t beam, float base, int64_t count, float top, float log_sum) {
-    take(beam, base, count, top, log_sum, [this](int64_t i) { return codes_[i]; });
+    take(beam, base, values_.data(), count, nullptr, top, log_sum,
+         [this](int64_t i) { return codes_[i]; });
   }
 
   void write(int64_t request) {

@@ -121,10 +121,10 @@ double sum_of_exponentials(const float* x, int64_t count, float top, const void*
   return total;
 }
 
-// Writes the positions i, rising, where base + ((x[i] - top) - log_sum) > threshold; returns how
-// many. `hits` has room for `count` and a vector more.
-int64_t find_above(const float* x, int64_t count, float top, float log_sum, float base,
-                   float threshold, int32_t* hits) {
+// Writes the positions i, rising, where base + ((x[i] - top) - log_sum) > threshold and, unless
+// `bits` is null, the bit is set; returns how many. `hits` has room for `count` and a vector more.
+int64_t find_above(const float* x, int64_t count, const uint64_t* bits, float top, float log_sum,
+                   float base, float threshold, int32_t* hits) {
   const auto score_of = [=](auto value, auto same) {
     return same(base) + ((value - same(top)) - same(log_sum));
   };
@@ -133,8 +133,9 @@ int64_t find_above(const float* x, int64_t count, float top, float log_sum, floa
   for (; i + kWidth <= count; i += kWidth) {
     const Vec score = score_of(load(x + i), broadcast);
 #if defined(__AVX512F__)
-    const __mmask16 above = _mm512_cmp_ps_mask(score, broadcast(threshold), _CMP_GT_OQ);
+    __mmask16 above = _mm512_cmp_ps_mask(score, broadcast(threshold), _CMP_GT_OQ);
     if (!above) continue;
+    if (bits != nullptr) above &= static_cast<__mmask16>(bits[i / 64] >> (i % 64));
     const Bits position =
         _mm512_add_epi32(same_bits(static_cast<int32_t>(i)),
                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
@@ -142,6 +143,7 @@ int64_t find_above(const float* x, int64_t count, float top, float log_sum, floa
     found += __builtin_popcount(above);
 #else
     uint32_t above = _mm256_movemask_ps(_mm256_cmp_ps(score, broadcast(threshold), _CMP_GT_OQ));
+    if (bits != nullptr) above &= static_cast<uint32_t>(bits[i / 64] >> (i % 64));
     for (; above; above &= above - 1) {
       hits[found++] = static_cast<int32_t>(i) + __builtin_ctz(above);
     }
@@ -150,7 +152,8 @@ int64_t find_above(const float* x, int64_t count, float top, float log_sum, floa
 #endif
   for (; i < count; ++i) {
     hits[found] = static_cast<int32_t>(i);
-    found += score_of(x[i], [](float value) { return value; }) > threshold;
+    const bool set = bits == nullptr || bits[i / 64] >> (i % 64) & 1;
+    found += set && score_of(x[i], [](float value) { return value; }) > threshold;
   }
   return found;
 }

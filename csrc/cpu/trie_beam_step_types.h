@@ -11,8 +11,8 @@ namespace plum::cpu::beam {
 struct Kernels {
   float (*largest)(const float* x, int64_t count);
   double (*sum_of_exponentials)(const float* x, int64_t count, float top, const void* next);
-  int64_t (*find_above)(const float* x, int64_t count, float top, float log_sum, float base,
-                        float threshold, int32_t* hits);
+  int64_t (*find_above)(const float* x, int64_t count, const uint64_t* bits, float top,
+                        float log_sum, float base, float threshold, int32_t* hits);
   void (*masked)(const float* x, int64_t count, const uint64_t* bits, float* out);
   void (*widen_bf16)(const uint16_t* row, int64_t count, float* out);
   void (*widen_fp16)(const uint16_t* row, int64_t count, float* out);
