@@ -250,10 +250,12 @@ def bench_trie_filter_cpu(benchmark, prepare, full, budget, threads, provider, s
     expected = trie_beam_step(
         at.logits, at.scores, at.states, trie, level, **options, backend="reference"
     ).scores
-    args = (trie, level, at.states, at.logits, at.scores, "full", filter, deny)
-    job = prepare("trie_ours:step", *args, "cpu", BEAMS[beams][1])
+    args = (trie, level, at.states, at.logits, at.scores, "full")
+    job = prepare("trie_ours:step", *args, filter, deny, "cpu", BEAMS[beams][1])
+    plain = prepare("trie_ours:step", *args, None, None, "cpu", BEAMS[beams][1])
 
-    measure(benchmark, job, budget, functools.partial(_assert_close, expected))
+    check = functools.partial(_assert_close, expected)
+    measure(benchmark, job, budget, check, beside=plain if provider in FILTERS else None)
     _record(benchmark, len(at.prefixes), at.logits.nbytes, provider)
     if provider in FILTERS:
         depth = {0: "root", 1: "level 1"}.get(level, "deeper levels")
@@ -317,7 +319,10 @@ def _decode(
         assert equal > 0.9, equal
         return equal
 
-    equal = measure(benchmark, job, budget, check)
+    beside = None
+    if limits != (None, None):
+        beside = prepare("trie_ours:decode", catalog.trie, logits, _score(provider), "cpu")
+    equal = measure(benchmark, job, budget, check, beside=beside)
     rows = sum(level.shape[0] * level.shape[1] for level in logits)
     nbytes = sum(level.nbytes for level in logits)
     _record(benchmark, rows, nbytes, provider, share_of_sids_equal=equal)

@@ -15,7 +15,13 @@ T = TypeVar("T")
 
 
 def measure(
-    benchmark: Any, job: Job, budget: float, check: Callable[[Tensor], T], *, warmups: int = 1
+    benchmark: Any,
+    job: Job,
+    budget: float,
+    check: Callable[[Tensor], T],
+    *,
+    warmups: int = 1,
+    beside: Job | None = None,
 ) -> T:
     """Runs a job, checks its answer, then times as many rounds as a budget allows.
 
@@ -26,6 +32,8 @@ def measure(
             longer than twice the budget one.
         check: Called with the answer before anything is timed.
         warmups: Runs before the timed ones; 2 where the first one compiles.
+        beside: Another job, run in turn with this one and timed too, where a small difference is
+            looked for: ``times_beside`` becomes how many times as long as it this one takes.
 
     Returns:
         What ``check`` returned.
@@ -38,8 +46,20 @@ def measure(
     checked = check(job.result())
     # Of a short job 50 rounds are over in a moment, which a neighbor on the machine can spoil.
     most = max(50, min(500, int(budget / 10 / seconds)))
-    rounds = min(most, int(budget / seconds))
-    benchmark.pedantic(job, rounds=max(rounds, 1 if seconds > 2 * budget else 2))
+    rounds = max(min(most, int(budget / seconds)), 1 if seconds > 2 * budget else 2)
+    if beside is None:
+        benchmark.pedantic(job, rounds=rounds)
+        return checked
+    clock, theirs = benchmark._timer, []
+
+    def turn() -> None:
+        start = clock()
+        beside()
+        theirs.append(clock() - start)
+
+    turn()
+    benchmark.pedantic(job, setup=turn, rounds=rounds)
+    benchmark.extra_info["times_beside"] = benchmark.stats.stats.min / min(theirs)
     return checked
 
 

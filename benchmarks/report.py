@@ -135,9 +135,12 @@ def _ratios(provider: str, shape: str, cells: Cells) -> Iterator[_Ratio]:
             theirs = cells.get(to, {}).get(shape)
             if theirs is None:
                 continue
-            field = "bytes_per_item" if kind == "bytes_against" else "rows_per_second"
-            value = figures[field] / theirs[field]
-            yield _Ratio(kind, to, 1 / value if field == "rows_per_second" else value, asked)
+            if kind == "bytes_against":
+                value = figures["bytes_per_item"] / theirs["bytes_per_item"]
+            else:
+                value = theirs["rows_per_second"] / figures["rows_per_second"]
+            # Of two that ran in turn there is a ratio that no load between them can move.
+            yield _Ratio(kind, to, figures.get("times_beside", value), asked)
 
 
 def _named(ratio: _Ratio) -> str:

@@ -308,6 +308,7 @@ def test_report_names_the_forms_of_plum_and_sums_up_over_sets():
                 bench("plum cpu", "B", 9e5),
                 bench("plum cpu valid", "A", 4e6, against={}),
                 bench("plum cpu, half alive", "A", 1e6, over="root", costs={"plum cpu": 1.25}),
+                bench("plum cpu, in turn", "A", 1e6, costs={"plum cpu": 1.25}, times_beside=1.1),
                 bench("STATIC", "A", 1e5, **asked),
                 bench("STATIC", "B", 1e5, **asked),
                 bench("dict", "A", 1e5, against={}, bytes_against={"plum cpu": 4.5}, **sizes),
@@ -318,6 +319,8 @@ def test_report_names_the_forms_of_plum_and_sums_up_over_sets():
     assert "| plum cpu valid | 4 M/s | - |" in text
     slower = f"1.6{TIMES} the time of plum cpu (asked ≤ 1.25, missed)"
     assert f"| plum cpu, half alive | 1 M/s, {slower} | - |" in text
+    in_turn = f"1.1{TIMES} the time of plum cpu (asked ≤ 1.25)"
+    assert f"| plum cpu, in turn | 1 M/s, {in_turn} | - |" in text
     assert (
         f"| STATIC | 100 k/s, **16{TIMES}** plum cpu (asked ≥ 8), **40{TIMES}** plum cpu valid"
         f" | 100 k/s, **9{TIMES}** plum cpu (asked ≥ 8) |" in text
