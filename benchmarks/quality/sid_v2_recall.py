@@ -49,7 +49,7 @@ def main() -> None:
     # Those that PLUM published first.
     variants = sorted(VARIANTS, key=lambda variant: variant not in PUBLISHED)
     for seed, variant in itertools.product(SEEDS, variants):
-        key = (variant, options.first or 64, options.epochs, seed, options.images_name)
+        key = (variant, options.first or 64, options.epochs, seed)
         if key in known:
             continue
         _, codes, sizes = tokenize(catalog, variant, key[1], seed=seed, epochs=options.epochs)
@@ -69,11 +69,11 @@ def main() -> None:
 
 
 _READING = """
-ML-1M, text and posters ({images}); a generator of width {width}, {layers} layer(s) and
-{parameters:.2f} M parameters, the last {max_items} items, {epochs} epochs, {device}. Full ranking
-of the catalog, test users all; *unseen*: without the SIDs all of whose items are in the history,
-where no target of ML-1M ever is. Items of one SID come in random order, so that what they share
-costs recall.
+ML-1M, text and posters as in the section before; a generator of width {width}, {layers} layer(s)
+and {parameters:.2f} M parameters, the last {max_items} items, {epochs} epochs, {device}. Full
+ranking of the catalog, test users all; *unseen*: without the SIDs all of whose items are in the
+history, where no target of ML-1M ever is. Items of one SID come in random order, so that what they
+share costs recall.
 
 PLUM's recall is that of a 900 M mixture of experts without continued pre-training, on its own
 videos, **without the watch history in the prompt**. Here the history is all that there is, so that
@@ -93,7 +93,6 @@ def render(result: dict[str, Any]) -> str:
         _READING.format(
             **result["shape"],
             epochs=result["config"]["epochs"],
-            images=first["images"],
             parameters=first["parameters"] / 1e6,
             device=first["device"],
             error=(recall * (1 - recall) / 6040) ** 0.5,
