@@ -59,7 +59,7 @@ BEAM_SETTINGS: tuple[dict[str, Any], ...] = (
         for n, r in ((16, 96), (32, 80), (32, 168), (32, None), (64, 128))
     ),
     *({"_PER_THREAD_NARROW": n, "_REGISTERS": r} for n, r in ((32, 96), (64, 168))),
-    *({"_WIDE": n} for n in (512, 1024)),
+    *({"_WIDE": n} for n in (512, 2048)),
     *({"_MANY": n} for n in (256, 1024)),
     *({"_NEAR": n} for n in (2, 8, 1024)),
     *({"_SPARE": n} for n in (1, 2, 8)),

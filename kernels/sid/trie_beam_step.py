@@ -32,7 +32,7 @@ MAX_K = 4096
 _COLUMNS = 4096
 # Children of a block: a node takes the first of these blocks that holds it, or many of `_MANY`.
 # Where each child is looked for in a filter or a deny list, that takes registers.
-_FEW, _MANY, _WIDE, _LIMITED = 64, 512, 2048, 256
+_FEW, _MANY, _WIDE, _LIMITED = 64, 512, 1024, 256
 # Columns of a row for each thread of the first launch; one warp does least where nodes have few
 # children, up to `_NARROW` on average.
 _PER_THREAD, _PER_THREAD_NARROW, _PER_THREAD_LIMITED, _NARROW = 32, 64, 16, 8
