@@ -56,6 +56,7 @@ STEP_PROVIDERS = {
     "STATIC": ("static_decoding:gpu_step", False),
 }
 COMPILED_PROVIDERS = {"STATIC compiled, in a graph": ("static_decoding:gpu_step", True)}
+DECODE_PROVIDERS = {"plum triton": True, "plum triton, no graph": False}
 DECODES = {"uniform L3 1M 8x64": 3, "uniform L8 1M 8x64": 8}
 MASK_PROVIDERS = ("plum triton", "xgrammar bitmask")
 
@@ -127,14 +128,15 @@ def time_step(benchmark, prepare, full, budget, provider, shape):
 
 
 @pytest.mark.parametrize("shape", DECODES)
-@pytest.mark.parametrize("graph", [True, False], ids=["in a graph", "no graph"])
-def bench_trie_decode_gpu(benchmark, prepare, budget, graph, shape):
+@pytest.mark.parametrize("provider", DECODE_PROVIDERS)
+def bench_trie_decode_gpu(benchmark, prepare, budget, provider, shape):
     catalog, levels = gpu_catalog(shape.rpartition(" ")[0]), DECODES[shape]
     torch.manual_seed(0)
     logits = [
         torch.randn(8, 64 if level else 1, CODES, device="cuda").bfloat16()
         for level in range(levels)
     ]
+    graph = DECODE_PROVIDERS[provider]
     job = prepare("trie_gpu:decode", catalog.trie, logits, "full", "triton", graph)
     expected = prepare("trie_gpu:decode", catalog.trie, logits, "full", "reference", False)
     expected()

@@ -4,8 +4,8 @@ Usage: python -m benchmarks.tables
 
 A table stands between ``<!-- figures: NAME -->`` and ``<!-- end -->``; NAME is a function of this
 file. Figures of speed come from the newest file in ``benchmarks/results`` that has them, by the
-date at the end of its name, with one thread and at full size; those of recommendation quality from
-``quality/recommendation.json``.
+date at the end of its name, with one thread and at full size, or from a GPU, whose sizes are always
+the same; those of recommendation quality from ``quality/recommendation.json``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Figures = dict[tuple[str, str], dict[str, Any]]
 class Source:
     """What one benchmark measured: figures by provider and shape, and where they stand."""
 
-    def __init__(self, op: str, *, size: str = "full") -> None:
-        """Reads the newest result of ``bench_<op>_cpu`` at a size.
+    def __init__(self, op: str, *, size: str = "full", device: str = "cpu") -> None:
+        """Reads the newest result of ``bench_<op>_<device>`` at a size, of a GPU at any.
 
         Raises:
             LookupError: no file has it.
@@ -42,23 +42,23 @@ class Source:
         for path in files:
             results = json.loads(path.read_text(encoding="utf-8"))
             # Sweeps have another form.
-            if results.get("machine_info", {}).get("size") != size:
+            facts = results.get("machine_info", {})
+            if device == "cpu" and facts.get("size") != size:
                 continue
             self.figures: Figures = {
                 (bench["params"]["provider"], bench["params"]["shape"]): {
                     **bench["extra_info"],
                     "seconds": bench["stats"]["min"],
                 }
-                for bench in results["benchmarks"]
-                if bench["name"].startswith(f"bench_{op}_cpu[")
+                for bench in results.get("benchmarks", [])
+                if bench["name"].startswith(f"bench_{op}_{device}[")
                 and bench["params"].get("threads", 1) == 1
             }
             if self.figures:
-                facts = results["machine_info"]
-                self.place = (
-                    f"`benchmarks/results/{path.name}`: one thread of {facts['cpu']}"
-                    f" ({facts['isa']}), torch {facts['torch']}"
-                )
+                where = f"one thread of {facts['cpu']} ({facts['isa']})"
+                if device == "gpu":
+                    where = f"one {facts['gpu']}"
+                self.place = f"`benchmarks/results/{path.name}`: {where}, torch {facts['torch']}"
                 return
         raise LookupError(f"no result of {op} at size {size} in {RESULTS}")
 
@@ -129,6 +129,45 @@ def residual_quantize() -> list[str]:
     rows.append(["without bf16: over torch", *over])
     head = "`residual_quantize`, million rows/s, and times as fast as"
     return [_from(source), "", *_table(head, _shapes(shapes), rows)]
+
+
+def residual_quantize_gpu() -> list[str]:
+    """Nanoseconds a row on a GPU, and how many times as fast the faster backend is as each peer."""
+    source = Source("residual_quantize", device="gpu")
+    shapes = ("D=384 3x256", "D=384 2048+1024+512", "D=384 8x2048", "D=32 3x256")
+    backends = ("plum cuda", "plum triton")
+    rows = []
+    for backend in backends:
+        rates = [source.get(backend, shape) for shape in shapes]
+        rows.append(
+            [f'`backend="{backend.split()[1]}"`', *(_number(1e9 / r, 1) for r in rates if r)]
+        )
+    for label, peer in (
+        ("torch `addmm` + `argmin` in fp32", "torch addmm + argmin"),
+        ("the same in TF32, not exact", "torch addmm + argmin, TF32"),
+        ("torch `cdist`", "torch cdist"),
+        ("vector-quantize-pytorch", "vector-quantize-pytorch"),
+    ):
+        rows.append([label, *(_best_of(source, backends, peer, shape) for shape in shapes)])
+    head = "`residual_quantize`, ns a row, and times as fast as"
+    return [_from(source), "", *_table(head, _shapes(shapes), rows)]
+
+
+def trie_step_gpu() -> list[str]:
+    """Microseconds a beam step on a GPU, in a CUDA graph, beside STATIC's."""
+    source = Source("trie_step", device="gpu")
+    shapes = tuple(shape for provider, shape in source.figures if provider == "STATIC")
+    rows = []
+    for label, provider in (
+        ('`score="full"`', "plum triton"),
+        ('`score="valid"`', "plum triton valid"),
+        ("STATIC, eager", "STATIC"),
+    ):
+        times = [source.get(provider, shape, "microseconds_per_step") for shape in shapes]
+        rows.append([label, *(f"{time:.0f}" for time in times if time)])
+    full = [_fastest_of(source, "plum triton", ("STATIC",), shape) for shape in shapes]
+    rows.append(["`full` is times as fast as STATIC", *full])
+    return [_from(source), "", *_table("µs a step in a CUDA graph", shapes, rows)]
 
 
 def kmeans() -> list[str]:
@@ -288,13 +327,19 @@ def _from(source: Source) -> str:
 
 
 def _shapes(shapes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(shape.replace(" ", ", ", 1).replace("3x", f"3 {_TIMES} ") for shape in shapes)
+    spelled = (shape.replace(" ", ", ", 1) for shape in shapes)
+    return tuple(re.sub(r"(\d)x", rf"\1 {_TIMES} ", shape) for shape in spelled)
 
 
 def _fastest_of(source: Source, ours: str, peers: Sequence[str], shape: str) -> str:
     ratios = [source.times(ours, peer, shape) for peer in peers]
     known = [ratio for ratio in ratios if ratio is not None]
     return _times(min(known)) if known else ""
+
+
+def _best_of(source: Source, ours: Sequence[str], peer: str, shape: str) -> str:
+    ratios = [source.times(each, peer, shape) for each in ours]
+    return _times(max(ratio for ratio in ratios if ratio is not None))
 
 
 def _number(value: float | None, unit: float) -> str:
@@ -313,6 +358,8 @@ def _table(head: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "recommendation": recommendation,
     "residual_quantize": residual_quantize,
+    "residual_quantize_gpu": residual_quantize_gpu,
+    "trie_step_gpu": trie_step_gpu,
     "kmeans": kmeans,
     "training_step": training_step,
     "trie_decode": trie_decode,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -56,7 +57,7 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
             os.replace(path, temporary.with_suffix(".old"))
         os.replace(temporary, path)
         _sync(path.parent)
-        for leftover in path.parent.glob(f".{path.name}.*"):
+        for leftover in [*_leftovers(path, "tmp"), *_leftovers(path, "old")]:
             shutil.rmtree(leftover)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -66,9 +67,15 @@ def settle_folder(path: str | Path) -> None:
     """Puts back the folder that a killed :func:`atomic_folder` had set aside, if there is one."""
     path = Path(path)
     if not path.exists():
-        for aside in path.parent.glob(f".{path.name}.*.old"):
+        for aside in _leftovers(path, "old"):
             os.replace(aside, path)
             return
+
+
+def _leftovers(path: Path, suffix: str) -> list[Path]:
+    """Returns what a killed :func:`atomic_folder` left, and nothing that only looks like it."""
+    name = f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.{suffix}"
+    return sorted(path.parent.glob(name))
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -46,11 +46,23 @@ def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
         (folder / "w").write_text("half")
         raise RuntimeError("full disk")
     assert (target / "w").read_text() == "1"
-    (tmp_path / ".model.of-a-killed-run.tmp").mkdir()
+    (tmp_path / ".model.0123abcd.tmp").mkdir()
     with atomic_folder(target) as folder:
         (folder / "w").write_text("2")
     assert (target / "w").read_text() == "2"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_only_what_a_killed_run_left_is_removed(tmp_path):
+    target = tmp_path / "run[1]"
+    for name in (".run[1].0123abcd.tmp", ".run[1].0123abcd.old", ".run[1].backup", ".run1.old"):
+        (tmp_path / name).mkdir()
+    for text in "ab":
+        with atomic_folder(target) as folder:
+            (folder / "w").write_text(text)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"run[1]", ".run[1].backup", ".run1.old"}
+    assert (target / "w").read_text() == "b"
 
 
 SCRIPT = """

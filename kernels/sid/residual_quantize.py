@@ -315,7 +315,8 @@ def _residual_quantize_kernel(
                 m_unsure = m_n & ~m_bad & ~m_lost & (b_reaching != 1)
                 b_lane = tl.max(tl.where(b_best == b_top[:, None], o_lane[None, :], 0), axis=1)
                 b_code = (b_top.to(tl.int32, bitcast=True) & tag_mask) * TILE + b_lane
-                b_code = tl.where(m_n & ~m_bad, b_code, 0)
+                # Scores that are no numbers have no tag; their rows are decided or listed below.
+                b_code = tl.where(m_n & ~m_bad, tl.minimum(b_code, size - 1), 0)
                 if tl.max(m_unsure.to(tl.int32)) > 0:
                     if LISTED:
                         b_code = exact.decide(

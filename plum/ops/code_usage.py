@@ -44,6 +44,10 @@ def code_usage(
     return _op(codes, sizes, validate, backend=backend)
 
 
+# What the kernels have room for on their stacks.
+MAX_LEVELS = 64
+
+
 def check_codes(codes: Tensor, sizes: Sequence[int]) -> list[int]:
     """Checks the shape and dtype of ``codes`` ``[N, L]`` and returns ``sizes`` as a list."""
     sizes = list(sizes)
@@ -55,6 +59,8 @@ def check_codes(codes: Tensor, sizes: Sequence[int]) -> list[int]:
         raise InvalidArgument("sizes", f"{codes.shape[1]} codebook sizes", f"{len(sizes)}")
     if any(size < 1 for size in sizes):
         raise InvalidArgument("sizes", "sizes of at least 1", str(sizes))
+    if len(sizes) > MAX_LEVELS:
+        raise InvalidArgument("sizes", f"at most {MAX_LEVELS} levels", f"{len(sizes)}")
     return sizes
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from plum import _native
 from plum._library import Backend, Op
 from plum.errors import InvalidArgument
-from plum.ops.code_usage import code_usage
+from plum.ops.code_usage import MAX_LEVELS, code_usage
 
 # Rows a chunk: bounds the memory of the [rows, K] matrix of the reference.
 _CHUNK = 4096
@@ -119,6 +119,10 @@ def pack_codebooks(
         packed, sizes = torch.cat(list(codebooks)), [len(codebook) for codebook in codebooks]
     if not sizes or any(size < 1 for size in sizes):
         raise InvalidArgument("codebooks", "at least one codeword a level", f"sizes {sizes}")
+    if len(sizes) > MAX_LEVELS:
+        raise InvalidArgument("codebooks", f"at most {MAX_LEVELS} levels", f"{len(sizes)}")
+    if packed.shape[1] < 1:
+        raise InvalidArgument("codebooks", "at least one dimension", f"{list(packed.shape)}")
     if not packed.is_floating_point():
         raise InvalidArgument("codebooks", "floating point", str(packed.dtype))
     return packed.float(), sizes

@@ -317,6 +317,8 @@ def with_nan(rows: int, bad: int) -> torch.Tensor:
         (torch.zeros(2, 3), [torch.ones(2, 3), torch.ones(2, 4)], r"codebooks\[1\]"),
         (torch.zeros(2, 3), [torch.ones(0, 3)], "codebooks: expected at least one codeword"),
         (torch.zeros(2, 3), torch.ones(2, 3), "codebooks: expected a list"),
+        (torch.zeros(2, 0), [torch.ones(2, 0)], "codebooks: expected at least one dimension"),
+        (torch.zeros(2, 3), [torch.ones(2, 3)] * 65, "codebooks: expected at most 64 levels"),
         (with_nan(5000, 4321), [torch.ones(2, 2)], r"x\[4321\]: expected finite rows"),
         (torch.zeros(2, 2), [with_nan(4, 3)], r"codebooks\[3\]: expected finite"),
         (torch.full((2, 2), 3e38), [torch.full((1, 2), -3e38)], "stay within fp32"),
