@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -200,6 +201,8 @@ def residual_quantize_cuda(
 # Packed codebooks of the latest calls, newest first. They are compared by content, so a codebook
 # may change behind autograd's version counter (`.data`, numpy, another process).
 _packed: list[Any] = []
+# Threads share the list, and packing leaves the interpreter to them.
+_packed_lock = threading.Lock()
 _MAX_PACKED = 8
 _MAX_PACKED_BYTES = 1 << 26
 
@@ -209,16 +212,16 @@ def packed_codebooks(codebooks: Tensor, sizes: Sequence[int]) -> Any:
     _check_cpu(codebooks, torch.float32)
     assert codebooks.shape[0] == sum(sizes)
     key = (codebooks.data_ptr(), list(sizes), codebooks.shape[1])
-    for index, packed in enumerate(_packed):
-        if packed.matches(*key):
-            if index:
+    with _packed_lock:
+        for index, packed in enumerate(_packed):
+            if packed.matches(*key):
                 _packed.insert(0, _packed.pop(index))
-            return packed
-    packed = _C.PackedCodebooks(*key)
-    if packed.first_bad < 0 and packed.bytes <= _MAX_PACKED_BYTES:
-        _packed.insert(0, packed)
-        del _packed[_MAX_PACKED:]
-    return packed
+                return packed
+        packed = _C.PackedCodebooks(*key)
+        if packed.first_bad < 0 and packed.bytes <= _MAX_PACKED_BYTES:
+            _packed.insert(0, packed)
+            del _packed[_MAX_PACKED:]
+        return packed
 
 
 def trie_mask_cpu(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plum.decode.checks import check_trie
 from plum.decode.model_step import (
     ATTENTION,
     Runner,
@@ -112,8 +113,9 @@ class SidBeamSearch:
             forced_tails: Skip the model steps of tails that are forced.
 
         Raises:
-            InvalidArgument: an option is unknown, the trie has no token offsets or tokens beyond
-                the vocabulary, or the model cannot be run in the way of ``attention``.
+            InvalidArgument: an option is unknown, the trie is joined, has no token offsets or
+                tokens beyond the vocabulary, or the model cannot be run in the way of
+                ``attention``.
         """
         if score not in SCORES:
             raise InvalidArgument("score", "'full' or 'valid'", repr(score))
@@ -122,13 +124,10 @@ class SidBeamSearch:
         if attention not in (fitting, "replay"):
             expected = f"'{fitting}' or 'replay' for {type(model).__name__}"
             raise InvalidArgument("attention", expected, repr(attention))
-        if trie.token_offsets is None:
-            expected = "a trie that knows the model's token ids"
-            hint = "build it with SidTrie.from_codes(..., token_offsets=...)"
-            raise InvalidArgument("trie", expected, "no token_offsets", hint)
+        offsets = check_trie(trie)
         embeddings: Any = model.get_input_embeddings()
         vocabulary = embeddings.weight.shape[0]
-        spans = zip(trie.token_offsets, trie.codebook_sizes, strict=True)
+        spans = zip(offsets, trie.codebook_sizes, strict=True)
         tokens = [slice(offset, offset + size) for offset, size in spans]
         last = max(codes.stop for codes in tokens) - 1
         if last >= vocabulary:
@@ -137,7 +136,7 @@ class SidBeamSearch:
             raise InvalidArgument("model", expected, f"{vocabulary} tokens", hint)
         self.model, self.trie = model, trie.to(model.device)
         self.score, self.attention, self.forced_tails = score, attention, forced_tails
-        self._offsets = torch.tensor(trie.token_offsets, device=model.device)
+        self._offsets = torch.tensor(offsets, device=model.device)
         self._tokens = tokens
         probe = torch.arange(trie.codebook_sizes[0], device=model.device) + self._offsets[0]
         if attention == "tree":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from plum.decode.checks import check_trie
 from plum.errors import InvalidArgument
 from plum.ops.trie_mask import trie_mask
 from plum.ops.trie_walk import trie_walk
@@ -57,18 +58,15 @@ class SidLogitsProcessor:
                 past the end of its SID, is left as it is.
 
         Raises:
-            InvalidArgument: the trie has no token offsets, or not exactly one of
+            InvalidArgument: the trie is joined or has no token offsets, or not exactly one of
                 ``prompt_length`` and ``begin_token_id`` is given.
         """
-        if trie.token_offsets is None:
-            expected = "a trie that knows the model's token ids"
-            hint = "build it with SidTrie.from_codes(..., token_offsets=...)"
-            raise InvalidArgument("trie", expected, "no token_offsets", hint)
+        offsets = check_trie(trie)
         if (prompt_length is None) == (begin_token_id is None):
             got = "both" if prompt_length is not None else "neither"
             raise InvalidArgument("prompt_length, begin_token_id", "one of the two", got)
         self.trie, self.end_token_id = trie, end_token_id
-        self._offsets = trie.token_offsets
+        self._offsets = offsets
         self.prompt_length, self.begin_token_id = prompt_length, begin_token_id
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -54,6 +54,27 @@ def check_embeddings(
     return count
 
 
+def check_present(
+    present: Mapping[str, Tensor] | None, embeddings: Mapping[str, Tensor], count: int
+) -> None:
+    """Checks the masks of items that have a modality.
+
+    Args:
+        present: Modality to bool ``[N]``; None, or a modality left out, for all.
+        embeddings: The modalities there are.
+        count: N.
+
+    Raises:
+        InvalidArgument: a modality is none of the embeddings', or a mask is not as above.
+    """
+    for name, mask in (present or {}).items():
+        if name not in embeddings:
+            raise InvalidArgument("present", f"modalities among {sorted(embeddings)}", repr(name))
+        if mask.dtype != torch.bool or mask.shape != (count,):
+            got = f"{mask.dtype} {list(mask.shape)}"
+            raise InvalidArgument(f"present[{name!r}]", f"bool [{count}]", got)
+
+
 class InputScaling(nn.Module):
     """Centers one modality and scales it to a mean variance of 1 a feature, or whitens it.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from plum.errors import InvalidArgument
-from plum.quantize.inputs import InputScaling, check_embeddings
+from plum.quantize.inputs import InputScaling, check_embeddings, check_present
 from plum.quantize.losses import reconstruction_loss
 from plum.quantize.residual_quantizer import QuantizerOutput, ResidualQuantizer
 from plum.quantize.storage import load_module, save_module
@@ -251,9 +251,10 @@ class RQVAE(nn.Module):
         """Returns the latents z of a whole catalog, fp32 ``[N, D]``, without gradients.
 
         Raises:
-            InvalidArgument: a modality is missing, or has the wrong shape or values.
+            InvalidArgument: a modality is missing, or it or its mask has the wrong shape or values.
         """
         count = check_embeddings(inputs, self.config.input_dims)
+        check_present(present, inputs, count)
         chunks = []
         for start in range(0, count, _CHUNK):
             rows = slice(start, start + _CHUNK)

@@ -22,7 +22,7 @@ from plum.quantize.distributed import (
     sum_over_ranks,
     world_size,
 )
-from plum.quantize.inputs import check_embeddings
+from plum.quantize.inputs import check_embeddings, check_present
 from plum.quantize.losses import co_occurrence_loss
 from plum.quantize.partners import Partners
 from plum.quantize.residual_quantizer import memory_for
@@ -114,6 +114,7 @@ def fit_rqvae(
         InvalidData: the checkpoint is damaged, or of another training.
     """
     count = check_embeddings(embeddings, config.input_dims)
+    check_present(present, embeddings, count)
     if epochs < 1:
         raise InvalidArgument("epochs", "at least 1", epochs)
     if warmup_epochs is None:

@@ -48,6 +48,8 @@ class ItemIds(ABC):
                 raise InvalidArgument("item_ids", "strings or integers", kinds) from None
         if ids.ndim != 1:
             raise InvalidArgument("item_ids", "one dimension", f"shape {list(ids.shape)}")
+        if ids.dtype.kind == "u" and len(ids) and ids.max() > np.iinfo(np.int64).max:
+            raise InvalidArgument("item_ids", "integers below 2^63", str(ids.max()))
         return _NumberIds(ids.astype(np.int64)) if ids.dtype.kind in "iu" else _TextIds.pack(ids)
 
     @staticmethod

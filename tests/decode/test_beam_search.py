@@ -302,6 +302,8 @@ def test_refuses_what_does_not_fit():
             SidBeamSearch(model, trie, attention=attention)
     with pytest.raises(InvalidArgument, match="no token_offsets"):
         SidBeamSearch(model, SidTrie.from_codes([[0]]))
+    with pytest.raises(InvalidArgument, match="trie: expected one trie, got 2 joined ones"):
+        SidBeamSearch(model, SidTrie.join([trie, trie]))
     with pytest.raises(InvalidArgument, match=r"a vocabulary with token 60, .* got 60 tokens"):
         SidBeamSearch(model, SidTrie.from_codes([[0]], token_offsets=[VOCABULARY]))
     with torch.no_grad():

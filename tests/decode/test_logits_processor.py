@@ -220,6 +220,8 @@ def test_refuses_what_does_not_fit():
         SidLogitsProcessor(trie, end_token_id=END, prompt_length=1, begin_token_id=BEGIN)
     with pytest.raises(InvalidArgument, match="no token_offsets"):
         SidLogitsProcessor(SidTrie.from_codes([[0]]), end_token_id=END, prompt_length=1)
+    with pytest.raises(InvalidArgument, match="trie: expected one trie, got 3 joined ones"):
+        SidLogitsProcessor(SidTrie.join([trie] * 3), end_token_id=END, prompt_length=1)
     processor = SidLogitsProcessor(trie, end_token_id=END, prompt_length=4)
     with pytest.raises(InvalidArgument, match="at least 4 tokens a row, the prompt_length, got 3"):
         processor(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, VOCABULARY))

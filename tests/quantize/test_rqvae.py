@@ -278,6 +278,11 @@ def test_bad_inputs_are_named():
     wrong = {**items(), "image": torch.zeros(300, 5)}
     with pytest.raises(InvalidArgument, match=r"image.*\[300, 12\]"):
         vae.encode(wrong)
+    with pytest.raises(InvalidArgument, match=r"present: expected .*'image', 'text'.*'texts'"):
+        vae.encode(items(), {"texts": torch.ones(300, dtype=torch.bool)})
+    for mask in (torch.ones(300), torch.ones(299, dtype=torch.bool)):
+        with pytest.raises(InvalidArgument, match=r"present\['image'\]: expected bool \[300\]"):
+            vae.encode(items(), {"image": mask})
     spoiled = items()
     spoiled["text"][[4, 17], 0] = float("inf")
     with pytest.raises(InvalidArgument, match=r"text.*rows 4, 17"):

@@ -106,6 +106,7 @@ def test_states_and_items():
         ({"codes": [[0], [1]], "item_ids": [0.5, 1.5]}, InvalidArgument, "got 0.5 .* in row 0"),
         ({"codes": [[0], [1]], "item_ids": "ab"}, InvalidArgument, "sequence of ids, got one str"),
         ({"codes": [[0], [1]], "item_ids": ["\ud800", "b"]}, InvalidArgument, "UTF-8"),
+        ({"codes": [[0]], "item_ids": np.array([1 << 63], np.uint64)}, InvalidArgument, "below 2"),
         ({"codes": [[0], [1]], "item_ids": ["a", "a"]}, InvalidData, "row 1: .* got 'a' again"),
         ({"codes": [[0], [1], [0]], "item_ids": [7, 3, 7]}, InvalidData, "row 2: .* got 7 again"),
     ],
