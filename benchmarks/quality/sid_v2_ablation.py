@@ -220,7 +220,7 @@ def render(result: dict[str, Any]) -> str:
         " co-occurrence and lowest in SID-v1. Without posters it is lower too, where PLUM's is 0.2"
         " points higher: that depends on how much a second embedding tells that the first does not."
         " With the text once more in place of the posters, SIDs are less unique than those of the"
-        " text alone, by as little as PLUM's. With posters of other movies, which tell a lot but"
+        " text alone, by little, as PLUM's. With posters of other movies, which tell a lot but"
         " nothing about the movie, they are as unique as with its own. What PLUM's second embedding"
         " has in common with its first is not published.",
         "",
