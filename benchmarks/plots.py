@@ -28,13 +28,14 @@ _DATASETS = {"ml-1m": "MovieLens-1M", "beauty": "Amazon Beauty"}
 # Provider to points (size, seconds).
 Curves = dict[str, list[tuple[int, float]]]
 _TITLES = {
-    "N": "rows",
-    "K": "codes a level",
-    "D": "width",
-    "L": "levels",
+    "N": "rows N",
+    "K": "codes a level K",
+    "D": "width D",
+    "L": "levels L",
     "SIDs": "SIDs of the catalog",
-    "W": "beams",
+    "W": "beams W",
 }
+_KINDS = {"generator": "#5e35b1", "baseline": "#00897b", "published": "#bdbdbd"}
 _COLORS = {"plum cpu": "#5e35b1", "STATIC": "#d81b60", "torch addmm + argmin": "#ef6c00",
            "faiss ResidualQuantizer": "#00897b", "vector-quantize-pytorch": "#757575"}  # fmt: skip
 
@@ -73,7 +74,7 @@ def recalls() -> dict[str, dict[str, float]]:
 def draw_scaling(path: Path) -> None:
     """Draws all curves on logarithmic axes."""
     plots = curves()
-    with _figure(path, plots, 2, 4, (11, 5.2)) as grid:
+    with _figure(path, plots, 2, 4, (11, 5.2), sharey="row") as grid:
         for axis in grid.flat[len(plots) :]:
             axis.axis("off")
         for axis, (name, plot) in zip(grid.flat, plots.items(), strict=False):
@@ -81,7 +82,7 @@ def draw_scaling(path: Path) -> None:
             for provider, points in plot.items():
                 x, seconds = zip(*sorted(points), strict=True)
                 axis.plot(
-                    x, [1e3 * each for each in seconds], "o-", ms=3, label=provider,
+                    x, [1e3 * each for each in seconds], "o-", ms=3, label=_label(provider),
                     color=_COLORS[provider], lw=2 if provider.startswith("plum") else 1,
                 )  # fmt: skip
             base = BASE if op == "search_scaling" else DECODE_BASE
@@ -90,6 +91,8 @@ def draw_scaling(path: Path) -> None:
             marks = sorted({size for points in plot.values() for size, _ in points})
             axis.set_xticks(marks, [_short(mark) for mark in marks])
             axis.minorticks_off()
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+            axis.tick_params(labelleft=True)
             axis.grid(alpha=0.3)
         for row, title in enumerate(("residual search, ms", "whole decode, 8 requests, ms")):
             grid[row, 0].set_ylabel(title)
@@ -100,30 +103,36 @@ def draw_scaling(path: Path) -> None:
 
 def draw_recommendation(path: Path) -> None:
     """Draws a bar a model, the best on top."""
+    from matplotlib.patches import Patch
+
     plots = recalls()
-    with _figure(path, plots, 1, len(plots), (11, 3.4)) as axes:
+    with _figure(path, plots, 1, len(plots), (11, 3.6)) as axes:
         for axis, (dataset, models) in zip(axes.flat, plots.items(), strict=True):
             names = sorted(models, key=lambda name: models[name])
-            colors = ["#bdbdbd" if name.startswith("published") else "#5e35b1" if
-                      name.startswith("generator") else "#00897b" for name in names]  # fmt: skip
-            bars = axis.barh(names, [models[name] for name in names], color=colors)
-            axis.bar_label(bars, fmt="%.3f", padding=2)
-            axis.margins(x=0.12)
+            places = range(len(names))
+            colors = [_KINDS[_kind(name)] for name in names]
+            bars = axis.barh(places, [models[name] for name in names], color=colors)
+            spelled = [name.removeprefix("published: ").replace(" (", "\n(") for name in names]
+            axis.set_yticks(places, spelled)
+            axis.bar_label(bars, fmt="%.4f", padding=2)
+            axis.margins(x=0.15)
             axis.set_title(_DATASETS[dataset])
-            axis.set_xlabel("test Recall@10, seen items left out")
+            axis.set_xlabel("test Recall@10, items of the history left out")
             axis.spines[["top", "right"]].set_visible(False)
+        shown = [Patch(color=color, label=kind) for kind, color in _KINDS.items()]
+        axes[0, 0].legend(handles=shown, loc="lower right", frameon=False)
 
 
 @contextmanager
 def _figure(
-    path: Path, points: Any, rows: int, columns: int, size: tuple[float, float]
+    path: Path, points: Any, rows: int, columns: int, size: tuple[float, float], **sharing: str
 ) -> Iterator[Any]:
     """Gives axes ``[rows, columns]`` to draw on, then writes them with the digest of the points."""
     from matplotlib import pyplot as plt
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "plum", "font.size": 8}):
-        options = {"figsize": size, "layout": "constrained", "squeeze": False}
+        options = {"figsize": size, "layout": "constrained", "squeeze": False, **sharing}
         figure, axes = plt.subplots(rows, columns, **options)
         yield axes
         with atomic_path(path) as temporary:
@@ -137,11 +146,21 @@ def digest(points: Any) -> str:
     return hashlib.sha256(json.dumps(points, sort_keys=True).encode()).hexdigest()
 
 
+def _kind(name: str) -> str:
+    """Says which of the kinds of the legend a model is."""
+    first = name.split(":")[0].split(",")[0]
+    return first if first in _KINDS else "baseline"
+
+
+def _label(provider: str) -> str:
+    return provider.removesuffix(" cpu")
+
+
 def _short(value: int) -> str:
     for unit, name in ((1_000_000, "M"), (1_000, "k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{name}"
-    return str(value)
+        if value % unit == 0:
+            return f"{value // unit}{name}"
+    return f"{value:,}"
 
 
 # File to its points and how it is drawn.

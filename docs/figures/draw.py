@@ -49,8 +49,8 @@ def residual_quantization(folder: Path) -> None:
         to = codebooks[level][sid[level]].tolist()
         axis.annotate("", to, (x, y), arrowprops={"arrowstyle": "->", "color": INK})
         axis.plot(x, y, "o", color=INK, ms=5)
-        name = "the embedding" if level == 0 else f"what level {level} left"
-        axis.set_title(f"level {level + 1}: {name}, code {sid[level]}", fontsize=10, color=INK)
+        name = "the embedding" if level == 0 else f"what level {level - 1} left"
+        axis.set_title(f"level {level}: {name}, code {sid[level]}", fontsize=10, color=INK)
         axis.set_aspect("equal", adjustable="datalim")
         axis.tick_params(labelsize=7, colors="#777777")
     figure.suptitle(f"the black point has the SID {_spelled(sid)}", fontsize=10, color=INK)
@@ -66,18 +66,18 @@ def trie_ranges(folder: Path) -> None:
         for level, code in enumerate(sid):
             _cell(axis, level, row, str(code), COLORS[code])
         axis.text(3.2, row + 0.5, f"item {'ABCDEFGH'[row]}", va="center", color=INK, size=10)
-    heads = ("row", "level 1", "level 2", "level 3")
+    heads = ("row", "level 0", "level 1", "level 2")
     for place, text in zip((-0.7, 0.5, 1.5, 2.5), heads, strict=True):
         axis.text(place, -0.3, text, ha="center", color=INK, size=9)
     for place, prefix in enumerate(((), (2,), (2, 1), (2, 1, 3))):
         states = trie_walk(torch.tensor([prefix], dtype=torch.int64).view(1, -1), trie)
         low, high = states[0].tolist()
-        x = 5.0 + 1.25 * place
+        x = 5.0 + 1.5 * place
         axis.plot([x + 0.2, x, x, x + 0.2], [low + 0.08] * 2 + [high - 0.08] * 2, color=INK)
         label = f"after {_spelled(prefix)}" if prefix else "root"
         axis.text(x + 0.1, -0.3, label, ha="center", color=INK, size=9)
         axis.text(x + 0.1, (low + high) / 2, f"[{low}, {high})", va="center", color=INK, size=10)
-    axis.set(xlim=(-1.2, 9.9), ylim=(8.2, -0.8))
+    axis.set(xlim=(-1.2, 10.7), ylim=(8.2, -0.8))
     axis.axis("off")
     _save(figure, folder / "trie_ranges.svg")
 
