@@ -12,7 +12,7 @@ from plum import _native
 from plum._library import Backend, Op
 from plum.errors import InvalidArgument
 from plum.ops.code_usage import check_codes, out_of_range
-from plum.ops.residual_quantize import pack_codebooks
+from plum.ops.residual_quantize import check_rows, pack_codebooks
 
 # Rows a chunk: bounds the memory of the fp64 copy of the rows. A GPU sorts each chunk.
 _CHUNK, _GPU_CHUNK = 4096, 1 << 18
@@ -51,17 +51,16 @@ def codebook_sums(
         fp64 ``[ΣK, D]``, level by level; zero rows for codes that no row is on.
 
     Raises:
-        InvalidArgument: a shape, dtype or code is not as above.
+        InvalidArgument: a shape, dtype, device or code is not as above.
         BackendUnavailable: the backend asked for cannot run here.
     """
     packed, sizes = pack_codebooks(codebooks, sizes)
-    if x.ndim != 2 or x.shape[1] != packed.shape[1]:
-        raise InvalidArgument("x", f"[N, {packed.shape[1]}] as the codebooks", str(list(x.shape)))
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise InvalidArgument("x", "fp32, bf16 or fp16", str(x.dtype))
+    check_rows(x, packed)
     check_codes(codes, sizes)
     if len(codes) != len(x):
         raise InvalidArgument("codes", f"{len(x)} rows as x", str(len(codes)))
+    if codes.device != x.device:
+        raise InvalidArgument("codes", f"a tensor on {x.device}, as x", str(codes.device))
     return _op(x.detach(), codes, packed.detach(), sizes, backend=backend)
 
 

@@ -13,7 +13,12 @@ from plum.errors import InvalidArgument
 
 
 def dead_codes(
-    usage: Tensor, sizes: Sequence[int], *, share: float = 0.1, backend: str | None = None
+    usage: Tensor,
+    sizes: Sequence[int],
+    *,
+    share: float = 0.1,
+    validate: bool = True,
+    backend: str | None = None,
 ) -> Tensor:
     """Finds the codes whose usage is below ``share`` of the uniform share of their level.
 
@@ -28,6 +33,7 @@ def dead_codes(
         usage: int64 counts, or floating-point moving averages of them, ``[ΣK]``, not negative.
         sizes: ``L`` codebook sizes ``K_l``.
         share: Fraction of the uniform share, in (0, 1].
+        validate: Raise on usage that is negative or NaN. On a GPU this waits for the device.
         backend: ``"reference"`` forces it.
 
     Returns:
@@ -37,26 +43,32 @@ def dead_codes(
         InvalidArgument: a shape, dtype or value is not as above.
     """
     sizes = list(sizes)
+    if not sizes or any(size < 1 for size in sizes):
+        raise InvalidArgument("sizes", "at least one level, with sizes of at least 1", sizes)
     if usage.ndim != 1 or usage.shape[0] != sum(sizes):
         raise InvalidArgument("usage", f"[{sum(sizes)}], the sum of sizes", str(list(usage.shape)))
     if usage.is_complex() or usage.dtype == torch.bool:
         raise InvalidArgument("usage", "counts or moving averages", str(usage.dtype))
     if not 0 < share <= 1:
         raise InvalidArgument("share", "a fraction in (0, 1]", str(share))
-    return _op(usage, sizes, share, backend=backend)
+    return _op(usage, sizes, share, validate, backend=backend)
 
 
-def _reference(usage: Tensor, sizes: Sequence[int], share: float) -> Tensor:
+def _reference(usage: Tensor, sizes: Sequence[int], share: float, validate: bool) -> Tensor:
+    # Not usage < 0, which is False of NaN.
+    if validate and not bool((usage >= 0).all()):
+        code = int(torch.nonzero(~(usage >= 0))[0])
+        raise InvalidArgument(f"usage[{code}]", "at least 0", usage[code].item())
     parts = usage.double().split(list(sizes))
     return torch.cat([part < share * part.sum() / len(part) for part in parts])
 
 
-def _fake(usage: Tensor, sizes: Sequence[int], share: float) -> Tensor:
+def _fake(usage: Tensor, sizes: Sequence[int], share: float, validate: bool) -> Tensor:
     return usage.new_empty(usage.shape, dtype=torch.bool)
 
 
 _op: Any = Op(
-    "dead_codes(Tensor usage, SymInt[] sizes, float share) -> Tensor",
+    "dead_codes(Tensor usage, SymInt[] sizes, float share, bool validate) -> Tensor",
     reference=_reference,
     fake=_fake,
 )

@@ -12,7 +12,7 @@ from plum._library import Op
 from plum.errors import InvalidArgument
 from plum.ops._row_hash import mixed, row_hash
 from plum.ops.code_usage import check_codes
-from plum.ops.residual_quantize import ResidualCodes, pack_codebooks
+from plum.ops.residual_quantize import ResidualCodes, check_rows, pack_codebooks
 
 # More rows than this are not worth their memory: codes still dead wait for the next revival.
 _MOST = 1024
@@ -37,7 +37,15 @@ class Reservoir(NamedTuple):
 def empty_reservoir(
     sizes: Sequence[int], dim: int, *, device: torch.device | str = "cpu"
 ) -> Reservoir:
-    """Returns a reservoir without rows, for codebooks of ``sizes`` ``K_l`` and width ``dim``."""
+    """Returns a reservoir without rows, for codebooks of ``sizes`` ``K_l`` and width ``dim``.
+
+    Raises:
+        InvalidArgument: there is no level, or a size or ``dim`` is below 1.
+    """
+    if not sizes or any(size < 1 for size in sizes):
+        raise InvalidArgument("sizes", "at least one level, with sizes of at least 1", list(sizes))
+    if dim < 1:
+        raise InvalidArgument("dim", "at least 1", dim)
     total = sum(reservoir_sizes(sizes))
     keys = torch.full((total,), float("-inf"), dtype=torch.float64, device=device)
     return Reservoir(torch.zeros(total, dim, device=device), keys)
@@ -84,13 +92,10 @@ def fill_reservoir_(
         ``reservoir`` itself.
 
     Raises:
-        InvalidArgument: a shape, dtype or the seed is not as above.
+        InvalidArgument: a shape, dtype, device or the seed is not as above.
     """
     packed, sizes = pack_codebooks(codebooks, sizes)
-    if x.ndim != 2 or x.shape[1] != packed.shape[1] or not x.is_floating_point():
-        raise InvalidArgument(
-            "x", f"floating point [N, {packed.shape[1]}]", f"{x.dtype} {list(x.shape)}"
-        )
+    check_rows(x, packed)
     check_codes(found.codes, sizes)
     for name, tensor in (("found.codes", found.codes), ("found.norms", found.norms)):
         if tensor.shape != (len(x), len(sizes)):

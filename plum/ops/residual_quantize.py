@@ -69,17 +69,12 @@ def residual_quantize(
         Codes, squared residual norms and, if asked for, the residual. No gradient flows.
 
     Raises:
-        InvalidArgument: a shape or dtype is not as above, a value is not finite, or a residual
-            overflows fp32.
+        InvalidArgument: a shape, dtype or device is not as above, a value is not finite (a
+            codeword is named as ``codebooks[l][k]``, packed or not), or a residual overflows fp32.
         BackendUnavailable: the backend asked for cannot run here.
     """
     packed, sizes = pack_codebooks(codebooks, sizes)
-    if x.ndim != 2 or x.shape[1] != packed.shape[1]:
-        raise InvalidArgument("x", f"[N, {packed.shape[1]}] as the codebooks", str(list(x.shape)))
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise InvalidArgument("x", "fp32, bf16 or fp16", str(x.dtype))
-    if x.device != packed.device:
-        raise InvalidArgument("codebooks", f"tensors on {x.device}, as x", str(packed.device))
+    check_rows(x, packed)
     if usage is not None and (
         usage.dtype != torch.int64 or usage.shape != (sum(sizes),) or usage.device != x.device
     ):
@@ -92,6 +87,16 @@ def residual_quantize(
         x.detach(), packed.detach(), sizes, return_residual, usage, backend=backend
     )
     return ResidualCodes(codes, norms, residual if return_residual else None)
+
+
+def check_rows(x: Tensor, packed: Tensor) -> None:
+    """Checks that ``x`` is fp32, bf16 or fp16 ``[N, D]`` and where the codebooks are."""
+    if x.ndim != 2 or x.shape[1] != packed.shape[1]:
+        raise InvalidArgument("x", f"[N, {packed.shape[1]}] as the codebooks", str(list(x.shape)))
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InvalidArgument("x", "fp32, bf16 or fp16", str(x.dtype))
+    if x.device != packed.device:
+        raise InvalidArgument("codebooks", f"tensors on {x.device}, as x", str(packed.device))
 
 
 def pack_codebooks(
@@ -107,16 +112,25 @@ def pack_codebooks(
             )
         packed, sizes = codebooks, list(sizes)
     else:
-        if not codebooks:
+        if len(codebooks) == 0:
             raise InvalidArgument("codebooks", "at least one level", "none")
         for level, codebook in enumerate(codebooks):
+            if not isinstance(codebook, Tensor) or not codebook.is_floating_point():
+                got = codebook.dtype if isinstance(codebook, Tensor) else type(codebook).__name__
+                raise InvalidArgument(f"codebooks[{level}]", "a floating-point tensor", got)
             if codebook.ndim != 2 or codebook.shape[1] != codebooks[0].shape[1]:
                 raise InvalidArgument(
                     f"codebooks[{level}]",
                     f"[K, D] with the D of codebooks[0] {list(codebooks[0].shape)}",
                     str(list(codebook.shape)),
                 )
-        packed, sizes = torch.cat(list(codebooks)), [len(codebook) for codebook in codebooks]
+            if codebook.device != codebooks[0].device:
+                expected = f"a tensor on {codebooks[0].device}, as codebooks[0]"
+                raise InvalidArgument(f"codebooks[{level}]", expected, codebook.device)
+        own = [len(codebook) for codebook in codebooks]
+        if sizes is not None and list(sizes) != own:
+            raise InvalidArgument("sizes", f"None or {own}, as codebooks", list(sizes))
+        packed, sizes = torch.cat(list(codebooks)), own
     if not sizes or any(size < 1 for size in sizes):
         raise InvalidArgument("codebooks", "at least one codeword a level", f"sizes {sizes}")
     if len(sizes) > MAX_LEVELS:
@@ -136,7 +150,7 @@ def _reference(
     usage: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not bool(codebooks.isfinite().all()):
-        raise _bad_codeword(int(torch.nonzero(~codebooks.isfinite().all(dim=1))[0, 0]))
+        raise _bad_codeword(int(torch.nonzero(~codebooks.isfinite().all(dim=1))[0, 0]), sizes)
     codes = x.new_empty((len(x), len(sizes)), dtype=torch.int32)
     norms = x.new_empty((len(x), len(sizes)), dtype=torch.float32)
     residual = x.new_empty(x.shape if return_residual else (0, x.shape[1]), dtype=torch.float32)
@@ -191,7 +205,7 @@ def _cpu(
     x, codebooks = x.contiguous(), codebooks.contiguous()
     packed = _native.packed_codebooks(codebooks, sizes)
     if packed.first_bad >= 0:
-        raise _bad_codeword(packed.first_bad)
+        raise _bad_codeword(packed.first_bad, sizes)
     codes, norms, residual = _fake(x, codebooks, sizes, return_residual, usage)
     counts = usage
     if usage is not None and not usage.is_contiguous():
@@ -255,7 +269,7 @@ def _raise_bad(first_bad: Tensor, x: Tensor, codebooks: Tensor, sizes: Sequence[
     """Waits for a GPU's kernel: raises where a codeword, or else a row, is bad."""
     codeword, row = first_bad.tolist()
     if codeword < len(codebooks):
-        raise _bad_codeword(int(torch.nonzero(~codebooks.isfinite().all(dim=1))[0, 0]))
+        raise _bad_codeword(int(torch.nonzero(~codebooks.isfinite().all(dim=1))[0, 0]), sizes)
     if row < len(x):
         _raise_bad_row(row, x, codebooks, sizes)
 
@@ -270,8 +284,12 @@ def _raise_bad_row(bad: int, x: Tensor, codebooks: Tensor, sizes: Sequence[int])
     raise AssertionError(f"the kernel calls row {bad} bad and the reference does not")
 
 
-def _bad_codeword(row: int) -> InvalidArgument:
-    return InvalidArgument(f"codebooks[{row}]", "finite codewords", "NaN or infinity")
+def _bad_codeword(row: int, sizes: Sequence[int]) -> InvalidArgument:
+    """Returns the error of a row of the packed codebook, named by its level and code."""
+    level = 0
+    while row >= sizes[level]:
+        row, level = row - sizes[level], level + 1
+    return InvalidArgument(f"codebooks[{level}][{row}]", "finite codewords", "NaN or infinity")
 
 
 def _nearest(r: Tensor, book: Tensor) -> Tensor:

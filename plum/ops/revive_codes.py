@@ -44,7 +44,8 @@ def revive_codes(
     Args:
         codebook: ``[K, D]`` floating point.
         dead: bool ``[K]``.
-        rows: ``[M, D]``, residuals that this level quantizes; of :func:`fill_reservoir_`, say.
+        rows: Floating point ``[M, D]``, residuals that this level quantizes; of
+            :func:`fill_reservoir_`, say.
         keys: Floating point ``[M]``, what to take first; -inf and NaN for never.
         backend: ``"reference"`` forces it.
 
@@ -54,12 +55,18 @@ def revive_codes(
     Raises:
         InvalidArgument: a shape or dtype is not as above.
     """
-    if codebook.ndim != 2 or dead.shape != codebook.shape[:1] or dead.dtype != torch.bool:
+    if codebook.ndim != 2 or not codebook.is_floating_point():
+        raise InvalidArgument(
+            "codebook", "floating point [K, D]", f"{codebook.dtype} {list(codebook.shape)}"
+        )
+    if dead.shape != codebook.shape[:1] or dead.dtype != torch.bool:
         raise InvalidArgument(
             "dead", f"bool [{codebook.shape[0]}]", f"{dead.dtype} {list(dead.shape)}"
         )
-    if rows.ndim != 2 or rows.shape[1] != codebook.shape[1]:
-        raise InvalidArgument("rows", f"[M, {codebook.shape[1]}]", str(list(rows.shape)))
+    if rows.ndim != 2 or rows.shape[1] != codebook.shape[1] or not rows.is_floating_point():
+        raise InvalidArgument(
+            "rows", f"floating point [M, {codebook.shape[1]}]", f"{rows.dtype} {list(rows.shape)}"
+        )
     if keys.shape != rows.shape[:1] or not keys.is_floating_point():
         raise InvalidArgument(
             "keys", f"floating point [{len(rows)}]", f"{keys.dtype} {list(keys.shape)}"

@@ -321,7 +321,9 @@ class ResidualQuantizer(nn.Module):
         capacities = reservoir_sizes(self.codebook_sizes)
         sample = merge_reservoirs(self._sample(), capacities, self.process_group)
         self.forget_sample()
-        dead = dead_codes(self.usage_ema, self.codebook_sizes, share=self.dead_share)
+        dead = dead_codes(
+            self.usage_ema, self.codebook_sizes, share=self.dead_share, validate=False
+        )
         levels = zip(
             *(part.split(self.codebook_sizes) for part in (self._packed(), dead)),
             *(part.split(capacities) for part in sample),

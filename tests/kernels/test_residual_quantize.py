@@ -231,5 +231,5 @@ def test_the_op_names_what_is_bad():
         residual_quantize(x, books, usage=usage, backend="triton")
     assert usage.tolist() == [0, 0]
     books[0][1, 0] = float("inf")
-    with pytest.raises(InvalidArgument, match=r"codebooks\[1\]: expected finite"):
+    with pytest.raises(InvalidArgument, match=r"codebooks\[0\]\[1\]: expected finite"):
         residual_quantize(x[:3], books, backend="triton")

@@ -110,6 +110,12 @@ def test_backend_that_is_not_there():
             r"codes\[1, 0\]: expected a code in \[0, 3\)",
         ),
         (torch.ones(2, 2), torch.tensor([[0]]), "codes: expected 2 rows"),
+        (
+            torch.ones(2, 2),
+            torch.zeros(2, 1, device="meta").int(),
+            "codes: expected a tensor on cpu",
+        ),
+        (torch.ones(2, 2, device="meta"), torch.tensor([[0], [1]]), "codebooks: .* on meta, as x"),
         (torch.ones(2, 2), torch.tensor([0, 1]), "codes: expected int32 or int64"),
         (torch.ones(2, 3), torch.tensor([[0], [1]]), r"x: expected \[N, 2\]"),
         (torch.ones(2, 2).long(), torch.tensor([[0], [1]]), "x: expected fp32"),

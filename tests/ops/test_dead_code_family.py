@@ -35,6 +35,16 @@ def test_dead_is_relative_to_the_uniform_share_of_the_level():
         (torch.ones(4), [3], 0.1, "usage"),
         (torch.ones(3, dtype=torch.bool), [3], 0.1, "usage"),
         (torch.ones(3), [3], 0.0, "share"),
+        (torch.tensor([1, -1, 0]), [3], 0.1, r"^usage\[1\]: expected at least 0, got -1"),
+        (
+            torch.tensor([1.0, 0.0, math.nan]),
+            [3],
+            0.1,
+            r"^usage\[2\]: expected at least 0, got nan",
+        ),
+        (torch.ones(3), [3, 0], 0.1, "^sizes"),
+        (torch.ones(3), [4, -1], 0.1, "^sizes"),
+        (torch.ones(0), [], 0.1, "^sizes"),
         (torch.ones(3), [3], 1.5, "share"),
     ],
 )
@@ -113,8 +123,12 @@ def test_revive_codes_bad_arguments():
     codebook, rows, keys = torch.zeros(2, 2), torch.ones(3, 2), torch.zeros(3)
     with pytest.raises(InvalidArgument, match="dead"):
         revive_codes(codebook, torch.zeros(2), rows, keys)
-    with pytest.raises(InvalidArgument, match="rows"):
-        revive_codes(codebook, torch.ones(2) > 0, torch.ones(3, 1), keys)
+    for wrong in (torch.zeros(2), torch.zeros(()), codebook.long()):
+        with pytest.raises(InvalidArgument, match=r"^codebook: expected floating point"):
+            revive_codes(wrong, torch.ones(2) > 0, rows, keys)
+    for wrong in (torch.ones(3, 1), rows.long()):
+        with pytest.raises(InvalidArgument, match=r"^rows: expected floating point"):
+            revive_codes(codebook, torch.ones(2) > 0, wrong, keys)
     with pytest.raises(InvalidArgument, match="keys"):
         revive_codes(codebook, torch.ones(2) > 0, rows, torch.ones(2))
 
@@ -230,6 +244,7 @@ def test_fill_reservoir_bad_arguments():
     found, reservoir = residual_quantize(x, books), empty_reservoir([5, 3], 6)
     for changed, name in (
         ({"x": x[:, :5]}, "x"),
+        ({"x": x.double()}, "x: expected fp32, bf16 or fp16"),
         ({"x": x[:9]}, r"found\.codes"),
         ({"found": found._replace(norms=found.norms[:, :1])}, r"found\.norms"),
         ({"reservoir": empty_reservoir([5, 2], 6)}, r"reservoir\.rows"),
@@ -241,11 +256,24 @@ def test_fill_reservoir_bad_arguments():
             fill_reservoir_(**{**arguments, **changed})
 
 
+def test_empty_reservoir_bad_arguments():
+    for sizes in ([], [4, 0], [-4]):
+        with pytest.raises(InvalidArgument, match=r"^sizes"):
+            empty_reservoir(sizes, 2)
+    with pytest.raises(InvalidArgument, match=r"^dim"):
+        empty_reservoir([4], 0)
+
+
+def test_unchecked_usage_is_not_looked_at():
+    usage = torch.tensor([-1.0, 5.0])
+    assert dead_codes(usage, [2], validate=False).tolist() == [True, False]
+
+
 def test_opcheck_and_compile():
     generator = torch.Generator().manual_seed(0)
     rows, codebook = torch.randn(9, 3, generator=generator), torch.randn(4, 3, generator=generator)
     opcheck = torch.library.opcheck
-    opcheck(torch.ops.plum.dead_codes.default, (torch.arange(4), [2, 2], 0.1))
+    opcheck(torch.ops.plum.dead_codes.default, (torch.arange(4), [2, 2], 0.1, True))
     dead, keys = torch.tensor([True, False, True, False]), -torch.arange(9).double()
     opcheck(torch.ops.plum.revive_codes.default, (codebook, dead, rows, keys))
     reservoir, found = empty_reservoir([2, 2], 3), residual_quantize(rows, codebook, sizes=[2, 2])

@@ -320,7 +320,12 @@ def with_nan(rows: int, bad: int) -> torch.Tensor:
         (torch.zeros(2, 0), [torch.ones(2, 0)], "codebooks: expected at least one dimension"),
         (torch.zeros(2, 3), [torch.ones(2, 3)] * 65, "codebooks: expected at most 64 levels"),
         (with_nan(5000, 4321), [torch.ones(2, 2)], r"x\[4321\]: expected finite rows"),
-        (torch.zeros(2, 2), [with_nan(4, 3)], r"codebooks\[3\]: expected finite"),
+        (torch.zeros(2, 2), [with_nan(4, 3)], r"codebooks\[0\]\[3\]: expected finite"),
+        (torch.zeros(2, 2), [with_nan(4, 3)[:3], with_nan(4, 1)], r"codebooks\[1\]\[1\]: .*finite"),
+        (torch.zeros(2, 2).double(), [torch.ones(2, 2)], "x: expected fp32, bf16 or fp16"),
+        (torch.zeros(2, 2), [torch.ones(2, 2), torch.ones(2, 2).int()], r"codebooks\[1\]: .*int32"),
+        (torch.zeros(2, 2), [[[0.0, 1.0]]], r"codebooks\[0\]: .*got list"),
+        (torch.zeros(2, 2), [torch.ones(2, 2), torch.ones(2, 2, device="meta")], r"\[1\]: .*meta"),
         (torch.full((2, 2), 3e38), [torch.full((1, 2), -3e38)], "stay within fp32"),
     ],
 )
@@ -334,6 +339,18 @@ def test_bad_arguments(x, codebooks, name, backend):
 def test_packed_codebooks_without_a_level(backend):
     with pytest.raises(InvalidArgument, match=r"codebooks: .*, got sizes \[\]"):
         residual_quantize(torch.ones(2, 3), torch.ones(0, 3), sizes=[], backend=backend)
+
+
+def test_a_codeword_of_packed_codebooks_is_named_by_its_level():
+    with pytest.raises(InvalidArgument, match=r"^codebooks\[1\]\[1\]: expected finite"):
+        residual_quantize(torch.zeros(2, 2), with_nan(5, 4), sizes=[3, 2])
+
+
+def test_sizes_must_be_those_of_the_codebooks():
+    books = [torch.ones(2, 3), torch.ones(4, 3)]
+    residual_quantize(torch.ones(1, 3), books, sizes=[2, 4])
+    with pytest.raises(InvalidArgument, match=r"^sizes: expected None or \[2, 4\]"):
+        residual_quantize(torch.ones(1, 3), books, sizes=[3, 3])
 
 
 def test_the_first_chunk_with_a_bad_row_is_named_as_by_the_reference():
