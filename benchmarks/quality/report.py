@@ -22,6 +22,17 @@ Every figure on this page stands in a JSON file in `benchmarks/results/quality`,
 under its title wrote; `python -m benchmarks.quality.report` makes the page from them. Published
 figures stand beside ours where there are any, and each section says what was measured and where
 the two are not the same thing.
+
+In all tables:
+
+- *R@10* is Recall@10 and *N@10* NDCG@10, on the test items.
+- *Unseen*: the items of the user's history are left out of the ranking. Without the word they may
+  be recommended again.
+- Figures by level begin with level 0, the coarsest; *by length* with prefixes of one code. *First
+  level* is the number of codes at level 0.
+- *Unique* is the number of distinct SIDs over that of items.
+- Files with `versions` say which Python, torch and plum wrote them. None names a commit; where a
+  row is of older code, its section says so.
 """
 
 
