@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,8 @@ import torch
 from plum.errors import InvalidArgument
 
 Codes = npt.NDArray[np.int32]
+# Codes are int32.
+_MAX_SIZE = 1 << 31
 
 
 class SidGroups(NamedTuple):
@@ -31,25 +34,60 @@ class SidGroups(NamedTuple):
         return np.diff(self.starts)
 
 
-def as_codes(codes: npt.ArrayLike | torch.Tensor, codebook_sizes: Sequence[int]) -> Codes:
+def as_sizes(codebook_sizes: Sequence[int]) -> tuple[int, ...]:
+    """Returns the codebook sizes as ints.
+
+    Raises:
+        InvalidArgument: there is none, or one is not an int in [1, 2^31].
+    """
+    try:
+        sizes = tuple(operator.index(size) for size in codebook_sizes)
+    except TypeError:
+        sizes = ()
+    if not sizes or not all(1 <= size <= _MAX_SIZE for size in sizes):
+        expected = "at least one size, and sizes of at least 1 and at most 2^31"
+        raise InvalidArgument("codebook_sizes", expected, codebook_sizes)
+    return sizes
+
+
+def as_array(name: str, values: Any) -> npt.NDArray[Any]:
+    """Returns what the argument ``name`` holds as an array of numbers on the CPU.
+
+    Raises:
+        InvalidArgument: it is not one; rows of different lengths, say.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        # numpy has no bf16.
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise InvalidArgument(name, "an array", "rows of different lengths") from None
+    if array.dtype.kind not in "iufb":
+        raise InvalidArgument(name, "numbers", f"{array.dtype} {list(array.shape)}")
+    return array
+
+
+def as_codes(
+    codes: npt.ArrayLike | torch.Tensor, codebook_sizes: Sequence[int], name: str = "codes"
+) -> Codes:
     """Returns codes as int32 ``[N, L]`` after checking them against the codebook sizes.
 
     Raises:
-        InvalidArgument: not an integer ``[N, L]``, or a code is not in ``[0, K_l)``.
+        InvalidArgument: not an integer ``[N, L]``, or a code is not in ``[0, K_l)``; ``name`` is
+            what the message calls them.
     """
-    array = codes.detach().cpu().numpy() if isinstance(codes, torch.Tensor) else np.asarray(codes)
-    sizes = list(codebook_sizes)
-    if not sizes or any(size < 1 for size in sizes):
-        raise InvalidArgument("codebook_sizes", "sizes of at least 1", sizes)
+    array, sizes = as_array(name, codes), as_sizes(codebook_sizes)
     if array.ndim != 2 or array.shape[1] != len(sizes) or array.dtype.kind not in "iu":
         raise InvalidArgument(
-            "codes", f"integers [N, {len(sizes)}]", f"{array.dtype} {list(array.shape)}"
+            name, f"integers [N, {len(sizes)}]", f"{array.dtype} {list(array.shape)}"
         )
     outside = np.argwhere((array < 0) | (array >= np.asarray(sizes)))
     if len(outside):
         row, level = outside[0].tolist()
         raise InvalidArgument(
-            f"codes[{row}, {level}]", f"a code in [0, {sizes[level]})", int(array[row, level])
+            f"{name}[{row}, {level}]", f"a code in [0, {sizes[level]})", int(array[row, level])
         )
     return array.astype(np.int32)
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from plum.errors import InvalidArgument, InvalidData, MissingDependency
-from plum.sid.codes import Codes, as_codes, group_by_sid
+from plum.sid.codes import Codes, as_array, as_codes, as_sizes, group_by_sid
 
 POLICIES = ("accept", "suffix", "nearest_free", "balanced")
 Rows = npt.NDArray[np.int64]
@@ -24,7 +24,7 @@ def resolve_collisions(
     policy: str = "accept",
     *,
     keys: Sequence[str] | None = None,
-    taken: npt.ArrayLike | None = None,
+    taken: npt.ArrayLike | torch.Tensor | None = None,
     residuals: Callable[[Rows], Any] | npt.ArrayLike | torch.Tensor | None = None,
     codebook: npt.ArrayLike | torch.Tensor | None = None,
     assign: Assign | None = None,
@@ -52,7 +52,7 @@ def resolve_collisions(
         keys: ``N`` distinct strings, item ids say; what becomes of an item then does not depend on
             the order of the rows. None goes by row order.
         taken: Integers ``[M, L]``, or ``[M, L + 1]`` with ``"suffix"``: SIDs that other items have
-            and keep.
+            and keep, of which several may be equal. ``"accept"`` does not look at it.
         residuals: ``[N, D]``, or a function from rows int64 ``[n]`` to ``[n, D]``, which is asked
             for the rows in question only: what is left before the last level.
         codebook: ``[K_L, D]``, the codewords of the last level.
@@ -65,10 +65,14 @@ def resolve_collisions(
     Raises:
         InvalidArgument: the policy is unknown, an argument is missing or does not fit, or keys are
             repeated.
-        InvalidData: ``"nearest_free"``, and more items have one prefix than the last level codes.
+        InvalidData: ``"nearest_free"``, and a prefix has more items than the last level has codes
+            for it that are not taken.
         MissingDependency: ``"balanced"`` without ``assign``, and SciPy is not installed.
     """
-    table, sizes = as_codes(codes, codebook_sizes), tuple(codebook_sizes)
+    table, sizes = as_codes(codes, codebook_sizes), as_sizes(codebook_sizes)
+    for row, key in enumerate(keys or ()):
+        if not isinstance(key, str):
+            raise InvalidArgument(f"keys[{row}]", "a string", repr(key))
     if keys is not None and (len(keys), len(set(keys))) != (len(table), len(table)):
         raise InvalidArgument(
             "keys",
@@ -84,7 +88,7 @@ def resolve_collisions(
         rank[sorted(range(len(table)), key=keys.__getitem__)] = np.arange(len(table))
     if policy == "suffix":
         return _suffix(table, sizes, rank, taken)
-    before = table[:0] if taken is None else as_codes(taken, sizes)  # type: ignore[arg-type]
+    before = table[:0] if taken is None else as_codes(taken, sizes, "taken")
     last = _LastLevel(len(table), sizes[-1], residuals, codebook)
     if policy == "nearest_free":
         return _nearest_free(table, sizes, rank, before, last), sizes
@@ -92,12 +96,12 @@ def resolve_collisions(
 
 
 def _suffix(
-    table: Codes, sizes: tuple[int, ...], rank: Rows, taken: npt.ArrayLike | None
+    table: Codes, sizes: tuple[int, ...], rank: Rows, taken: npt.ArrayLike | torch.Tensor | None
 ) -> tuple[Codes, tuple[int, ...]]:
     before = np.zeros((0, len(sizes) + 1), dtype=np.int32)
     if taken is not None:
-        room = int(np.max(np.asarray(taken), initial=0)) + 1
-        before = as_codes(taken, (*sizes, room))
+        numbers = as_array("taken", taken)
+        before = as_codes(numbers, (*sizes, int(np.max(numbers, initial=0)) + 1), "taken")
     both = np.vstack([before, np.hstack([table, np.zeros((len(table), 1), dtype=np.int32)])])
     # Rows that have their number already come first on their SID, then the others by key.
     by_key = np.append(np.arange(len(before)), len(before) + np.argsort(rank))
@@ -121,11 +125,12 @@ class _LastLevel:
         for name, value in (("residuals", residuals), ("codebook", codebook)):
             if value is None:
                 raise InvalidArgument(name, "what the last level quantizes, for this policy", None)
-        self.words = _float64(codebook)
-        if self.words.ndim != 2 or len(self.words) != size:
-            raise InvalidArgument("codebook", f"[{size}, D]", list(self.words.shape))
+        self.words = _float64("codebook", codebook)
+        if self.words.ndim != 2 or len(self.words) != size or not np.isfinite(self.words).all():
+            got = f"{list(self.words.shape)}, or NaN or infinity"
+            raise InvalidArgument("codebook", f"finite [{size}, D]", got)
         if not callable(residuals):
-            every = _float64(residuals)
+            every = _float64("residuals", residuals)
             if every.shape != (count, self.words.shape[1]):
                 expected = f"[{count}, {self.words.shape[1]}]"
                 raise InvalidArgument("residuals", expected, list(every.shape))
@@ -135,12 +140,11 @@ class _LastLevel:
     def fetch(self, rows: Rows) -> None:
         """Asks for the residuals of all rows whose distances will be needed, at once."""
         self._rows = np.sort(rows)
-        self._vectors = _float64(self._residuals(self._rows))
+        self._vectors = _float64("residuals", self._residuals(self._rows))
         expected = (len(rows), self.words.shape[1])
         if self._vectors.shape != expected or not np.isfinite(self._vectors).all():
-            raise InvalidArgument(
-                "residuals", f"finite {list(expected)}", f"{list(self._vectors.shape)}"
-            )
+            got = f"{list(self._vectors.shape)}, or NaN or infinity"
+            raise InvalidArgument("residuals", f"finite {list(expected)}", got)
 
     def distances(self, rows: Rows) -> Costs:
         """Returns fp64 ``[n, K_L]``; each row is computed by itself, in whatever company it is."""
@@ -148,10 +152,8 @@ class _LastLevel:
         return np.stack([np.square(self.words - row).sum(axis=1) for row in vectors])
 
 
-def _float64(values: Any) -> Costs:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
-    return np.asarray(values, dtype=np.float64)
+def _float64(name: str, values: Any) -> Costs:
+    return as_array(name, values).astype(np.float64, copy=False)
 
 
 def _shared(table: Codes, before: Codes) -> npt.NDArray[np.bool_]:
@@ -188,11 +190,13 @@ def _nearest_free(
     groups = _prefix_groups(table, before)
     shared = _shared(table, before)
     for new, old in groups:
-        if len(new) + len(old) > sizes[-1]:
+        # Items that share a SID take one code.
+        room = sizes[-1] - len(np.unique(before[old, -1]))
+        if len(new) > room:
             raise InvalidData(
                 f"prefix {table[new[0], :-1].tolist()}",
-                f"at most {sizes[-1]} items, as the last level has codes",
-                len(new) + len(old),
+                f"at most {room} items, as {room} of {sizes[-1]} codes are not taken",
+                len(new),
                 "make the last level larger, or use the policy suffix",
             )
     if not groups:
@@ -236,8 +240,17 @@ def _balanced(
         capacity = -(-(len(new) + len(old)) // sizes[-1])
         room = np.maximum(0, capacity - np.bincount(before[old, -1], minlength=sizes[-1]))
         codes = np.asarray(assign(level.distances(rows), room))
-        if codes.shape != rows.shape or (np.bincount(codes, minlength=sizes[-1]) > room).any():
-            raise InvalidArgument("assign", "a code for each row, within its room", codes)
+        if codes.shape != rows.shape or codes.dtype.kind not in "iu":
+            expected = f"a function that returns integers [{len(rows)}]"
+            raise InvalidArgument("assign", expected, f"{codes.dtype} {list(codes.shape)}")
+        outside = codes[(codes < 0) | (codes >= sizes[-1])]
+        if len(outside):
+            raise InvalidArgument("assign", f"codes in [0, {sizes[-1]})", int(outside[0]))
+        counts = np.bincount(codes, minlength=sizes[-1])
+        if (counts > room).any():
+            code = int(np.argmax(counts > room))
+            expected = f"at most {room[code]} rows on code {code}, within its room"
+            raise InvalidArgument("assign", expected, int(counts[code]))
         result[rows, -1] = codes
     return result
 

@@ -16,7 +16,7 @@ import torch
 
 from plum.errors import InvalidArgument, InvalidData, MissingDependency
 from plum.files import atomic_folder, atomic_path, read_json, settle_folder, sha256, write_json
-from plum.sid.codes import Codes, SidGroups, as_codes, group_by_sid
+from plum.sid.codes import Codes, SidGroups, as_codes, as_sizes, group_by_sid
 
 _ITEMS, _SIDS, _MANIFEST = "items.parquet", "sids.parquet", "manifest.json"
 _GENERATION = "generation-"
@@ -56,7 +56,7 @@ class SidTable:
         Raises:
             InvalidArgument: an id is repeated or not a string, or the codes do not fit.
         """
-        self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
+        self.codebook_sizes = as_sizes(codebook_sizes)
         self.codes: Codes = as_codes(codes, self.codebook_sizes)
         self.item_ids = list(item_ids)
         self.generation = generation
@@ -142,7 +142,7 @@ class SidTable:
             InvalidArgument: this table was not saved yet, an id is in it already, or the codes do
                 not fit.
         """
-        sizes = self.codebook_sizes if codebook_sizes is None else tuple(codebook_sizes)
+        sizes = self.codebook_sizes if codebook_sizes is None else as_sizes(codebook_sizes)
         if self.digest is None:
             raise InvalidArgument("table", "a table that is on disk", "one that was never saved")
         if len(sizes) != len(self.codebook_sizes) or any(

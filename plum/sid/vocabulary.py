@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from plum.errors import InvalidArgument, InvalidData
+from plum.sid.codes import as_sizes
 
 DEFAULT_TEMPLATE = "<s_{level}_{code}>"
 BEGIN, END = "<|sid_begin|>", "<|sid_end|>"
@@ -43,9 +45,9 @@ class SidVocabulary:
             InvalidArgument: the sizes or the template are not as above, or the template spells two
                 codes alike.
         """
-        sizes = tuple(int(size) for size in codebook_sizes)
-        if not 1 <= len(sizes) <= len(string.ascii_lowercase) or min(sizes) < 1:
-            raise InvalidArgument("codebook_sizes", "1 to 26 sizes of at least 1", list(sizes))
+        sizes = as_sizes(codebook_sizes)
+        if len(sizes) > len(string.ascii_lowercase):
+            raise InvalidArgument("codebook_sizes", "at most 26 sizes", len(sizes))
         if template.count("{level}") != 1 or template.count("{code}") != 1:
             raise InvalidArgument("template", "{level} and {code}, once each", repr(template))
         self.codebook_sizes = sizes
@@ -78,16 +80,21 @@ class SidVocabulary:
         """Spells the codes of one SID, or of a prefix of it, without opening and closing.
 
         Raises:
-            InvalidArgument: there are more codes than levels, or a code is out of range.
+            InvalidArgument: there are more codes than levels, or a code is no integer or out of
+                range.
         """
+        try:
+            codes = [operator.index(code) for code in codes]
+        except TypeError:
+            raise InvalidArgument("codes", "integers", repr(codes)) from None
         if len(codes) > self.num_levels:
             raise InvalidArgument("codes", f"at most {self.num_levels} codes", len(codes))
         for level, code in enumerate(codes):
             if not 0 <= code < self.codebook_sizes[level]:
                 raise InvalidArgument(
-                    f"codes[{level}]", f"a code in [0, {self.codebook_sizes[level]})", int(code)
+                    f"codes[{level}]", f"a code in [0, {self.codebook_sizes[level]})", code
                 )
-        return [self.tokens[self.offsets[level] + int(code)] for level, code in enumerate(codes)]
+        return [self.tokens[self.offsets[level] + code] for level, code in enumerate(codes)]
 
     def text_of(self, codes: Sequence[int]) -> str:
         """Spells a whole SID as text, opened and closed.
@@ -140,11 +147,14 @@ class SidVocabulary:
         """Builds the vocabulary that :meth:`to_dict` described.
 
         Raises:
-            InvalidData: a key is missing or unknown.
+            InvalidData: a key is missing or unknown, or a value is not as the constructor needs.
         """
         if set(value) != {"codebook_sizes", "template"}:
             raise InvalidData("vocabulary", "keys codebook_sizes and template", sorted(value))
-        return cls(**value)
+        try:
+            return cls(**value)
+        except InvalidArgument as error:
+            raise InvalidData("vocabulary", "sizes and a template that fit", error) from None
 
     def _spell(self, level: int, code: int) -> str:
         # Not str.format: a template may hold other braces.

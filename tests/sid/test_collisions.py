@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import sys
 from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, MissingDependency
 from plum.sid import quality_report, read_sids, resolve_collisions
 
 CODES = np.array([[1, 0], [0, 1], [1, 0], [1, 1], [1, 0]])
@@ -49,6 +50,14 @@ def test_bad_arguments_are_named():
         resolve_collisions(CODES, (1, 2))
     with pytest.raises(InvalidArgument, match=r"keys.*5 distinct"):
         resolve_collisions(CODES, (2, 2), "suffix", keys=["a"] * 5)
+    with pytest.raises(InvalidArgument, match=r"^keys\[1\]: expected a string, got 7"):
+        resolve_collisions(CODES, (2, 2), "suffix", keys=["a", 7, "b", "c", "d"])
+    with pytest.raises(InvalidArgument, match=r"^codebook_sizes"):
+        resolve_collisions(CODES, (2, 2.5), "suffix")
+    with pytest.raises(InvalidArgument, match=r"^codebook_sizes: .*at most 2\^31"):
+        resolve_collisions(CODES, (2, 2**31 + 1))
+    with pytest.raises(InvalidArgument, match=r"^codes: expected an array, .*lengths"):
+        resolve_collisions([[0], [0, 1]], (2, 2))
 
 
 EVERY_POLICY = ("suffix", "nearest_free", "balanced")
@@ -118,6 +127,73 @@ def test_a_full_prefix_is_named():
     table, sizes, _, residuals, codebook = case(1, 60, (1, 1, 16))
     with pytest.raises(InvalidData, match=r"prefix \[0, 0\].*16 items.*got 60.*suffix"):
         resolve_collisions(table, sizes, "nearest_free", residuals=residuals, codebook=codebook)
+
+
+def test_items_that_share_a_taken_sid_take_one_code():
+    taken = np.array([[0, 0]] * 9)
+    options = {"residuals": np.zeros((3, 1)), "codebook": [[0.0], [1.0], [2.0], [3.0]]}
+    codes, _ = resolve_collisions([[0, 0]] * 3, (1, 4), "nearest_free", taken=taken, **options)
+    assert codes.tolist() == [[0, 1], [0, 2], [0, 3]]
+    options["residuals"] = np.zeros((4, 1))
+    with pytest.raises(InvalidData, match=r"at most 3 items, as 3 of 4 codes .*, got 4"):
+        resolve_collisions([[0, 0]] * 4, (1, 4), "nearest_free", taken=taken, **options)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([0.5, 1.0, 2.0], r"integers \[3\], got float64 \[3\]"),
+        (["a", "b", "c"], r"integers \[3\]"),
+        ([0, 1], r"integers \[3\], got int64 \[2\]"),
+        (None, r"integers \[3\]"),
+        ([-1, 0, 1], r"codes in \[0, 4\), got -1"),
+        ([4, 0, 1], r"codes in \[0, 4\), got 4"),
+        ([2, 2, 1], "at most 1 rows on code 2, within its room, got 2"),
+    ],
+)
+def test_bad_assignments_are_named(found, message):
+    options = {"residuals": np.zeros((3, 2)), "codebook": np.ones((4, 2))}
+    with pytest.raises(InvalidArgument, match=f"^assign: expected .*{message}"):
+        resolve_collisions(
+            [[0, 0]] * 3, (1, 4), "balanced", assign=lambda costs, room: found, **options
+        )
+
+
+@pytest.mark.parametrize("policy", EVERY_POLICY)
+@pytest.mark.parametrize(
+    "wrong", [[[0, 9, 9]], [[0, -1, -1]], [[0]], [["a", "b", "c"]], [[0], [1, 2]]]
+)
+def test_a_bad_taken_is_named(policy, wrong):
+    wrong = wrong if policy == "suffix" else [row[:2] for row in wrong]
+    options = {"residuals": np.zeros((5, 2)), "codebook": np.ones((2, 2))}
+    with pytest.raises(InvalidArgument, match=r"^taken"):
+        resolve_collisions(CODES, (2, 2), policy, taken=wrong, **options)
+
+
+def test_vectors_that_do_not_fit_are_named():
+    good = {"residuals": np.zeros((5, 2)), "codebook": np.ones((2, 2))}
+    for name, wrong in (
+        ("codebook", np.full((2, 2), np.nan)),
+        ("codebook", np.ones((3, 2))),
+        ("residuals", np.full((5, 2), np.nan)),
+        ("residuals", [["a", "b"]] * 5),
+        ("residuals", lambda rows: np.zeros((1, 2))),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{name}: expected"):
+            resolve_collisions(CODES, (2, 2), "balanced", **{**good, name: wrong})
+    for policy in ("nearest_free", "balanced"):
+        half = {name: torch.from_numpy(value).bfloat16() for name, value in good.items()}
+        fits = [[1, 0], [0, 1], [1, 0]]
+        half["residuals"] = half["residuals"][:3]
+        codes, _ = resolve_collisions(fits, (2, 2), policy, **half)
+        assert len(np.unique(codes, axis=0)) == 3
+
+
+def test_without_scipy_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    options = {"residuals": np.zeros((5, 2)), "codebook": np.ones((2, 2))}
+    with pytest.raises(MissingDependency, match=r"'scipy': pip install 'plum-sid\[pipeline\]'"):
+        resolve_collisions(CODES, (2, 2), "balanced", **options)
 
 
 def test_balanced_is_the_least_sum():

@@ -63,6 +63,8 @@ def test_dict():
     assert again.tokens == words.tokens
     with pytest.raises(InvalidData, match="codebook_sizes and template"):
         SidVocabulary.from_dict({"codebook_sizes": [2]})
+    with pytest.raises(InvalidData, match=r"vocabulary: .*codebook_sizes"):
+        SidVocabulary.from_dict({"codebook_sizes": [0], "template": "<{level}{code}>"})
 
 
 def test_bad_input_is_named():
@@ -71,6 +73,9 @@ def test_bad_input_is_named():
         words.tokens_of((0, 2, 0))
     with pytest.raises(InvalidArgument, match="at most 3"):
         words.tokens_of((0, 0, 0, 0))
+    for wrong in ((1.5,), ("1",)):
+        with pytest.raises(InvalidArgument, match=r"^codes: expected integers"):
+            words.tokens_of(wrong)
     with pytest.raises(InvalidArgument, match="3 codes, got 2"):
         words.text_of((0, 0))
     with pytest.raises(InvalidData, match="level 1, as <s_b_0>, got '<s_a_0>'"):
@@ -81,3 +86,5 @@ def test_bad_input_is_named():
         SidVocabulary((2,), "<{code}>")
     with pytest.raises(InvalidArgument, match="codebook_sizes"):
         SidVocabulary([4] * 27)
+    with pytest.raises(InvalidArgument, match="codebook_sizes"):
+        SidVocabulary(["4"])
