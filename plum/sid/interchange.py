@@ -120,12 +120,12 @@ def write_sids(
         path: Ends in .json, .parquet, .csv or .npy, see above; .json and .csv also in .gz, .xz or
             .bz2 after it.
         template: Spelling of a token in .json, see :class:`SidVocabulary`.
-        id_column: Name of the column of item ids in Parquet; ``"pid"`` writes OpenOneRec's, whose
-            ids are integers.
+        id_column: Name of the column of item ids, in Parquet only; ``"pid"`` writes OpenOneRec's,
+            whose ids are integers. :func:`read_sids` reads back ``"item_id"`` and ``"pid"``.
 
     Raises:
-        InvalidArgument: the name asks for no known format, or the item ids are not what the format
-            needs.
+        InvalidArgument: the name asks for no known format, the item ids are not what the format
+            needs, or ``id_column`` is ``"codes"`` or given for another format than Parquet.
         MissingDependency: polars is not installed, for Parquet.
     """
     path = Path(path)
@@ -135,6 +135,9 @@ def write_sids(
     writer = writers.get(stem.suffix)
     if writer is None or (stem != path and stem.suffix in (".parquet", ".npy")):
         raise InvalidArgument("path", f"a name that ends in {', '.join(writers)}", repr(path.name))
+    if id_column == "codes" or (id_column != "item_id" and stem.suffix != ".parquet"):
+        expected = "'item_id', or for Parquet any name but 'codes'"
+        raise InvalidArgument("id_column", expected, f"{id_column!r} for {path.name}")
     with atomic_path(path) as temporary:
         writer(table, temporary, template if stem.suffix == ".json" else id_column)
 
@@ -162,7 +165,8 @@ def _pairs(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
 def _read_index(path: Path) -> tuple[list[str], Wide]:
     try:
         content = json.loads(_text(path), object_pairs_hook=_pairs(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    # A ValueError, too, is what Python says of a number of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise InvalidData(path, "a JSON file", " ".join(str(error).split())) from None
     if not isinstance(content, dict):
         raise InvalidData(path, "an object of items and their tokens", type(content).__name__)
@@ -182,12 +186,20 @@ def _read_index(path: Path) -> tuple[list[str], Wide]:
         if around != spelling:
             expected = "".join(f"{before}*{after}" for before, after in spelling)
             raise InvalidData(where, f"tokens like those of the first item, {expected}", tokens)
-        rows.append([int(code) for _, code, _ in parts])
+        try:
+            rows.append([int(code) for _, code, _ in parts])
+        except ValueError:
+            # int() refuses thousands of digits.
+            expected = f"codes in [0, {_MAX_CODE})"
+            raise InvalidData(where, expected, "a number of thousands of digits") from None
     return item_ids, _as_table(path, item_ids, rows)
 
 
 def _read_csv(path: Path) -> tuple[list[str], Wide]:
-    lines = [row for row in csv.reader(io.StringIO(_text(path))) if row]
+    try:
+        lines = [row for row in csv.reader(io.StringIO(_text(path))) if row]
+    except csv.Error as error:
+        raise InvalidData(path, "a CSV file", error) from None
     if not lines or lines[0][0] != "item_id" or len(lines[0]) < 2:
         header = ",".join(lines[0]) if lines else "an empty file"
         raise InvalidData(path, "a header item_id,code_1,code_2,...", repr(header[:60]))
@@ -196,7 +208,7 @@ def _read_csv(path: Path) -> tuple[list[str], Wide]:
         try:
             rows.append([int(code) for code in line[1:]])
         except ValueError:
-            raise InvalidData(f"{path}, row {number}", "whole numbers", ",".join(line)) from None
+            raise InvalidData(f"{path}, row {number}", "whole numbers", repr(line)[:60]) from None
         item_ids.append(line[0])
     _check_distinct(path, item_ids)
     return item_ids, _as_table(path, item_ids, rows, len(lines[0]) - 1)
@@ -220,18 +232,20 @@ def _read_parquet(path: Path) -> tuple[list[str], Wide]:
         raise InvalidData(f"{path}, column 'codes'", "lists of whole numbers", codes.dtype)
     item_ids = ids.cast(polars.String).to_list()
     _check_distinct(path, item_ids)
-    codes = codes.cast(polars.List(polars.Int64))
-    lengths = codes.list.len().fill_null(0)
-    wrong = (lengths != lengths[0]) | (lengths == 0) if len(lengths) else lengths
-    wrong = wrong | codes.list.eval(polars.element().is_null()).list.any().fill_null(True)
+    if not item_ids:
+        return [], np.zeros((0, 0), dtype=np.int64)
+    # A code beyond int64 becomes null.
+    numbers = codes.cast(polars.List(polars.Int64), strict=False)
+    lengths = numbers.list.len().fill_null(0)
+    levels = int(lengths.filter(lengths > 0).first() or 1)
+    wrong = lengths != levels
+    wrong |= numbers.list.eval(polars.element().is_null()).list.any().fill_null(True)
     if wrong.any():
         row = int(wrong.arg_max())
-        raise InvalidData(
-            f"{path}, item {item_ids[row]!r}", f"{lengths[0]} codes", codes[row]
-            if codes[row] is None else codes[row].to_list(),
-        )  # fmt: skip
-    flat = codes.explode().to_numpy() if len(codes) else np.zeros(0, dtype=np.int64)
-    return item_ids, flat.reshape(len(item_ids), int(lengths.max() or 0))
+        got = codes[row] if codes[row] is None else codes[row].to_list()
+        expected = f"{levels} codes in [0, {_MAX_CODE})"
+        raise InvalidData(f"{path}, item {item_ids[row]!r}", expected, got)
+    return item_ids, numbers.explode().to_numpy().reshape(len(item_ids), levels)
 
 
 def _read_npy(path: Path) -> tuple[list[str], Wide]:
@@ -299,10 +313,10 @@ def _write_index(table: SidTable, path: Path, template: str) -> None:
     _write_text(path, [json.dumps(content, ensure_ascii=False)])
 
 
-def _write_csv(table: SidTable, path: Path, id_column: str) -> None:
+def _write_csv(table: SidTable, path: Path, _: str) -> None:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([id_column, *(f"code_{level + 1}" for level in range(table.codes.shape[1]))])
+    writer.writerow(["item_id", *(f"code_{level + 1}" for level in range(table.codes.shape[1]))])
     rows = zip(table.item_ids, table.codes.tolist(), strict=True)
     writer.writerows([item_id, *codes] for item_id, codes in rows)
     _write_text(path, [buffer.getvalue()])
@@ -327,7 +341,7 @@ def _write_parquet(table: SidTable, path: Path, id_column: str) -> None:
     polars.DataFrame([ids, codes]).write_parquet(path)
 
 
-def _write_npy(table: SidTable, path: Path, id_column: str) -> None:
+def _write_npy(table: SidTable, path: Path, _: str) -> None:
     rows = {item_id: row for row, item_id in enumerate(table.item_ids)}
     order = [rows.get(str(number), -1) for number in range(len(rows))]
     if -1 in order:

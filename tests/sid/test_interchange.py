@@ -133,6 +133,15 @@ BAD_FILES = {
     "e.csv": ("item_id,code_1,code_2\n1,2\n", r"item '1': expected 2 codes, got \[2\]"),
     "f.csv": ("item_id,code_1\n1,-2\n", "item '1'"),
     "g.csv": ("item_id,code_1\n1,2\n1,3\n", "'1' twice"),
+    "h.csv": ("item_id,code_1\n" + "a" * 200_000 + ",1\n", "a CSV file, got field larger"),
+    "i.csv": ('item_id,code_1\n"a\nb",x\n', "row 2: expected whole numbers"),
+    "o.json": ('{"1": ["<a_' + "9" * 5000 + '>"]}', "item '1': .* thousands of digits"),
+    "k.parquet": (polars.DataFrame({"pid": [1, 2], "codes": [[1], [2**64 - 1]]}, {
+        "pid": polars.Int64, "codes": polars.List(polars.UInt64)}), "item '2'.*got .18446744"),
+    "l.parquet": (polars.DataFrame({"pid": [], "codes": []}, {
+        "pid": polars.Int64, "codes": polars.List(polars.Int64)}), "at least one item"),
+    "m.parquet": ({"pid": [1, 2], "codes": [None, [1]]}, "item '1': expected 1 codes"),
+    "n.parquet": ({"pid": [1, 2], "codes": [[], [1]]}, "item '1': expected 1 codes"),
     "a.parquet": (b"PAR1 or not", "a whole Parquet file"),
     "b.parquet": ({"item_id": ["1"], "sid": [[1]]}, "columns item_id .or pid. and codes"),
     "c.parquet": ({"item_id": ["1"], "codes": ["1-2"]}, "lists of whole numbers"),
@@ -158,7 +167,7 @@ BAD_FILES = {
 def test_a_bad_file_is_one_line_that_names_it(tmp_path, capfd, name):
     content, message = BAD_FILES[name]
     path = tmp_path / name
-    if isinstance(content, dict):
+    if isinstance(content, dict | polars.DataFrame):
         polars.DataFrame(content).write_parquet(path)
     elif isinstance(content, np.ndarray):
         np.save(path, content, allow_pickle=True)
@@ -179,6 +188,9 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path):
     for ids in (["a", "b"], ["007", "7"]):
         with pytest.raises(InvalidArgument, match="integer item ids"):
             write_sids(SidTable(ids, [[0], [1]], (2,)), tmp_path / "t.parquet", id_column="pid")
+    for name, column in (("t.csv", "pid"), ("t.json", "pid"), ("t.parquet", "codes")):
+        with pytest.raises(InvalidArgument, match=rf"^id_column: .*got '{column}' for {name}"):
+            write_sids(words, tmp_path / name, id_column=column)
     with pytest.raises(InvalidArgument, match="template"):
         write_sids(words, tmp_path / "t.json", template="sid")
     assert list(tmp_path.iterdir()) == []
