@@ -71,7 +71,8 @@ def open_table(
         codebook_sizes: ``K_l`` of a file that does not say them.
 
     Raises:
-        InvalidArgument: one of ``items`` and ``label`` is missing, or sizes do not fit.
+        InvalidArgument: one of ``items`` and ``label`` is missing, or sizes do not fit or are not
+            those of the table.
         InvalidData: something is not there, is damaged, or lacks an item of the table.
     """
     path = Path(path)
@@ -84,6 +85,9 @@ def open_table(
     else:
         run = path if (path / "tokenize" / "table").is_dir() else None
         table = SidTable.load(path / "tokenize" / "table" if run else path)
+        if codebook_sizes is not None and tuple(codebook_sizes) != table.codebook_sizes:
+            expected = f"{list(table.codebook_sizes)}, as {path} says"
+            raise InvalidArgument("codebook_sizes", expected, list(codebook_sizes))
         model = _tokenizer_of(path, table)
     vectors, labels = None, None
     if embeddings is not None:
@@ -179,7 +183,7 @@ def write_quality_page(reports: Sequence[dict[str, Any]], path: str | Path) -> N
     context = {
         "names": names,
         "rows": _comparison(reports),
-        "tables": [{"report": report, **_plots(report)} for report in reports],
+        "tables": [{"report": _shown(report), **_plots(report)} for report in reports],
         "usage": report_plots.grouped_bars(
             names,
             [f"level {level + 1}" for level in range(levels)],
@@ -286,6 +290,12 @@ def _training_usage(source: TableSource) -> list[float] | None:
         return None  # A level for suffixes was not trained.
     dead = dead_codes(model.quantizer.usage_ema, sizes).split(list(sizes))
     return [1 - float(level.float().mean()) for level in dead]
+
+
+def _shown(report: dict[str, Any]) -> dict[str, Any]:
+    """Returns a report without the sections whose figures are not finite."""
+    main = {"reconstruction": "mse", "quantization": "cosine"}
+    return {k: v for k, v in report.items() if k not in main or v[main[k]] is not None}
 
 
 def _plots(report: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from plum.errors import InvalidArgument
 from plum.ops import code_usage
-from plum.sid.codes import Codes, as_codes, group_by_sid
+from plum.sid.codes import Codes, as_array, as_codes, as_sizes, group_by_sid
 from plum.sid.table import SidTable
+
+# Rows that are copied to fp64 at once.
+_CHUNK = 16384
 
 
 def quality_report(
@@ -32,7 +36,8 @@ def quality_report(
 
     Args:
         table: A table, or codes ``[N, L]`` with ``codebook_sizes``; at least one item.
-        codebook_sizes: ``K_l`` of each level, if ``table`` is an array of codes.
+        codebook_sizes: ``K_l`` of each level, if ``table`` is an array of codes; None for those of
+            a table.
         embeddings: ``[N, D]``, what was quantized; needs ``reconstruction``.
         reconstruction: ``[N, D]``, the embeddings decoded from the codes.
         latents: ``[N, D_z]``, the vectors z before quantization; needs ``quantized``.
@@ -40,7 +45,7 @@ def quality_report(
         labels: A category of each item, for the purity of prefixes.
         training_usage: Per level, the share of the codes in use while the codebooks were trained,
             to hold beside ``usage``, which is that of the table.
-        seed: Seed of the shuffled labels.
+        seed: Seed of the shuffled labels, at least 0.
 
     Returns:
         - ``num_items``, ``num_sids``, ``unique_sid_ratio`` (SIDs per item), ``max_collision``
@@ -54,6 +59,7 @@ def quality_report(
           (sum over features, mean over rows) and ``unexplained_variance`` (the share of the
           variance of the embeddings that is lost; None if they have none).
         - ``quantization``, if given: ``squared_error`` and ``cosine``, the mean of cos(z, ẑ).
+          Any of these figures is None where it is not finite, as JSON has no NaN.
         - ``prefixes``: per prefix length ``groups`` (distinct prefixes) and, if labels are given,
           ``purity`` (share of the items that carry the commonest label of their prefix) and
           ``shuffled`` (the purity of the same groups with the labels dealt anew: small groups are
@@ -65,10 +71,12 @@ def quality_report(
     """
     if isinstance(table, SidTable):
         codes, sizes = table.codes, table.codebook_sizes
+        if codebook_sizes is not None and as_sizes(codebook_sizes) != sizes:
+            raise InvalidArgument("codebook_sizes", f"{list(sizes)} as table", list(codebook_sizes))
     elif codebook_sizes is None:
         raise InvalidArgument("codebook_sizes", "the K_l that go with an array of codes", None)
     else:
-        codes, sizes = as_codes(table, codebook_sizes), tuple(codebook_sizes)
+        codes, sizes = as_codes(table, codebook_sizes), as_sizes(codebook_sizes)
     if not len(codes):
         raise InvalidArgument("table", "at least one item", "none")
     if training_usage is not None and (
@@ -97,10 +105,7 @@ def quality_report(
         report["reconstruction"] = _reconstruction(*pair)
     pair = _pair("latents", latents, "quantized", quantized, len(codes))
     if pair is not None:
-        report["quantization"] = {
-            "squared_error": float((pair[0] - pair[1]).square().sum(dim=1).mean()),
-            "cosine": float(torch.cosine_similarity(*pair, dim=1).mean()),
-        }
+        report["quantization"] = _quantization(*pair)
     report.update(_prefixes(codes, labels, seed))
     return report
 
@@ -133,25 +138,55 @@ def _pair(
     if first is None or second is None:
         missing, given = (name, other_name) if first is None else (other_name, name)
         raise InvalidArgument(missing, f"an array, as {given} is given", None)
-    x, other = torch.as_tensor(first), torch.as_tensor(second)
-    if x.ndim != 2 or len(x) != count or x.shape != other.shape:
-        raise InvalidArgument(
-            other_name, f"[{count}, D] as {name}", f"{list(x.shape)} and {list(other.shape)}"
-        )
-    return x.detach().cpu().double(), other.detach().cpu().double()
+    x, other = _tensor(name, first), _tensor(other_name, second)
+    if x.ndim != 2 or x.shape[1] < 1 or len(x) != count:
+        raise InvalidArgument(name, f"[{count}, D], D >= 1", list(x.shape))
+    if x.shape != other.shape:
+        raise InvalidArgument(other_name, f"{list(x.shape)} as {name}", list(other.shape))
+    return x, other
+
+
+def _tensor(name: str, values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach()
+    return torch.as_tensor(as_array(name, values))
+
+
+def _chunks(*arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the rows as fp64 on the CPU, a few thousand at a time."""
+    for parts in zip(*(array.split(_CHUNK) for array in arrays), strict=True):
+        yield tuple(part.cpu().double() for part in parts)
+
+
+def _squared_error(x: Tensor, other: Tensor) -> float:
+    """Returns ``||x - other||²``, the mean over the rows."""
+    return sum(float((a - b).square().sum()) for a, b in _chunks(x, other)) / len(x)
+
+
+def _quantization(x: Tensor, quantized: Tensor) -> dict[str, float | None]:
+    pairs = _chunks(x, quantized)
+    cosine = sum(float(torch.cosine_similarity(a, b, dim=1).sum()) for a, b in pairs) / len(x)
+    return {"squared_error": _finite(_squared_error(x, quantized)), "cosine": _finite(cosine)}
 
 
 def _reconstruction(x: Tensor, decoded: Tensor) -> dict[str, float | None]:
-    error = float((x - decoded).square().sum(dim=1).mean())
-    variance = float((x - x.mean(dim=0)).square().sum(dim=1).mean())
+    error = _squared_error(x, decoded)
+    center = torch.stack([part.sum(dim=0) for (part,) in _chunks(x)]).sum(dim=0) / len(x)
+    variance = sum(float((part - center).square().sum()) for (part,) in _chunks(x)) / len(x)
     return {
-        "mse": error / x.shape[1],
-        "squared_error": error,
-        "unexplained_variance": error / variance if variance > 0 else None,
+        "mse": _finite(error / x.shape[1]),
+        "squared_error": _finite(error),
+        "unexplained_variance": _finite(error / variance) if variance > 0 else None,
     }
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _prefixes(codes: Codes, labels: Sequence[str] | None, seed: int) -> dict[str, Any]:
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InvalidArgument("seed", "an int of at least 0", repr(seed))
     if labels is None:
         lengths = range(1, codes.shape[1] + 1)
         return {"prefixes": [{"groups": len(group_by_sid(codes[:, :n]).counts)} for n in lengths]}

@@ -176,6 +176,13 @@ def test_page(catalog, tmp_path):
     write_quality_page(reports[1:], tmp_path / "one.html")
     text = " ".join(read_page(tmp_path / "one.html").text)
     assert "At a glance" in text and "No labels" in text
+    broken = {
+        "reconstruction": {"mse": None, "squared_error": None, "unexplained_variance": None},
+        "quantization": {"squared_error": None, "cosine": None},
+    }
+    write_quality_page([reports[0] | broken], tmp_path / "broken.html")
+    text = " ".join(read_page(tmp_path / "broken.html").text)
+    assert "ours" in text and "reconstruction MSE" not in text and "cos(z" not in text
     with pytest.raises(InvalidArgument, match="at least one"):
         write_quality_page([], tmp_path / "none.html")
 
@@ -232,6 +239,7 @@ def test_published_tables_side_by_side(shared_data, tmp_path):
         ({"embeddings": "narrow.parquet"}, InvalidArgument, "embeddings"),
         ({"path": "nowhere"}, InvalidData, "nowhere"),
         ({"path": "sids.pt"}, InvalidData, "a pickle"),
+        ({"path": "ours", "codebook_sizes": (9, 8)}, InvalidArgument, r"sizes: expected \[10, 8\]"),
         ({"path": "random.index.json", "codebook_sizes": (10,)}, InvalidArgument, "2 sizes"),
         ({"path": "random.index.json", "codebook_sizes": (9, 8)}, InvalidArgument, r"\[0, 9\)"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from plum.errors import InvalidArgument
-from plum.sid import SidTable, quality_report
+from plum.sid import SidTable, quality, quality_report
 
 CODES = np.array([[0, 0], [0, 0], [0, 1], [2, 1]])
 
@@ -80,6 +80,45 @@ def test_reconstruction_and_quantization():
         assert json.loads(json.dumps(value, allow_nan=False)) == value
 
 
+def test_figures_that_are_not_finite_are_null():
+    x = np.ones((4, 2))
+    broken = np.array([[math.nan, 1.0], *x[1:]])
+    report = quality_report(
+        CODES, (4, 2), embeddings=x, reconstruction=broken, latents=x, quantized=broken
+    )
+    assert report["reconstruction"] == {
+        "mse": None, "squared_error": None, "unexplained_variance": None
+    }  # fmt: skip
+    assert report["quantization"] == {"squared_error": None, "cosine": None}
+    json.dumps(report, allow_nan=False)
+
+
+def test_vectors_are_looked_at_a_block_at_a_time(monkeypatch):
+    draw = np.random.default_rng(0)
+    x, y = draw.standard_normal((2, 1000, 5)).astype(np.float32)
+    options = {"embeddings": x, "reconstruction": y, "latents": x, "quantized": y}
+    codes = draw.integers(0, 4, (1000, 2))
+    largest = 0
+    double = torch.Tensor.double
+
+    def watched(self):
+        nonlocal largest
+        largest = max(largest, len(self))
+        return double(self)
+
+    monkeypatch.setattr(quality, "_CHUNK", 64)
+    monkeypatch.setattr(torch.Tensor, "double", watched)
+    report = quality_report(codes, (4, 4), **options)
+    assert largest == 64
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    error = np.square(x - y).sum(axis=1).mean()
+    cosine = (x * y).sum(axis=1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+    assert report["reconstruction"]["squared_error"] == pytest.approx(error)
+    variance = x.var(axis=0).sum()
+    assert report["reconstruction"]["unexplained_variance"] == pytest.approx(error / variance)
+    assert report["quantization"]["cosine"] == pytest.approx(cosine.mean())
+
+
 def test_prefix_purity():
     def purity(labels):
         report = quality_report(CODES, (4, 2), labels=labels)
@@ -120,8 +159,20 @@ def test_bad_arguments_are_named():
         quality_report(CODES, (2, 2))
     with pytest.raises(InvalidArgument, match=r"^reconstruction.*embeddings is given"):
         quality_report(CODES, (4, 2), embeddings=torch.ones(4, 2))
-    with pytest.raises(InvalidArgument, match=r"^quantized: expected \[4, D\]"):
+    with pytest.raises(InvalidArgument, match=r"^quantized: expected \[4, 2\] as latents"):
         quality_report(CODES, (4, 2), latents=torch.ones(4, 2), quantized=torch.ones(4, 3))
+    with pytest.raises(InvalidArgument, match=r"^embeddings: expected \[4, D\].*got \[3, 2\]"):
+        quality_report(CODES, (4, 2), embeddings=np.ones((3, 2)), reconstruction=np.ones((4, 2)))
+    with pytest.raises(InvalidArgument, match=r"^embeddings.*D >= 1"):
+        quality_report(CODES, (4, 2), embeddings=np.ones((4, 0)), reconstruction=np.ones((4, 0)))
+    with pytest.raises(InvalidArgument, match=r"^latents: expected an array, .* lengths"):
+        quality_report(CODES, (4, 2), latents=[[1], [2, 3]], quantized=np.ones((4, 2)))
+    table = SidTable(["a", "b", "c", "d"], CODES, (4, 2))
+    assert quality_report(table, (4, 2))["num_items"] == 4
+    with pytest.raises(InvalidArgument, match=r"^codebook_sizes: expected \[4, 2\] as table"):
+        quality_report(table, (8, 2))
+    with pytest.raises(InvalidArgument, match=r"^seed: .*got -1"):
+        quality_report(CODES, (4, 2), labels=["war"] * 4, seed=-1)
     with pytest.raises(InvalidArgument, match="4 labels"):
         quality_report(CODES, (4, 2), labels=["war"])
     with pytest.raises(InvalidArgument, match=r"training_usage: expected 2 shares"):
