@@ -4,7 +4,6 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
-#include <tuple>
 #include <utility>
 
 #include "trie_search.h"
@@ -16,6 +15,8 @@ namespace {
 constexpr int kDigit = 11;
 // Leading bits sorted by radix beyond those that count the items: few SIDs are left equal.
 constexpr int kSpareBits = 8;
+// Rows that count_runs looks at together.
+constexpr int64_t kBlock = 1 << 13;
 // Rows whose codes are fetched ahead of their turn.
 constexpr int64_t kAhead = 32;
 
@@ -25,54 +26,65 @@ int bits_of(int64_t count) {
   return bits;
 }
 
+// Sorts numbers of 64 bits, one an item: the first bits of its SID, then the item.
 template <typename Code>
 class Sorter {
  public:
-  explicit Sorter(const Catalog& catalog)
+  // `item_starts` is room for the entries until it is written: new pages cost more than sorting.
+  Sorter(const Catalog& catalog, int64_t* item_starts)
       : codes_(static_cast<const Code*>(catalog.codes)),
         catalog_(catalog),
-        keys_(new uint64_t[catalog.items]),
-        other_keys_(new uint64_t[catalog.items]),
-        order_(new uint32_t[catalog.items]),
-        other_order_(new uint32_t[catalog.items]) {
-    // As many leading levels as fit go into the key.
-    for (; packed_ < catalog.depth; ++packed_) {
-      const int bits = bits_of(catalog.sizes[packed_]);
-      if (total_ + bits > 64) break;
-      widths_.push_back(bits);
-      total_ += bits;
+        room_(new uint64_t[catalog.items]),
+        entries_(room_.get()),
+        other_entries_(reinterpret_cast<uint64_t*>(item_starts)),
+        item_bits_(bits_of(catalog.items)) {
+    for (int64_t l = 0; l < catalog.depth; ++l) {
+      const int width = bits_of(catalog.sizes[l]), left = 64 - item_bits_ - sid_bits_;
+      widths_.push_back(width);
+      if (left == 0) continue;
+      // Of the first level that does not fit only the first bits are taken.
+      shifts_.push_back(std::max(width - left, 0));
+      sid_bits_ += std::min(width, left);
+      whole_ += width <= left;
     }
   }
 
   // Returns -1, or the position of a code that is out of range.
   int64_t sort() {
-    const int wanted = std::min(total_, bits_of(catalog_.items) + kSpareBits);
+    const int wanted = std::min(sid_bits_, item_bits_ + kSpareBits);
     const int passes = (wanted + kDigit - 1) / kDigit;
-    const int sorted = std::min(total_, passes * kDigit);
-    const int64_t bad = pack(passes, total_ - sorted);
+    // The bits behind those that are looked at.
+    const int low = item_bits_ + std::max(sid_bits_ - passes * kDigit, 0);
+    const int64_t bad = pack(passes, low);
     if (bad >= 0) return bad;
-    for (int pass = 0; pass < passes; ++pass) scatter(pass, total_ - sorted);
-    if (sorted < total_ || packed_ < catalog_.depth) sort_equal(total_ - sorted);
+    for (int pass = 0; pass < passes; ++pass) scatter(pass, low);
+    if (low > item_bits_ || whole_ < catalog_.depth) sort_equal(low);
     return -1;
   }
 
   int64_t write(uint16_t* columns, uint32_t* order, int64_t* item_starts) const {
     const int64_t items = catalog_.items, depth = catalog_.depth;
-    std::memcpy(order, order_.get(), items * sizeof *order);
     int64_t rows = 0;
+    uint64_t before = 0;
     for (int64_t i = 0; i < items; ++i) {
-      if (packed_ < depth && i + kAhead < items) __builtin_prefetch(row(order_[i + kAhead]));
-      if (i > 0 && keys_[i] == keys_[i - 1] && equal_rest(order_[i], order_[i - 1])) continue;
-      item_starts[rows] = i;
-      int shift = total_;
-      for (int64_t l = 0; l < packed_; ++l) {
-        shift -= widths_[l];
-        const uint64_t low = (uint64_t{1} << widths_[l]) - 1;
-        columns[l * items + rows] = static_cast<uint16_t>(widths_[l] ? keys_[i] >> shift & low : 0);
+      if (whole_ < depth && i + kAhead < items) {
+        const Code* ahead = row(entries_[i + kAhead]);
+        __builtin_prefetch(ahead + whole_);
+        __builtin_prefetch(ahead + depth - 1);
       }
-      const Code* codes = row(order_[i]);
-      for (int64_t l = packed_; l < depth; ++l) {
-        columns[l * items + rows] = static_cast<uint16_t>(codes[l]);
+      const uint64_t entry = entries_[i], last = std::exchange(before, entry);
+      order[i] = item(entry);
+      if (i > 0 && (entry ^ last) >> item_bits_ == 0 && equal_rest(entry, last)) continue;
+      // At most where this entry was, and nothing reads it again.
+      item_starts[rows] = i;
+      int shift = item_bits_ + sid_bits_;
+      for (int64_t l = 0; l < whole_; ++l) {
+        shift -= widths_[l];
+        const uint64_t mask = (uint64_t{1} << widths_[l]) - 1;
+        columns[l * items + rows] = static_cast<uint16_t>(widths_[l] ? entry >> shift & mask : 0);
+      }
+      for (int64_t l = whole_; l < depth; ++l) {
+        columns[l * items + rows] = static_cast<uint16_t>(row(entry)[l]);
       }
       ++rows;
     }
@@ -81,35 +93,44 @@ class Sorter {
   }
 
  private:
-  const Code* row(int64_t item) const { return codes_ + item * catalog_.depth; }
+  uint32_t item(uint64_t entry) const {
+    return static_cast<uint32_t>(entry & ((uint64_t{1} << item_bits_) - 1));
+  }
+
+  const Code* row(uint64_t entry) const { return codes_ + item(entry) * catalog_.depth; }
 
   int64_t pack(int passes, int low) {
     counts_.assign(passes << kDigit, 0);
-    const int64_t depth = catalog_.depth;
+    const int64_t depth = catalog_.depth, packed = static_cast<int64_t>(shifts_.size());
+    // Without a sign: a negative code is a large one.
+    const std::vector<uint64_t> sizes(catalog_.sizes, catalog_.sizes + depth);
     for (int64_t i = 0; i < catalog_.items; ++i) {
-      const Code* codes = row(i);
-      uint64_t key = 0;
+      const Code* codes = codes_ + i * depth;
+      uint64_t entry = 0;
       bool fits = true;
-      for (int64_t l = 0; l < depth; ++l) {
-        const auto code = static_cast<int64_t>(codes[l]);
-        fits &= code >= 0 && code < catalog_.sizes[l];
-        if (l < packed_) key = widths_[l] ? key << widths_[l] | static_cast<uint64_t>(code) : key;
+      for (int64_t l = 0; l < packed; ++l) {
+        const auto code = static_cast<uint64_t>(codes[l]);
+        fits &= code < sizes[l];
+        entry = entry << (widths_[l] - shifts_[l]) | code >> shifts_[l];
       }
-      if (!fits) {
-        for (int64_t l = 0; l < depth; ++l) {
-          const auto code = static_cast<int64_t>(codes[l]);
-          if (code < 0 || code >= catalog_.sizes[l]) return i * depth + l;
-        }
+      for (int64_t l = packed; l < depth; ++l) fits &= static_cast<uint64_t>(codes[l]) < sizes[l];
+      if (!fits) return i * depth + first_bad(codes);
+      entries_[i] = entry = entry << item_bits_ | static_cast<uint64_t>(i);
+      for (int pass = 0; pass < passes; ++pass) {
+        ++counts_[pass << kDigit | digit(entry, pass, low)];
       }
-      keys_[i] = key;
-      order_[i] = static_cast<uint32_t>(i);
-      for (int pass = 0; pass < passes; ++pass) ++counts_[pass << kDigit | digit(key, pass, low)];
     }
     return -1;
   }
 
-  static uint64_t digit(uint64_t key, int pass, int low) {
-    return key >> (low + pass * kDigit) & ((uint64_t{1} << kDigit) - 1);
+  int64_t first_bad(const Code* codes) const {
+    int64_t l = 0;
+    while (static_cast<uint64_t>(codes[l]) < static_cast<uint64_t>(catalog_.sizes[l])) ++l;
+    return l;
+  }
+
+  static uint64_t digit(uint64_t entry, int pass, int low) {
+    return entry >> (low + pass * kDigit) & ((uint64_t{1} << kDigit) - 1);
   }
 
   void scatter(int pass, int low) {
@@ -117,54 +138,50 @@ class Sorter {
     if (std::find(counts, counts + (1 << kDigit), catalog_.items) != counts + (1 << kDigit)) return;
     std::exclusive_scan(counts, counts + (1 << kDigit), counts, int64_t{0});
     for (int64_t i = 0; i < catalog_.items; ++i) {
-      const int64_t at = counts[digit(keys_[i], pass, low)]++;
-      other_keys_[at] = keys_[i];
-      other_order_[at] = order_[i];
+      other_entries_[counts[digit(entries_[i], pass, low)]++] = entries_[i];
     }
-    keys_.swap(other_keys_);
-    order_.swap(other_order_);
+    std::swap(entries_, other_entries_);
   }
 
-  // Sorts the items whose keys are equal but for their `low` last bits.
+  // Sorts the items whose entries are equal but for their `low` last bits.
   void sort_equal(int low) {
-    std::vector<std::pair<uint64_t, uint32_t>> run;
     const int64_t items = catalog_.items;
     for (int64_t begin = 0, end; begin < items; begin = end) {
       end = begin + 1;
-      while (end < items && (keys_[end] ^ keys_[begin]) >> low == 0) ++end;
+      while (end < items && (entries_[end] ^ entries_[begin]) >> low == 0) ++end;
       if (end - begin < 2) continue;
-      run.clear();
-      for (int64_t i = begin; i < end; ++i) run.emplace_back(keys_[i], order_[i]);
-      std::sort(run.begin(), run.end(), [this](const auto& a, const auto& b) {
-        if (a.first != b.first) return a.first < b.first;
-        for (int64_t l = packed_; l < catalog_.depth; ++l) {
-          const Code x = row(a.second)[l], y = row(b.second)[l];
-          if (x != y) return x < y;
+      std::sort(entries_ + begin, entries_ + end, [this](uint64_t a, uint64_t b) {
+        if ((a ^ b) >> item_bits_ == 0) {
+          for (int64_t l = whole_; l < catalog_.depth; ++l) {
+            const Code x = row(a)[l], y = row(b)[l];
+            if (x != y) return x < y;
+          }
         }
-        return a.second < b.second;
+        return a < b;
       });
-      for (int64_t i = begin; i < end; ++i) std::tie(keys_[i], order_[i]) = run[i - begin];
     }
   }
 
-  bool equal_rest(int64_t a, int64_t b) const {
-    return std::equal(row(a) + packed_, row(a) + catalog_.depth, row(b) + packed_);
+  bool equal_rest(uint64_t a, uint64_t b) const {
+    return std::equal(row(a) + whole_, row(a) + catalog_.depth, row(b) + whole_);
   }
 
   const Code* codes_;
   const Catalog& catalog_;
-  // Not vectors: they would be filled with zeros first.
-  std::unique_ptr<uint64_t[]> keys_, other_keys_;
-  std::unique_ptr<uint32_t[]> order_, other_order_;
+  // Not a vector: it would be filled with zeros first.
+  std::unique_ptr<uint64_t[]> room_;
+  uint64_t *entries_, *other_entries_;
   std::vector<int64_t> counts_;
-  int64_t packed_ = 0;  // levels in the key
-  int total_ = 0;       // bits of the key
+  int item_bits_;
+  int sid_bits_ = 0;   // bits of the SID in an entry
+  int64_t whole_ = 0;  // levels that are in an entry with all their bits
   std::vector<int> widths_;
+  std::vector<int> shifts_;  // last bits that an entry lacks, of the levels in it
 };
 
 template <typename Code>
 int64_t sort_as(const Catalog& catalog, uint16_t* columns, uint32_t* order, int64_t* item_starts) {
-  Sorter<Code> sorter(catalog);
+  Sorter<Code> sorter(catalog, item_starts);
   const int64_t bad = sorter.sort();
   return bad >= 0 ? -1 - bad : sorter.write(columns, order, item_starts);
 }
@@ -192,13 +209,17 @@ int64_t sort_sids(const Catalog& catalog, uint16_t* columns, uint32_t* order,
 
 std::vector<int64_t> count_runs(const SidColumns& table, uint8_t* changes) {
   std::vector<int64_t> counts(table.depth + 1, 0);
-  std::memset(changes, static_cast<int>(table.depth), table.rows);
-  // From the last level up, so that the first level that changes is written last.
-  for (int64_t l = table.depth - 1; l >= 0; --l) {
-    const uint16_t* codes = table.codes + l * table.stride;
-    const auto level = static_cast<uint8_t>(l);
-    for (int64_t r = 1; r < table.rows; ++r)
-      changes[r] = codes[r] != codes[r - 1] ? level : changes[r];
+  // By blocks that stay in the cache from level to level.
+  for (int64_t begin = 0, end; begin < table.rows; begin = end) {
+    end = std::min(begin + kBlock, table.rows);
+    std::memset(changes + begin, static_cast<int>(table.depth), end - begin);
+    // From the last level up, so that the first level that changes is written last.
+    for (int64_t l = table.depth - 1; l >= 0; --l) {
+      const uint16_t* codes = table.codes + l * table.stride;
+      const auto level = static_cast<uint8_t>(l);
+      for (int64_t r = std::max<int64_t>(begin, 1); r < end; ++r)
+        changes[r] = codes[r] != codes[r - 1] ? level : changes[r];
+    }
   }
   for (int64_t t = 0; t < table.tries; ++t) {
     if (table.roots[t] < table.rows) changes[table.roots[t]] = 0;

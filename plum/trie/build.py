@@ -41,8 +41,8 @@ class SortedSids(NamedTuple):
 def sort_sids(codes: np.ndarray, sizes: Sequence[int], *, native: bool = True) -> SortedSids | int:
     """Sorts the SIDs of a catalog.
 
-    The C++ way packs leading codes into 64-bit keys and sorts them by radix, 11 bits a pass, until
-    few are equal; those are compared whole.
+    The C++ way packs the first bits of a SID and its item into 64 bits and sorts these by radix, 11
+    bits a pass, until few are equal; those are compared whole.
 
     Args:
         codes: Integers ``[N, L]``, contiguous.

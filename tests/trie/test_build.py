@@ -1,0 +1,55 @@
+"""The C++ sort and layout of a catalog beside NumPy's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from plum import _native
+from plum.trie.build import build_index, sort_sids
+
+pytestmark = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
+
+# What fits into 64 bits beside the item: all levels; the first bits of one; whole levels only;
+# levels of no bits before, between and behind; more levels than bits.
+SIZES = {
+    "all": [2048] * 3,
+    "first bits": [2048] * 8,
+    "odd widths": [3, 65536, 17, 65536, 65536, 5, 300],
+    "no bits": [1, 1, 700, 1, 40000, 1, 65536, 65536, 1],
+    "one code": [1, 1],
+    "widest": [65536] * 16,
+    "two codes": [2] * 16,
+}
+
+
+@pytest.mark.parametrize("items", [1, 2, 3, 20_000])
+@pytest.mark.parametrize("equal", ["nothing", "first levels", "few codes"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_sorted_and_laid_out_like_numpy(sizes, equal, items):
+    random = np.random.default_rng(items + len(sizes))
+    most = np.minimum(sizes, 3) if equal == "few codes" else sizes
+    codes = random.integers(0, most, size=(items, len(sizes)))
+    if equal == "first levels":
+        codes[:, : len(sizes) - 1] = codes[0, : len(sizes) - 1]
+    found, expected = sort_sids(codes, sizes), sort_sids(codes, sizes, native=False)
+    for ours, numpys in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, numpys)
+    roots = (0, found.columns.shape[1])
+    for ours, numpys in zip(
+        build_index(found.columns, sizes, roots),
+        build_index(expected.columns, sizes, roots, native=False),
+        strict=True,
+    ):
+        assert ours.equal(numpys)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("bad", [-1, "size", 1 << 40])
+def test_the_first_code_out_of_range_is_found(sizes, bad):
+    random = np.random.default_rng(0)
+    codes = random.integers(0, sizes, size=(100, len(sizes)))
+    for row, level in ((70, 0), (50, len(sizes) - 1)):
+        codes[row, level] = sizes[level] if bad == "size" else bad
+        assert sort_sids(codes, sizes) == row * len(sizes) + level
+        assert sort_sids(codes, sizes, native=False) == row * len(sizes) + level
