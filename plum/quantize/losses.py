@@ -69,6 +69,17 @@ def quantization_losses(
     if found.residual is None:
         raise InvalidArgument("found", "codes with their residual", "none", "return_residual=True")
     packed, sizes = pack_codebooks(codebooks, sizes)
+    if x.ndim != 2 or x.shape[1] != packed.shape[1] or not x.is_floating_point():
+        got = f"{x.dtype} {list(x.shape)}"
+        raise InvalidArgument("x", f"floating point [N, {packed.shape[1]}]", got)
+    for name, tensor, width in (
+        ("codes", found.codes, len(sizes)),
+        ("norms", found.norms, len(sizes)),
+        ("residual", found.residual, x.shape[1]),
+    ):
+        if tensor.shape != (len(x), width):
+            expected = f"{[len(x), width]}, as of x and codebooks"
+            raise InvalidArgument(f"found.{name}", expected, list(tensor.shape))
     losses = _QuantizationLosses.apply(
         x, packed, found.codes, found.norms, found.residual, tuple(sizes)
     )
@@ -149,10 +160,13 @@ def reconstruction_loss(x: Tensor, target: Tensor, present: Tensor | None = None
         A scalar; zero if there is no row, or none is present.
 
     Raises:
-        InvalidArgument: the shapes differ.
+        InvalidArgument: the shapes differ, or ``present`` is not as above.
     """
     if x.shape != target.shape:
         raise InvalidArgument("target", f"{list(x.shape)} as x", str(list(target.shape)))
+    if present is not None and (present.dtype != torch.bool or present.shape != x.shape[:1]):
+        got = f"{present.dtype} {list(present.shape)}"
+        raise InvalidArgument("present", f"bool {list(x.shape[:1])}, as rows of x", got)
     if present is None:
         return (x - target).square().sum() / max(len(x), 1)
     # Replaced, not multiplied by zero: a missing row may hold anything, NaN included.
@@ -174,7 +188,7 @@ def co_occurrence_loss(
     of the same item as i or as i⁺: they are no negatives.
 
     Args:
-        projections: ``[N, P]``, of the projection head.
+        projections: Floating point ``[N, P]``, of the projection head.
         items: int64 ``[N]``, the item of each row.
         partners: int64 ``[N]``, the row of each row's partner, another item; -1 for none.
         temperature: τ.
@@ -183,10 +197,23 @@ def co_occurrence_loss(
         A scalar; zero if no row has a partner.
 
     Raises:
-        InvalidArgument: the temperature is not positive.
+        InvalidArgument: a shape, a dtype or the temperature is not as above, or a partner is no
+            row.
     """
     if not temperature > 0:
         raise InvalidArgument("temperature", "a positive number", temperature)
+    if projections.ndim != 2 or not projections.is_floating_point():
+        got = f"{projections.dtype} {list(projections.shape)}"
+        raise InvalidArgument("projections", "floating point [N, P]", got)
+    for name, value in (("items", items), ("partners", partners)):
+        if value.dtype != torch.int64 or value.shape != projections.shape[:1]:
+            got = f"{value.dtype} {list(value.shape)}"
+            raise InvalidArgument(name, f"int64 [{len(projections)}], as projections", got)
+    outside = (partners < -1) | (partners >= len(projections))
+    if bool(outside.any()):
+        row = int(torch.nonzero(outside)[0])
+        expected = f"a row in [0, {len(projections)}), or -1 for none"
+        raise InvalidArgument(f"partners[{row}]", expected, int(partners[row]))
     rows = torch.nonzero(partners >= 0).flatten()
     if not len(rows):
         return projections.sum() * 0

@@ -68,3 +68,47 @@ def test_co_occurrence_loss_of_no_pairs_is_zero():
     assert float(loss.detach()) == 0 and not p.grad.any()
     with pytest.raises(InvalidArgument, match=r"^temperature"):
         co_occurrence_loss(p, torch.arange(3), torch.full((3,), -1), temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"projections": torch.ones(3)}, r"projections: expected floating point \[N, P\]"),
+        ({"projections": torch.ones(3, 4).long()}, "projections: expected floating point"),
+        ({"items": torch.arange(2)}, r"items: expected int64 \[3\], .*got torch.int64 \[2\]"),
+        ({"items": torch.zeros(3)}, r"items: expected int64 \[3\]"),
+        ({"partners": torch.tensor([1, 0])}, r"partners: expected int64 \[3\]"),
+        ({"partners": torch.tensor([1, 0, 1]).int()}, r"partners: expected int64 \[3\]"),
+        ({"partners": torch.tensor([1, 0, 3])}, r"partners\[2\]: .*\[0, 3\).*got 3"),
+        ({"partners": torch.tensor([1, -2, -1])}, r"partners\[1\]: .*got -2"),
+    ],
+)
+def test_co_occurrence_loss_bad_arguments(changed, message):
+    arguments = {
+        "projections": torch.ones(3, 4),
+        "items": torch.arange(3),
+        "partners": torch.tensor([1, 0, -1]),
+    }
+    with pytest.raises(InvalidArgument, match=f"^{message}"):
+        co_occurrence_loss(**{**arguments, **changed})
+
+
+def test_a_mask_that_does_not_fit_is_named():
+    x = torch.ones(3, 4)
+    for present in (torch.ones(2, dtype=torch.bool), torch.ones(3)):
+        with pytest.raises(InvalidArgument, match=r"^present: expected bool \[3\]"):
+            reconstruction_loss(x, x, present)
+
+
+def test_codes_of_other_rows_or_codebooks_are_named():
+    x, books = torch.ones(3, 4), [torch.ones(2, 4), torch.ones(2, 4)]
+    found = residual_quantize(x, books, return_residual=True)
+    for changed, message in (
+        ({"x": x[:2]}, r"found\.codes: expected \[2, 2\]"),
+        ({"codebooks": books[:1]}, r"found\.codes: expected \[3, 1\]"),
+        ({"codebooks": [book[:, :3] for book in books]}, r"x: expected floating point \[N, 3\]"),
+        ({"found": found._replace(norms=found.norms[:, :1])}, r"found\.norms"),
+        ({"found": found._replace(residual=x[:, :1])}, r"found\.residual: expected \[3, 4\]"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{message}"):
+            quantization_losses(**{"x": x, "found": found, "codebooks": books, **changed})
