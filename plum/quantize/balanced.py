@@ -36,8 +36,8 @@ def balanced_codes(
     is for groups as large as a catalog, where that takes too long.
 
     Args:
-        residuals: fp32 ``[N, D]``, finite, what is left of each row at this level.
-        codebook: fp32 ``[K, D]``, finite.
+        residuals: fp32, bf16 or fp16 ``[N, D]``, finite, what is left of each row at this level.
+        codebook: Floating point ``[K, D]``, finite in fp32.
         capacity: Most rows of a group on a codeword, >= 1.
         groups: int64 ``[N]``, equal for rows that compete; None for one group of all.
         priority: int64 ``[N]``, distinct; of rows equally far from a codeword the lower one goes
@@ -49,12 +49,29 @@ def balanced_codes(
     Raises:
         InvalidArgument: an argument is not as above, or a group has over ``K * capacity`` rows.
     """
+    if codebook.ndim != 2 or not codebook.is_floating_point() or not codebook.numel():
+        got = f"{codebook.dtype} {list(codebook.shape)}"
+        raise InvalidArgument("codebook", "floating point [K, D], not empty", got)
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    if (
+        residuals.ndim != 2
+        or residuals.shape[1:] != codebook.shape[1:]
+        or (residuals.dtype not in known)
+    ):
+        expected = f"fp32, bf16 or fp16 [N, {codebook.shape[1]}], as wide as codebook"
+        raise InvalidArgument("residuals", expected, f"{residuals.dtype} {list(residuals.shape)}")
+    for name, vectors in (("residuals", residuals), ("codebook", codebook.float())):
+        bad = torch.nonzero(~vectors.isfinite().all(dim=1)).flatten()
+        if len(bad):
+            raise InvalidArgument(f"{name}[{int(bad[0])}]", "finite values", "NaN or infinity")
     count, size = len(residuals), len(codebook)
     if capacity < 1:
         raise InvalidArgument("capacity", "at least 1", capacity)
     for name, value in (("groups", groups), ("priority", priority)):
         if value is not None and (value.dtype != torch.int64 or value.shape != (count,)):
             raise InvalidArgument(name, f"int64 [{count}]", f"{value.dtype} {list(value.shape)}")
+    if priority is not None and len(priority.unique()) != count:
+        raise InvalidArgument("priority", f"{count} distinct numbers", len(priority.unique()))
     codes = residual_quantize(residuals, [codebook]).codes[:, 0].long()
     if groups is None:
         group, members = torch.zeros_like(codes), torch.tensor([count], device=codes.device)

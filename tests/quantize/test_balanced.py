@@ -104,3 +104,16 @@ def test_bad_arguments_are_named():
         balanced_codes(x, codebook, 30, groups=torch.zeros(299, dtype=torch.int64))
     with pytest.raises(InvalidArgument, match=r"^priority"):
         balanced_codes(x, codebook, 30, priority=torch.zeros(300))
+    with pytest.raises(InvalidArgument, match=r"^priority: expected 300 distinct .*got 1$"):
+        balanced_codes(x, codebook, 30, priority=torch.zeros(300, dtype=torch.int64))
+    for wrong in (x.double(), x[:, 1:], x[0]):
+        with pytest.raises(InvalidArgument, match=r"^residuals: expected fp32, bf16 or fp16"):
+            balanced_codes(wrong, codebook, 30)
+    for wrong in (codebook[0], codebook[:0], codebook.long()):
+        with pytest.raises(InvalidArgument, match=r"^codebook: expected floating point"):
+            balanced_codes(x, wrong, 30)
+    infinite = torch.tensor([float("inf")])
+    with pytest.raises(InvalidArgument, match=r"^residuals\[7\]: expected finite"):
+        balanced_codes(x.index_put((torch.tensor([7]), torch.tensor([0])), infinite), codebook, 30)
+    with pytest.raises(InvalidArgument, match=r"^codebook\[3\]: expected finite"):
+        balanced_codes(x, codebook.index_put((torch.tensor([3]), torch.tensor([0])), infinite), 30)
