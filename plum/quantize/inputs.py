@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +12,40 @@ from plum.errors import InvalidArgument
 
 # Rows that are copied to fp64 at once.
 _CHUNK = 16384
+
+
+def check_seed(seed: int) -> None:
+    """Checks a seed of torch's and numpy's generators.
+
+    Raises:
+        InvalidArgument: it is no int in [0, 2^63).
+    """
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+        raise InvalidArgument("seed", "an int in [0, 2^63)", repr(seed))
+
+
+def searchable(x: Tensor) -> Tensor:
+    """Returns rows as the ops take them: fp64 as fp32, anything else as it is."""
+    return x.float() if x.dtype == torch.float64 else x
+
+
+def check_modality_names(names: Iterable[str]) -> None:
+    """Checks that modules can be kept under the names of modalities.
+
+    Raises:
+        InvalidArgument: a name is no string, is empty, holds a dot or is an attribute of
+            :class:`torch.nn.ModuleDict`, as ``type``, ``keys`` and ``values`` are.
+    """
+    taken = nn.ModuleDict()
+    for name in names:
+        if not isinstance(name, str) or not name or "." in name or hasattr(taken, name):
+            raise InvalidArgument(
+                "input_dims",
+                "names of modalities that are not empty, hold no dot and are no attribute of"
+                " torch.nn.ModuleDict",
+                repr(name),
+                "rename the modality",
+            )
 
 
 def check_embeddings(
@@ -26,18 +61,11 @@ def check_embeddings(
         InvalidArgument: a modality, shape, dtype or value is not as above; rows that hold NaN or
             infinity are named.
     """
-    if not embeddings or (widths is not None and set(embeddings) != set(widths)):
-        wanted = "at least one modality" if widths is None else f"the modalities {sorted(widths)}"
-        raise InvalidArgument("embeddings", wanted, sorted(embeddings))
-    count = len(next(iter(embeddings.values())))
+    count = check_shapes("embeddings", embeddings, widths)
     for name, x in embeddings.items():
         where = f"embeddings[{name!r}]"
-        shape = f"[{count}, {'D' if widths is None else widths[name]}]"
-        fits = x.ndim == 2 and x.is_floating_point() and len(x) == count and x.numel() > 0
-        if not fits or (widths is not None and x.shape[1] != widths[name]):
-            raise InvalidArgument(
-                where, f"floating point {shape}, not empty", f"{x.dtype} {list(x.shape)}"
-            )
+        if not x.numel():
+            raise InvalidArgument(where, "at least one value", list(x.shape))
         # The sum is finite only if every value is; it is read many times as fast.
         if not x.sum().isfinite():
             bad = torch.nonzero(~x.isfinite().all(dim=1)).flatten().tolist()
@@ -52,6 +80,38 @@ def check_embeddings(
                 "embed these items again or leave them out",
             )
     return count
+
+
+def check_shapes(
+    argument: str, embeddings: Mapping[str, Tensor], widths: Mapping[str, int] | None
+) -> int:
+    """Checks all but the values of embeddings, which may be of no item, and returns N.
+
+    Args:
+        argument: What the message calls the embeddings.
+        embeddings: Modality to floating-point ``[N, D_m]``.
+        widths: The modalities that must be there and their ``D_m``; None accepts any.
+
+    Raises:
+        InvalidArgument: a modality, shape or dtype is not as above.
+    """
+    if not isinstance(embeddings, Mapping):
+        raise InvalidArgument(argument, "a mapping of modalities", type(embeddings).__name__)
+    if not embeddings or (widths is not None and set(embeddings) != set(widths)):
+        wanted = "at least one modality" if widths is None else f"the modalities {sorted(widths)}"
+        raise InvalidArgument(argument, wanted, list(embeddings))
+    count: int | str = "N"
+    for name, x in embeddings.items():
+        where = f"{argument}[{name!r}]"
+        if not isinstance(x, Tensor):
+            raise InvalidArgument(where, "a tensor", type(x).__name__)
+        width = "D" if widths is None else widths[name]
+        fits = x.ndim == 2 and x.is_floating_point() and count in ("N", len(x))
+        if not fits or (widths is not None and x.shape[1] != width):
+            got = f"{x.dtype} {list(x.shape)}"
+            raise InvalidArgument(where, f"floating point [{count}, {width}]", got)
+        count = len(x)
+    return int(count)
 
 
 def check_present(

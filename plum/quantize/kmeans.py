@@ -10,6 +10,7 @@ from torch import Tensor
 
 from plum.errors import InvalidArgument
 from plum.ops import codebook_sums, residual_quantize
+from plum.quantize.inputs import check_seed, searchable
 
 INITS = ("k-means++", "random")
 # k-means++ draws from a random sample of this many rows, or of so many rows a cluster.
@@ -53,13 +54,13 @@ class KMeans:
             num_clusters: ``K``.
             init: ``"k-means++"`` (Arthur and Vassilvitskii 2007, the greedy variant), on a random
                 sample of ``max(16384, 8 K)`` rows where there are more; ``"random"`` rows; or the
-                centroids to start from, ``[K, D]``.
+                centroids to start from, floating point ``[K, D]``, finite in fp32.
             max_iters: Most iterations, or passes over the data in mini-batch mode.
             tol: Stop when the squared shift of all centroids together is at most this fraction of
                 the mean variance of a dimension, measured on the same sample.
             batch_size: None for full Lloyd iterations; a number of rows for mini-batch k-means
                 (Sculley 2010).
-            seed: Seed of the start and of the order of the batches.
+            seed: Seed of the start and of the order of the batches, in [0, 2^63).
 
         Raises:
             InvalidArgument: an argument is out of range.
@@ -67,18 +68,25 @@ class KMeans:
         if num_clusters < 1:
             raise InvalidArgument("num_clusters", "at least 1", num_clusters)
         if isinstance(init, Tensor):
-            if init.ndim != 2 or len(init) != num_clusters or not bool(init.isfinite().all()):
+            if init.ndim != 2 or len(init) != num_clusters or not init.is_floating_point():
                 raise InvalidArgument(
-                    "init", f"finite [{num_clusters}, D]", f"{init.dtype} {list(init.shape)}"
+                    "init",
+                    f"floating point [{num_clusters}, D]",
+                    f"{init.dtype} {list(init.shape)}",
                 )
-        elif init not in INITS:
-            raise InvalidArgument("init", f"{', '.join(INITS)} or a tensor", repr(init))
+            bad = torch.nonzero(~init.float().isfinite().all(dim=1)).flatten()
+            if len(bad):
+                raise InvalidArgument(f"init[{int(bad[0])}]", "finite in fp32", "NaN or infinity")
+        elif not isinstance(init, str) or init not in INITS:
+            got = repr(init) if isinstance(init, str) else type(init).__name__
+            raise InvalidArgument("init", f"{', '.join(INITS)} or a tensor", got)
         if max_iters < 0:
             raise InvalidArgument("max_iters", "at least 0", max_iters)
         if not tol >= 0:
             raise InvalidArgument("tol", "at least 0", tol)
         if batch_size is not None and batch_size < 1:
             raise InvalidArgument("batch_size", "None or at least 1", batch_size)
+        check_seed(seed)
         self.num_clusters = num_clusters
         self.init = init
         self.max_iters = max_iters
@@ -100,21 +108,23 @@ class KMeans:
         """Finds the centroids of ``x``.
 
         Args:
-            x: fp32, bf16 or fp16 ``[N, D]``, finite, ``N >= 1``.
+            x: Floating point ``[N, D]``, finite, ``N >= 1``; fp64 is rounded to fp32.
             progress: Called as ``progress(done, max_iters)`` after each iteration.
 
         Returns:
             This object.
 
         Raises:
-            InvalidArgument: ``x`` is not as above.
+            InvalidArgument: ``x`` is not as above, or not as wide as the centroids to start from.
         """
         if x.ndim != 2 or not x.is_floating_point() or 0 in x.shape:
             raise InvalidArgument(
                 "x", "floating point [N, D] with at least one row", f"{x.dtype} {list(x.shape)}"
             )
-        x = x.detach()
-        x = x.float() if x.dtype == torch.float64 else x
+        if isinstance(self.init, Tensor) and self.init.shape[1] != x.shape[1]:
+            expected = f"[{self.num_clusters}, {x.shape[1]}], as wide as x"
+            raise InvalidArgument("init", expected, list(self.init.shape))
+        x = searchable(x.detach())
         generator = torch.Generator().manual_seed(self.seed)
         sample = _sample(x, self.num_clusters, generator)
         if isinstance(self.init, Tensor):
@@ -147,8 +157,12 @@ class KMeans:
         return self
 
     def predict(self, x: Tensor) -> Tensor:
-        """Returns the nearest centroid of each row of ``x`` ``[N, D]``: int32 ``[N]``."""
-        return residual_quantize(x, [self.centroids]).codes[:, 0]
+        """Returns the nearest centroid of each row of ``x`` ``[N, D]``: int32 ``[N]``.
+
+        Raises:
+            InvalidArgument: ``x`` is not as :meth:`fit` takes it and as wide, or nothing is fitted.
+        """
+        return residual_quantize(searchable(x), [self.centroids]).codes[:, 0]
 
     def _pass(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plum.errors import InvalidArgument
-from plum.quantize.inputs import InputScaling, check_embeddings
+from plum.quantize.inputs import InputScaling, check_embeddings, check_modality_names
 from plum.quantize.residual_quantizer import ResidualQuantizer
 from plum.quantize.storage import load_module, save_module
 
@@ -49,12 +49,13 @@ class ProjectedQuantizer(nn.Module):
         """Creates a model that is not fitted yet.
 
         Args:
-            input_dims: Modality to the width ``D_m`` of its embeddings.
+            input_dims: Modality to the width ``D_m`` of its embeddings; with ``whiten`` the names
+                are those of :func:`plum.quantize.inputs.check_modality_names`.
             codebook_sizes: ``K_l`` of each of the ``L`` levels.
             latent_dim: Most principal components ``D`` that are kept; there are never more than
                 the inputs have dimensions. None quantizes the embeddings as they are.
             whiten: Whiten each modality (:class:`plum.quantize.inputs.InputScaling`).
-            seed: Seed of everything random.
+            seed: Seed of everything random, in [0, 2^63).
             options: Further arguments of :class:`ResidualQuantizer`.
 
         Raises:
@@ -63,6 +64,8 @@ class ProjectedQuantizer(nn.Module):
         super().__init__()
         if not input_dims or any(width < 1 for width in input_dims.values()):
             raise InvalidArgument("input_dims", "modalities with widths >= 1", dict(input_dims))
+        if whiten:
+            check_modality_names(input_dims)
         if latent_dim is not None and latent_dim < 1:
             raise InvalidArgument("latent_dim", "at least 1", latent_dim)
         total = sum(input_dims.values())

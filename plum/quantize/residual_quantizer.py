@@ -36,6 +36,7 @@ from plum.quantize.distributed import (
     sum_over_ranks,
 )
 from plum.quantize.gradient import rotate, straight_through
+from plum.quantize.inputs import check_seed, searchable
 from plum.quantize.kmeans import KMeans
 from plum.quantize.losses import quantization_losses, sum_codewords
 from plum.quantize.storage import load_module, save_module
@@ -89,6 +90,8 @@ class ResidualQuantizer(nn.Module):
     codeword of a residual r is the one of the largest r·c, so the search is the cosine search at
     every level; but a codeword then has the norm 1 at deep levels too, where residuals are short.
 
+    Rows may be of any floating-point type; fp64 is rounded to fp32 at the entrance.
+
     Randomness is a function of ``seed``, the number of training steps and the rows. Steps and
     reservoir are part of the ``state_dict``: a run that is resumed from one continues bit for bit.
 
@@ -139,7 +142,7 @@ class ResidualQuantizer(nn.Module):
             dead_share: Fraction of the uniform share below which a code is dead, in (0, 1].
             progressive_masking: In training, keep only the first r levels of each row in
                 ``quantized``, r uniform in 1..L (PLUM, arXiv 2510.07784).
-            seed: Seed of everything random in here.
+            seed: Seed of everything random in here, in [0, 2^63).
             process_group: See the attribute.
 
         Raises:
@@ -165,6 +168,7 @@ class ResidualQuantizer(nn.Module):
             raise InvalidArgument("revive_every", "steps, or 0 for never", revive_every)
         if not 0 < dead_share <= 1:
             raise InvalidArgument("dead_share", "a fraction in (0, 1]", dead_share)
+        check_seed(seed)
         self.dim = dim
         self.codebook_sizes = tuple(codebook_sizes)
         self.update = update
@@ -214,14 +218,14 @@ class ResidualQuantizer(nn.Module):
         Under ``torch.distributed`` all processes call it, and cluster the rows of all of them.
 
         Args:
-            x: ``[N, D]``, finite.
+            x: ``[N, D]``, finite, of at least one row.
             max_iters: k-means iterations a level.
             batch_size: Rows a mini-batch of k-means; None for full iterations.
             max_rows: Most rows of all processes together, evenly spread over ``x``; None for all.
             progress: Called as ``progress(done, L)`` after each level.
 
         Raises:
-            InvalidArgument: ``x`` is not as above.
+            InvalidArgument: an argument is not as above.
         """
         if max_rows is not None and max_rows < 1:
             raise InvalidArgument("max_rows", "at least 1, or None for all", max_rows)
@@ -478,7 +482,7 @@ class ResidualQuantizer(nn.Module):
             raise InvalidArgument(
                 "x", f"floating point [N, {self.dim}]", f"{x.dtype} {list(x.shape)}"
             )
-        return self._scaled(x.float()) if self.metric == "cosine" else x
+        return self._scaled(x.float()) if self.metric == "cosine" else searchable(x)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from plum.errors import InvalidArgument
 from plum.ops import code_usage, codebook_sums, residual_quantize
 from plum.quantize.distributed import copy_from_first, sum_over_ranks
+from plum.quantize.inputs import searchable
 from plum.quantize.kmeans import KMeans
 from plum.quantize.residual_gradient import GradientRules, normalized, residual_sum
 
@@ -32,6 +33,7 @@ _OFF: dict[str, Any] = {
     **{"heads": 1, "channel_last": True, "route_gradients_to_input": True, "mlp_kwargs": {}},
     **{"sync_kmeans": True, "sync_codebook": None, "freeze_codebook": False},
 }
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class ResidualVQ(nn.Module):
@@ -42,7 +44,7 @@ class ResidualVQ(nn.Module):
     here raises. What differs:
 
     - All levels are searched in one call, the codes are the exact nearest ones (ties to the lowest
-      index), and rows of lower precision are quantized in fp32.
+      index), and rows of any precision are quantized in fp32.
     - k-means init uses :class:`plum.quantize.KMeans`, from random rows; with ``use_cosine_sim`` on
       normalized rows.
     - A shared codebook is expired once, after the last level, from the rows of all levels.
@@ -198,14 +200,18 @@ class ResidualVQ(nn.Module):
             ``[L, B, ..., D]``; zeros where an index is -1 and for the levels left out.
 
         Raises:
-            InvalidArgument: an index is out of range.
+            InvalidArgument: a shape or dtype is not as above, or an index is out of range.
         """
-        levels = indices.shape[-1]
+        levels = indices.shape[-1] if indices.ndim else 0
+        if not 1 <= levels <= self.num_quantizers or indices.dtype not in _INTEGERS:
+            expected = f"integers [B, ..., 1..{self.num_quantizers}]"
+            raise InvalidArgument("indices", expected, f"{indices.dtype} {list(indices.shape)}")
         sizes = torch.tensor(self.codebook_sizes[:levels], device=indices.device)
-        if levels > self.num_quantizers or bool(((indices < -1) | (indices >= sizes)).any()):
-            raise InvalidArgument(
-                "indices", f"-1 or codes below {self.codebook_sizes}", list(indices.shape)
-            )
+        outside = (indices < -1) | (indices >= sizes)
+        if bool(outside.any()):
+            place = torch.nonzero(outside)[0].tolist()
+            expected = f"-1, or a code in [0, {self.codebook_sizes[place[-1]]})"
+            raise InvalidArgument(f"indices{place}", expected, int(indices[tuple(place)]))
         codes: list[Tensor] = []
         for level, book in enumerate(self._books()):
             if level >= levels:
@@ -217,7 +223,11 @@ class ResidualVQ(nn.Module):
         return torch.stack(codes)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """Returns the output of ``indices``, int ``[B, ..., l]``: ``[B, ..., dim]``."""
+        """Returns the output of ``indices``, int ``[B, ..., l]``: ``[B, ..., dim]``.
+
+        Raises:
+            InvalidArgument: as :meth:`get_codes_from_indices`.
+        """
         return self.project_out(self.get_codes_from_indices(indices).sum(dim=0))
 
     def forward(
@@ -274,7 +284,8 @@ class ResidualVQ(nn.Module):
         levels = self._draw_levels(rand_quantize_dropout_fixed_seed, x.device)
         sizes = self.codebook_sizes[:levels]
         packed = torch.cat([book.embed[0] for book in self._books()[:levels]])
-        codes, norms, usage = self._search(rows.detach(), packed.detach(), sizes)
+        searched = searchable(rows.detach())
+        codes, norms, usage = self._search(searched, packed.detach(), sizes)
         quantized, losses = residual_sum(
             rows.float(),
             packed,
@@ -290,7 +301,7 @@ class ResidualVQ(nn.Module):
             ),
         )
         if self.training and not freeze_codebook:
-            self._update(rows.detach(), codes, usage, packed.detach(), sizes)
+            self._update(searched, codes, usage, packed.detach(), sizes)
         out = self.project_out(quantized.to(rows.dtype))
         codes = F.pad(codes.long(), (0, self.num_quantizers - levels), value=-1)
         if mask is not None:

@@ -47,13 +47,13 @@ def fit_rq_kmeans(
     """Fits RQ-KMeans: k-means on the residuals of each level, on principal components.
 
     Args:
-        embeddings: Modality to fp32 ``[N, D_m]``, finite.
+        embeddings: Modality to floating-point ``[N, D_m]``, finite.
         codebook_sizes: ``K_l`` of each of the ``L`` levels.
         latent_dim: Principal components that are kept.
         whiten: Whiten each modality first, so that the components are what modalities agree on.
         max_iters: k-means iterations a level.
         batch_size: Rows a mini-batch of k-means; None for full iterations.
-        seed: Seed of k-means.
+        seed: Seed of k-means, in [0, 2^63).
         progress: Called as ``progress(done, L)`` after each level.
 
     Returns:

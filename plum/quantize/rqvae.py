@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from plum.errors import InvalidArgument
-from plum.quantize.inputs import InputScaling, check_embeddings, check_present
+from plum.quantize.inputs import (
+    InputScaling,
+    check_embeddings,
+    check_modality_names,
+    check_present,
+    check_seed,
+    check_shapes,
+)
 from plum.quantize.losses import reconstruction_loss
 from plum.quantize.residual_quantizer import QuantizerOutput, ResidualQuantizer
 from plum.quantize.storage import load_module, save_module
@@ -26,7 +33,8 @@ class RQVAEConfig:
     """The shape of an :class:`RQVAE`.
 
     Attributes:
-        input_dims: Modality to the width ``D_m`` of its embeddings.
+        input_dims: Modality to the width ``D_m`` of its embeddings; the names are those of
+            :func:`plum.quantize.inputs.check_modality_names`.
         hidden_dims: Widths of the hidden layers of each encoder; decoders mirror them.
         latent_dim: Width ``D`` of the vector that is quantized.
         codebook_sizes: ``K_l`` of each level.
@@ -46,7 +54,7 @@ class RQVAEConfig:
         co_occurrence_weight: Weight of the co-occurrence loss; 0 builds no projection head. The
             other losses are sums over ``latent_dim`` features: a weight of that order is as much.
         temperature: τ of the co-occurrence loss.
-        seed: Seed of the weights and of the quantizer.
+        seed: Seed of the weights and of the quantizer, in [0, 2^63).
     """
 
     input_dims: dict[str, int]
@@ -67,14 +75,16 @@ class RQVAEConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the widths; the quantizer checks what is its own."""
+        """Checks all but what the quantizer knows by the same name and checks itself."""
         if not self.input_dims or any(width < 1 for width in self.input_dims.values()):
             raise InvalidArgument("input_dims", "modalities with widths >= 1", self.input_dims)
+        check_modality_names(self.input_dims)
+        check_seed(self.seed)
         if any(width < 1 for width in self.hidden_dims):
             raise InvalidArgument("hidden_dims", "widths of at least 1", self.hidden_dims)
         if self.latent_dim < 1:
             raise InvalidArgument("latent_dim", "at least 1", self.latent_dim)
-        weights = {"co_occurrence_weight": self.co_occurrence_weight}
+        weights = {"beta": self.beta, "co_occurrence_weight": self.co_occurrence_weight}
         for name, weight in self.reconstruction_weights.items():
             if name not in self.input_dims:
                 known = f"modalities out of {', '.join(self.input_dims)}"
@@ -179,7 +189,8 @@ class RQVAE(nn.Module):
         Raises:
             InvalidArgument: the inputs are not as above.
         """
-        check_embeddings(inputs, self.config.input_dims)
+        count = check_embeddings(inputs, self.config.input_dims)
+        check_present(present, inputs, count)
         for name, x in inputs.items():
             rows = x if present is None or name not in present else x[present[name]]
             if not len(rows):
@@ -220,8 +231,11 @@ class RQVAE(nn.Module):
             quantize: False trains the plain autoencoder, to warm up before k-means.
 
         Raises:
-            InvalidArgument: the quantizer got values that are not finite.
+            InvalidArgument: a modality, shape or dtype is not as above, or the quantizer got values
+                that are not finite.
         """
+        count = check_shapes("inputs", inputs, self.config.input_dims)
+        check_present(present, inputs, count)
         latents = self.fuse(inputs, present)
         quantized = self.quantizer(latents) if quantize else None
         decoded = self._decode(latents if quantized is None else quantized.quantized)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -42,7 +43,7 @@ def fit_rvq(
     """Fits R-VQ: codebooks start as k-means centroids, then mini-batches move them.
 
     Args:
-        embeddings: Modality to fp32 ``[N, D_m]``, finite.
+        embeddings: Modality to floating-point ``[N, D_m]``, finite.
         codebook_sizes: ``K_l`` of each of the ``L`` levels.
         latent_dim: Principal components to quantize; None for the embeddings as they are.
         update: ``"ema"`` or ``"gradient"`` (Adam on the codebook loss).
@@ -53,7 +54,7 @@ def fit_rvq(
         epochs: Passes over the items.
         batch_size: Rows a step; None for an eighth of the items, but 32 to 512.
         lr: Learning rate of ``"gradient"``, which falls to zero along a cosine.
-        seed: Seed of everything random.
+        seed: Seed of everything random, in [0, 2^63).
         progress: Called as ``progress(done, epochs)`` after each epoch.
 
     Returns:
@@ -68,7 +69,7 @@ def fit_rvq(
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise InvalidArgument(name, "at least 1", value)
-    if not lr > 0:
+    if not 0 < lr < math.inf:
         raise InvalidArgument("lr", "a positive number", lr)
     memory = memory_for(epochs * -(-count // batch_size), batch_size, codebook_sizes)
     memory |= {} if decay is None else {"decay": decay}

@@ -60,12 +60,12 @@ def fit_tokenizer(
       embeddings as they are.
 
     Args:
-        embeddings: Modality to fp32 ``[N, D_m]``, finite.
+        embeddings: Modality to floating-point ``[N, D_m]``, finite.
         kind: One of the above.
         codebook_sizes: ``K_l`` of each of the ``L`` levels.
         latent_dim: Width ``D`` of the vector that is quantized; None for 64, and for the width of
             the embeddings with ``"r-vq"``.
-        seed: Seed of everything random.
+        seed: Seed of everything random, in [0, 2^63).
         progress: Called as ``progress(done, total)`` after each epoch or level.
         options: Further arguments of :class:`RQVAEConfig` and :func:`fit_rqvae`, of
             :func:`fit_rq_kmeans` or of :func:`fit_rvq`. ``pairs`` without a

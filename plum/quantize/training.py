@@ -79,8 +79,8 @@ def fit_rqvae(
     quality. Progressive masking draws its prefixes on each process, and is another run at once.
 
     Args:
-        embeddings: Modality to fp32 ``[N, D_m]``, finite; rows of missing items hold anything
-            finite.
+        embeddings: Modality to floating-point ``[N, D_m]``, finite; rows of missing items hold
+            anything finite.
         config: The shape of the model.
         present: Modality to bool ``[N]``, the items that have it; None for all.
         pairs: int64 ``[P, 2]``, items that are taken together, from *training* data only, as of
@@ -128,8 +128,10 @@ def fit_rqvae(
     for name, value in at_least_one.items():
         if value < 1:
             raise InvalidArgument(name, "at least 1", value)
-    if not lr > 0:
+    if not 0 < lr < math.inf:
         raise InvalidArgument("lr", "a positive number", lr)
+    if not 0 <= weight_decay < math.inf:
+        raise InvalidArgument("weight_decay", "a number of at least 0", weight_decay)
     if (pairs is None) != (config.co_occurrence_weight == 0):
         expected = "pairs together with a co_occurrence_weight above 0, or neither"
         got = "none" if pairs is None else f"{len(pairs)} pairs"

@@ -180,6 +180,7 @@ def test_rows_of_other_precision(dtype):
     model = KMeans(12, seed=1).fit(x)
     assert model.centroids.dtype == torch.float32
     assert torch.equal(model.centroids, expected.centroids)
+    assert torch.equal(model.predict(x), expected.predict(x.float()))
 
 
 def test_iterations_lower_the_inertia_and_plus_plus_starts_lower():
@@ -263,6 +264,18 @@ def test_bad_input_is_refused():
         KMeans(2, init="best")
     with pytest.raises(InvalidArgument, match=r"init.*\[2, D\]"):
         KMeans(2, init=torch.zeros(3, 4))
+    for wrong in (torch.full((2, 4), 1e300, dtype=torch.float64), torch.full((2, 4), float("nan"))):
+        with pytest.raises(InvalidArgument, match=r"^init\[0\]: expected finite in fp32"):
+            KMeans(2, init=wrong)
+    with pytest.raises(InvalidArgument, match=r"^init: expected floating point"):
+        KMeans(2, init=torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(InvalidArgument, match=r"^init: .* or a tensor, got list"):
+        KMeans(2, init=[[0.0], [1.0]])
+    with pytest.raises(InvalidArgument, match=r"^init: expected \[2, 3\], as wide as x"):
+        KMeans(2, init=torch.zeros(2, 4)).fit(torch.zeros(5, 3))
+    for seed in (-1, 2**63, 1.5):
+        with pytest.raises(InvalidArgument, match=r"^seed: expected an int in \[0, 2\^63\)"):
+            KMeans(2, seed=seed)
     with pytest.raises(InvalidArgument, match="at least one row"):
         KMeans(2).fit(torch.zeros(0, 3))
     x = torch.zeros(5, 2)

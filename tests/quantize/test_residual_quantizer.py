@@ -565,11 +565,26 @@ def test_what_cannot_be_loaded(tmp_path):
         ({"decay": 1.0}, "decay"),
         ({"revive_every": -1}, "revive_every"),
         ({"dead_share": 0.0}, "dead_share"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
     ],
 )
 def test_bad_arguments_are_named(options, named):
     with pytest.raises(InvalidArgument, match=f"^{named}"):
         ResidualQuantizer(**{"dim": 4, "codebook_sizes": (4,), **options})
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_rows_of_fp64_are_rounded(metric):
+    x = rows(50).double().requires_grad_()
+    model = ResidualQuantizer(12, (4, 4), metric=metric).eval()
+    model.init_codebooks(x)
+    expected = model.encode(x.float())
+    assert torch.equal(model.encode(x), expected)
+    output = model(x)
+    assert torch.equal(output.codes, expected)
+    output.loss.backward()
+    assert x.grad.dtype == torch.float64 and x.grad.any()
 
 
 def test_bad_rows_are_refused():

@@ -427,6 +427,18 @@ def test_options_that_are_not_offered_are_refused(options):
     ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=4, heads=1, diveq=False, beam_size=None)
 
 
+def test_rows_of_fp64_are_searched_in_fp32():
+    x = rows(20)
+    outputs = []
+    for given in (x, x.double()):
+        torch.manual_seed(0)
+        model = ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=4)
+        outputs.append(model(given))
+    assert torch.equal(outputs[0][1], outputs[1][1])
+    assert outputs[1][0].dtype == torch.float64
+    assert torch.equal(outputs[0][0].double(), outputs[1][0])
+
+
 def test_bad_arguments_are_refused():
     model = ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=4)
     for name, value in (("indices", torch.zeros(3, 2)), ("beam_size", 2)):
@@ -434,8 +446,11 @@ def test_bad_arguments_are_refused():
             model(rows(3), **{name: value})
     with pytest.raises(InvalidArgument, match="mask"):
         model(rows(3, 4), mask=torch.ones(3, dtype=torch.bool))
-    with pytest.raises(InvalidArgument, match="indices"):
+    with pytest.raises(InvalidArgument, match=r"indices\[0, 1\]: .*in \[0, 4\), got 4"):
         model.get_output_from_indices(torch.tensor([[0, 4]]))
+    for shape, dtype in (((3, 3), torch.int64), ((3, 0), torch.int64), ((3, 2), torch.float32)):
+        with pytest.raises(InvalidArgument, match=r"indices: expected integers \[B, ..., 1\.\.2\]"):
+            model.get_codes_from_indices(torch.zeros(shape, dtype=dtype))
     with pytest.raises(InvalidArgument, match=r"x\[1\]"):
         model(rows(3).index_fill(0, torch.tensor([1]), float("nan")))
     with pytest.raises(InvalidArgument, match=r"x"):

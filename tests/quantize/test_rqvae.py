@@ -291,3 +291,27 @@ def test_bad_inputs_are_named():
         RQVAEConfig({})
     with pytest.raises(InvalidArgument, match="latent_dim"):
         RQVAEConfig(DIMS, latent_dim=0)
+    with pytest.raises(InvalidArgument, match=r"^beta: expected a number of at least 0, got -1"):
+        RQVAEConfig(DIMS, beta=-1)
+    with pytest.raises(InvalidArgument, match=r"^seed: .*got -1"):
+        RQVAEConfig(DIMS, seed=-1)
+    with pytest.raises(InvalidArgument, match=r"^inputs: expected the modalities"):
+        vae({"text": items()["text"]})
+    with pytest.raises(InvalidArgument, match=r"^inputs\['image'\]: expected .*\[300, 12\]"):
+        vae(wrong)
+    with pytest.raises(InvalidArgument, match=r"^present\['image'\]: expected bool \[300\]"):
+        vae(items(), {"image": torch.ones(3, dtype=torch.bool)})
+    with pytest.raises(InvalidArgument, match=r"^present\['image'\]: expected bool \[300\]"):
+        vae.fit_inputs(items(), {"image": torch.ones(3, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize("name", ["type", "keys", "values", "training", "text.en", "", 7])
+def test_names_that_a_module_cannot_have_are_refused(name):
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InvalidArgument, match=rf"^input_dims: .*got {name!r}; rename"):
+        RQVAEConfig({name: 4})
+    with pytest.raises(InvalidArgument, match=rf"^input_dims: .*got {name!r}; rename"):
+        fit_rq_kmeans({name: x}, (4,), latent_dim=2, whiten=True)
+    # Nothing is kept under the name here.
+    model = fit_rq_kmeans({name: x}, (4,), latent_dim=2)
+    assert model.decode(model.encode({name: x}))[name].shape == x.shape

@@ -315,6 +315,10 @@ def test_bad_embeddings_name_their_rows():
         fit_tokenizer({"text": clusters(), "image": clusters(300)})
     with pytest.raises(InvalidArgument, match="at least one modality"):
         fit_tokenizer({})
+    with pytest.raises(InvalidArgument, match=r"^embeddings: expected a mapping .*got Tensor"):
+        fit_tokenizer(clusters())
+    with pytest.raises(InvalidArgument, match=r"^embeddings\['text'\]: .*got ndarray"):
+        fit_tokenizer({"text": clusters().numpy()})
 
 
 def test_bad_options_are_named():
@@ -329,8 +333,14 @@ def test_bad_options_are_named():
         fit_tokenizer(x, "r-vq", pairs=torch.tensor([[0, 1]]))
     with pytest.raises(InvalidArgument, match="warmup_epochs"):
         fit_tokenizer(x, epochs=3, warmup_epochs=3)
-    with pytest.raises(InvalidArgument, match=r"^lr"):
-        fit_tokenizer(x, lr=0.0)
+    for lr in (0.0, float("inf")):
+        with pytest.raises(InvalidArgument, match=r"^lr"):
+            fit_tokenizer(x, lr=lr)
+    with pytest.raises(InvalidArgument, match=r"^weight_decay"):
+        fit_tokenizer(x, weight_decay=-1.0)
+    for kind in KINDS:
+        with pytest.raises(InvalidArgument, match=r"^seed: expected an int in"):
+            fit_tokenizer(x, kind, seed=-1)
     with pytest.raises(InvalidArgument, match="finite"):
         fit_tokenizer(x, lr=1e30, epochs=10, batch_size=16)
 
