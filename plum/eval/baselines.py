@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, MissingDependency
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -31,7 +31,8 @@ class Popularity:
             Itself.
 
         Raises:
-            InvalidData: an item index is outside the catalog.
+            InvalidArgument: ``num_items`` is below 1.
+            InvalidData: a history is no int array, or an item index is outside the catalog.
         """
         items = _flatten(histories, num_items)[0]
         self._scores = np.bincount(items, minlength=num_items).astype(np.float64)
@@ -52,8 +53,10 @@ class Popularity:
 
         Raises:
             InvalidArgument: ``k`` is below 1, or ``fit`` was not called.
-            InvalidData: an item index is outside the catalog.
+            InvalidData: a history is no int array, or an item index is outside the catalog.
+            MissingDependency: SciPy is not installed.
         """
+        _check_k(k)
         scores = _fitted(self, "_scores")
         ranked = []
         for seen in _chunks(histories, len(scores)):
@@ -82,14 +85,17 @@ class ItemKNN:
         """
         if num_neighbors < 1:
             raise InvalidArgument("num_neighbors", "an int >= 1", num_neighbors)
-        if shrink < 0:
+        if not shrink >= 0:
             raise InvalidArgument("shrink", "a number >= 0", shrink)
         self.num_neighbors, self.shrink = num_neighbors, shrink
 
     def fit(self, histories: Sequence[np.ndarray], num_items: int) -> ItemKNN:
-        """Computes the neighbors of every item; arguments as :meth:`Popularity.fit`."""
-        from scipy import sparse
+        """Computes the neighbors of every item; arguments and errors as :meth:`Popularity.fit`.
 
+        Raises:
+            MissingDependency: SciPy is not installed.
+        """
+        sparse = _sparse()
         users = _matrix(histories, num_items)
         items = users.T.tocsr()
         norms = np.sqrt(np.asarray(items.sum(1)).ravel())
@@ -114,12 +120,26 @@ class ItemKNN:
         self, histories: Sequence[np.ndarray], k: int, *, exclude_seen: bool = False
     ) -> NDArray[np.int32]:
         """Ranks the catalog for each history, as :meth:`Popularity.recommend`."""
+        _check_k(k)
         neighbors = _fitted(self, "_neighbors")
         ranked = []
         for seen in _chunks(histories, neighbors.shape[0]):
             scores = (seen @ neighbors).toarray()
             ranked.append(_rank(scores, k, seen if exclude_seen else None))
         return _stack(ranked, k)
+
+
+def _sparse() -> Any:
+    try:
+        from scipy import sparse
+    except ImportError:
+        raise MissingDependency("scipy", "pipeline", "a baseline") from None
+    return sparse
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise InvalidArgument("k", "an int >= 1", k)
 
 
 def _fitted(model: Popularity | ItemKNN, name: str) -> np.ndarray:
@@ -133,22 +153,25 @@ def _flatten(histories: Sequence[np.ndarray], num_items: int) -> tuple[np.ndarra
     """Returns all items end to end, int64, and the length of each history."""
     if num_items < 1:
         raise InvalidArgument("num_items", "an int >= 1", num_items)
-    lengths = np.array([len(history) for history in histories], dtype=np.int64)
-    items = np.concatenate([np.zeros(0, dtype=np.int64), *histories])
-    if items.ndim != 1 or (items.size and any(np.asarray(h).dtype.kind == "f" for h in histories)):
-        raise InvalidData("histories", "one-dimensional integer arrays", str(items.dtype))
+    arrays = [np.asarray(history) for history in histories]
+    for user, array in enumerate(arrays):
+        # An empty list has no type.
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            form = f"{array.dtype} {list(array.shape)}"
+            raise InvalidData(f"histories[{user}]", "a one-dimensional integer array", form)
+    items = np.concatenate([np.zeros(0, np.int64), *(a.astype(np.int64) for a in arrays)])
+    lengths = np.array([len(array) for array in arrays], dtype=np.int64)
     if items.size and not 0 <= items.min() <= items.max() < num_items:
         place = int(np.flatnonzero((items < 0) | (items >= num_items))[0])
         user = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
         where, got = f"histories[{user}]", int(items[place])
         raise InvalidData(where, f"item indices in [0, {num_items})", got)
-    return items.astype(np.int64), lengths
+    return items, lengths
 
 
 def _matrix(histories: Sequence[np.ndarray], num_items: int) -> sparse.csr_matrix:
     """Returns who has which item, 0 or 1 in float64, ``[U, N]``."""
-    from scipy import sparse
-
+    sparse = _sparse()
     items, lengths = _flatten(histories, num_items)
     pointers = np.concatenate([[0], np.cumsum(lengths)])
     shape = (len(lengths), num_items)
@@ -166,8 +189,6 @@ def _chunks(histories: Sequence[np.ndarray], num_items: int) -> Iterator[sparse.
 
 def _rank(scores: np.ndarray, k: int, seen: sparse.csr_matrix | None) -> NDArray[np.int32]:
     """Returns the k best items of each row, without the seen ones; -1 where there are no more."""
-    if k < 1:
-        raise InvalidArgument("k", "an int >= 1", k)
     if seen is not None:
         scores = scores.copy()
         scores[seen.nonzero()] = -np.inf

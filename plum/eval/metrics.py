@@ -100,7 +100,7 @@ def expand_sids(
         item_starts: Where the items of each SID begin, int ``[S + 1]``, as ``SidTrie.item_starts``.
         items: Item index at each place, int ``[N]``.
         k: Number of items wanted per request.
-        seed: Seed of the order within a SID.
+        seed: Seed of the order within a SID, any int.
         requests: What identifies each request over all batches, int ``[B]``; by default 0 to
             B - 1.
 
@@ -109,16 +109,22 @@ def expand_sids(
         hold fewer than k items.
 
     Raises:
-        InvalidArgument: shapes do not fit, or a SID is out of range.
+        InvalidArgument: a shape or type is not as above, a SID is out of range, or the places or
+            items of a SID are.
     """
     sids = _integers("sids", sids, 2)
-    scores = np.asarray(scores, dtype=np.float32)
+    try:
+        scores = np.asarray(scores, dtype=np.float32)
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument("scores", f"numbers {list(sids.shape)}", error) from None
     item_starts, items = _integers("item_starts", item_starts, 1), _integers("items", items, 1)
     if scores.shape != sids.shape:
         raise InvalidArgument("scores", f"shape {list(sids.shape)}", list(scores.shape))
     if k < 1:
         raise InvalidArgument("k", "an int >= 1", k)
     batch, width = sids.shape
+    if not len(item_starts):
+        raise InvalidArgument("item_starts", "int [S + 1]", "[0]")
     num_sids = len(item_starts) - 1
     if sids.size and not -1 <= sids.min() <= sids.max() < num_sids:
         bad = sids[(sids < -1) | (sids >= num_sids)][0]
@@ -129,11 +135,21 @@ def expand_sids(
 
     flat = sids.ravel()
     places = np.flatnonzero(flat >= 0)
-    starts = item_starts[flat[places]]
-    sizes = item_starts[flat[places] + 1] - starts
+    starts, ends = item_starts[flat[places]], item_starts[flat[places] + 1]
+    wrong = (starts < 0) | (ends < starts) | (ends > len(items))
+    if wrong.any():
+        sid = int(flat[places][wrong][0])
+        expected = f"ascending places of the {len(items)} items"
+        raise InvalidArgument(
+            "item_starts", expected, f"{item_starts[sid : sid + 2].tolist()} at SID {sid}"
+        )
+    sizes = ends - starts
     place = np.repeat(places, sizes)
     within = np.arange(len(place)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     found = items[np.repeat(starts, sizes) + within]
+    if found.size and not 0 <= found.min() <= found.max() < 2**31:
+        bad = found[(found < 0) | (found >= 2**31)][0]
+        raise InvalidArgument("items", "item indices in [0, 2^31)", int(bad))
     row = place // max(1, width)
     order = np.lexsort((found, _draws(seed, keys[row], found), place))
     place, found, row = place[order], found[order], row[order]
@@ -148,7 +164,7 @@ def expand_sids(
 
 def _draws(seed: int, requests: np.ndarray, items: np.ndarray) -> NDArray[np.uint64]:
     """Returns 64 random bits for each pair of request and item, by SplitMix64's mixer."""
-    bits = np.full(len(items), seed % 2**64, dtype=np.uint64)
+    bits = np.full(len(items), int(seed) % 2**64, dtype=np.uint64)
     for part in (requests, items):
         bits += part.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -158,7 +174,10 @@ def _draws(seed: int, requests: np.ndarray, items: np.ndarray) -> NDArray[np.uin
 
 
 def _integers(name: str, values: ArrayLike, dimensions: int) -> NDArray[np.int64]:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise InvalidArgument(name, "an array", "rows of different lengths") from None
     if array.ndim != dimensions or (array.size and array.dtype.kind not in "iu"):
         got = f"{array.dtype} of shape {list(array.shape)}"
         raise InvalidArgument(name, f"integers in {dimensions} dimension(s)", got)

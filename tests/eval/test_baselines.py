@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import lzma
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, MissingDependency
 from plum.eval import ItemKNN, Popularity, baselines, ranking_metrics
 
 NUM_ITEMS = 7
@@ -100,13 +101,27 @@ def test_bad_input_is_refused(model):
         InvalidData, match=r"histories\[1\]: expected item indices in \[0, 2\), got 2"
     ):
         model().fit(fine, 2)
-    with pytest.raises(InvalidData, match="one-dimensional integer arrays"):
-        model().fit([np.array([0.5])], 2)
+    for wrong in ([0.5], ["a"], [[0, 1]], 1, [True]):
+        message = r"histories\[1\]: expected a one-dimensional integer array"
+        with pytest.raises(InvalidData, match=message):
+            model().fit([np.array([0]), np.array(wrong)], 2)
     with pytest.raises(InvalidArgument, match="num_items: expected an int >= 1, got 0"):
         model().fit(fine, 0)
     with pytest.raises(InvalidArgument, match="k: expected an int >= 1, got 0"):
         model().fit(fine, 3).recommend(fine, 0)
+    with pytest.raises(InvalidArgument, match="k: expected an int >= 1, got 0"):
+        model().fit(fine, 3).recommend([], 0)
     assert model().fit(fine, 3).recommend([], 4).shape == (0, 4)
+    assert model().fit([[0, 1], []], 3).recommend([[]], 1).shape == (1, 1)
+
+
+def test_without_scipy_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    histories = [np.array([0, 1])]
+    popular = Popularity().fit(histories, 2)
+    for call in (lambda: ItemKNN().fit(histories, 2), lambda: popular.recommend(histories, 1)):
+        with pytest.raises(MissingDependency, match=r"'scipy': pip install 'plum-sid\[pipeline\]'"):
+            call()
 
 
 @pytest.mark.parametrize(("argument", "value"), [("num_neighbors", 0), ("shrink", -1.0)])
