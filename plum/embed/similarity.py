@@ -42,7 +42,7 @@ def similarity_report(
             queries.
         num_neighbors: Neighbors per row, at most N - 1 are used.
         max_rows: Rows up to which all pairs are counted.
-        seed: Of the sample of rows and of the random neighbors.
+        seed: Of the sample of rows and of the random neighbors, at least 0.
         progress: Called with (blocks of rows done, blocks).
 
     Returns:
@@ -52,12 +52,15 @@ def similarity_report(
         ``neighbor_agreement`` (``neighbors``, ``random``, ``num_neighbors``, ``num_rows``).
 
     Raises:
-        InvalidArgument: a shape or a number is out of range.
+        InvalidArgument: a shape, type or number is out of range, or all sets of labels are empty.
         InvalidData: a row is zero or not finite.
     """
     embeddings = np.asarray(embeddings)
-    if embeddings.ndim != 2 or embeddings.shape[0] < 2:
-        raise InvalidArgument("embeddings", "[N, D] with N >= 2", list(embeddings.shape))
+    if embeddings.ndim != 2 or len(embeddings) < 2 or embeddings.dtype.kind not in "fiu":
+        got = f"{embeddings.dtype} {list(embeddings.shape)}"
+        raise InvalidArgument("embeddings", "numbers [N, D] with N >= 2", got)
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InvalidArgument("seed", "an int of at least 0", repr(seed))
     if labels is not None and len(labels) != len(embeddings):
         raise InvalidArgument("labels", f"{len(embeddings)} sets, one per row", len(labels))
     if num_neighbors < 1:

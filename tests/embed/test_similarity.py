@@ -127,8 +127,11 @@ def test_bad_arguments() -> None:
     for options in ({"labels": [{"a"}]}, {"num_neighbors": 0}, {"max_rows": 1}):
         with pytest.raises(InvalidArgument):
             similarity_report(rows(5), **options)  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgument, match="embeddings"):
-        similarity_report(rows(5)[0])
+    for wrong in (rows(5)[0], [["a", "b"], ["c", "d"]]):
+        with pytest.raises(InvalidArgument, match=r"^embeddings: expected numbers"):
+            similarity_report(wrong)
+    with pytest.raises(InvalidArgument, match=r"^seed: .*got -1"):
+        similarity_report(rows(5), seed=-1)
     with pytest.raises(InvalidArgument, match="labels"):
         similarity_report(rows(3), labels=[set(), set(), set()])
 
