@@ -180,7 +180,7 @@ plum::cpu::BeamStepInput beam_input(const BeamArgs& args, const LevelArgs& level
   const auto& [logits, type, shape, scores, states, dead, denied] = args;
   plum::cpu::BeamStepInput input{};
   input.logits = pointer<const void>(logits);
-  input.type = static_cast<plum::cpu::LogitType>(type);
+  input.type = static_cast<plum::cpu::RowType>(type);
   input.batch = shape[0];
   input.beams = shape[1];
   input.width = shape[2];

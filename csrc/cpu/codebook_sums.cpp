@@ -4,9 +4,9 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <vector>
 
+#include "aligned.h"
 #include "parallel.h"
 #include "plum/cpu_features.h"
 
@@ -48,16 +48,6 @@ auto kernel() {
   }
 #endif
   return &generic::codebook_sums_columns;
-}
-
-struct AlignedFree {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-
-template <typename T>
-std::unique_ptr<T, AlignedFree> aligned(int64_t count) {
-  return std::unique_ptr<T, AlignedFree>(
-      static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})));
 }
 
 // Writes offset_l + code for rows [begin, end); returns the first position out of range, or -1.

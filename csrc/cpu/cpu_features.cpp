@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef PLUM_X86
+#include <cpuid.h>
+#endif
+
 #if defined(PLUM_BF16) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -14,7 +18,21 @@ namespace {
 
 constexpr const char* kNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
+#ifdef PLUM_X86
+// What __builtin_cpu_supports does not know in every compiler: F16C of GCC 10 and clang 17, AMX of
+// clang 16.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
+}
+#endif
+
 #ifdef PLUM_BF16
+bool has_amx_bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1) != 0;
+}
+
 // Tiles hold 8 KiB of state, which Linux saves only for processes that ask for it.
 bool tiles_permitted() {
 #ifdef __linux__
@@ -33,7 +51,7 @@ bool supported(Isa isa) {
     case Isa::kGeneric:
       return true;
     case Isa::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -41,7 +59,7 @@ bool supported(Isa isa) {
     case Isa::kAvx512Bf16:
       return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
     case Isa::kAmxBf16:
-      return supported(Isa::kAvx512Bf16) && __builtin_cpu_supports("amx-bf16") && tiles_permitted();
+      return supported(Isa::kAvx512Bf16) && has_amx_bf16() && tiles_permitted();
 #endif
     default:
       break;

@@ -10,6 +10,7 @@
 #include <string_view>
 #include <unordered_map>
 
+#include "aligned.h"
 #include "parallel.h"
 #include "residual_quantize_types.h"
 
@@ -89,15 +90,6 @@ float from_bf16(uint16_t half) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
-}
-
-struct AlignedFree {
-  void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-
-std::unique_ptr<float, AlignedFree> aligned_floats(int64_t count) {
-  return std::unique_ptr<float, AlignedFree>(
-      static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64})));
 }
 
 // Adds the codes of rows [begin, begin + rows) to `counts`.
@@ -252,7 +244,7 @@ int64_t residual_quantize(const void* x, RowType type, int64_t rows,
   std::vector<std::vector<int64_t>> counts(workers);
   parallel(workers, [&](int worker) {
     // Residual, operand, two scores a lane, two fp64 norms and three words for each row.
-    const auto workspace = aligned_floats(block * (2 * stride + 2 * kMaxLanes + 7));
+    const auto workspace = aligned<float>(block * (2 * stride + 2 * kMaxLanes + 7));
     if (usage) counts[worker].assign(codebooks.size_, 0);
     // Blocks are taken in order, so the first bad row is in one already taken.
     int64_t begin = next.fetch_add(block);

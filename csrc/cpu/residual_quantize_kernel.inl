@@ -84,26 +84,6 @@ bool finite(const float* r, int64_t stride) {
   return sum(zero) == 0;
 }
 
-inline float from_bits(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float from_half(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fffu;
-  // From the exponent bias of fp16 to that of fp32: exact, and normalizes denormals.
-  const uint32_t wide = to_bits(from_bits(magnitude << 13) * 0x1p112f);
-  const uint32_t infinite = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
-  return from_bits(wide | infinite | (half & 0x8000u) << 16);
-}
-
 void widen(const Problem& p, int64_t row, float* r) {
   const int64_t first = row * p.width;
   const uint16_t* half = static_cast<const uint16_t*>(p.x) + first;

@@ -79,3 +79,23 @@ inline void fold(Vec score, Vec& best, Vec& second) {
   second = larger(second, smaller(best, score));
   best = larger(best, score);
 }
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Exact, and without denormal floats, which the process may flush to zero.
+inline float from_half(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fffu, bits = magnitude << 13;
+  const uint32_t denormal = to_bits(from_bits(bits + 0x38800000u) - 0x1p-14f);
+  const uint32_t bias = magnitude < 0x7c00u ? 112u << 23 : 224u << 23;
+  return from_bits((magnitude < 0x400u ? denormal : bits + bias) | (half & 0x8000u) << 16);
+}

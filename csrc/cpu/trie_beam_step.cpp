@@ -178,18 +178,18 @@ class Step {
   }
 
   const void* element(int64_t at) const {
-    return static_cast<const char*>(in_.logits) + at * (in_.type == LogitType::kFp32 ? 4 : 2);
+    return static_cast<const char*>(in_.logits) + at * (in_.type == RowType::kFloat32 ? 4 : 2);
   }
 
   // Returns `count` logits from position `at` as fp32, widened into row_ where they are not.
   const float* row(int64_t at, int64_t count) {
-    if (in_.type == LogitType::kFp32) return static_cast<const float*>(in_.logits) + at;
+    if (in_.type == RowType::kFloat32) return static_cast<const float*>(in_.logits) + at;
     widen(static_cast<const uint16_t*>(in_.logits) + at, count, room(row_, count));
     return row_.data();
   }
 
   void widen(const uint16_t* from, int64_t count, float* to) const {
-    (in_.type == LogitType::kBf16 ? kernels_.widen_bf16 : kernels_.widen_fp16)(from, count, to);
+    (in_.type == RowType::kBfloat16 ? kernels_.widen_bf16 : kernels_.widen_fp16)(from, count, to);
   }
 
   template <typename T>
@@ -255,7 +255,7 @@ class Step {
       return;
     }
     const int64_t count = list_children(beam, limits_.filtered() || limits_.denied());
-    if (in_.type == LogitType::kFp32) {
+    if (in_.type == RowType::kFloat32) {
       gather(static_cast<const float*>(in_.logits) + at, count);
     } else {
       const uint16_t* columns = static_cast<const uint16_t*>(in_.logits) + at;
@@ -387,11 +387,11 @@ class Step {
 }  // namespace
 
 float beam::logit(const BeamStepInput& input, int64_t at) {
-  if (input.type == LogitType::kFp32) return static_cast<const float*>(input.logits)[at];
+  if (input.type == RowType::kFloat32) return static_cast<const float*>(input.logits)[at];
   const auto* half = static_cast<const uint16_t*>(input.logits) + at;
   float value;
   const Kernels& kernels = active_kernels();
-  (input.type == LogitType::kBf16 ? kernels.widen_bf16 : kernels.widen_fp16)(half, 1, &value);
+  (input.type == RowType::kBfloat16 ? kernels.widen_bf16 : kernels.widen_fp16)(half, 1, &value);
   return value;
 }
 

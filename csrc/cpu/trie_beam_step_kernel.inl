@@ -178,24 +178,8 @@ void masked(const float* x, int64_t count, const uint64_t* bits, float* out) {
   for (; i < count; ++i) out[i] = bits[i / 64] >> (i % 64) & 1 ? x[i] : -__builtin_inff();
 }
 
-inline float widened(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 void widen_bf16(const uint16_t* row, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = widened(uint32_t{row[i]} << 16);
-}
-
-inline float from_half(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fffu;
-  // From the exponent bias of fp16 to that of fp32: exact, and normalizes denormals.
-  const float scaled = widened(magnitude << 13) * 0x1p112f;
-  uint32_t wide;
-  __builtin_memcpy(&wide, &scaled, sizeof wide);
-  const uint32_t infinite = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
-  return widened(wide | infinite | (half & 0x8000u) << 16);
+  for (int64_t i = 0; i < count; ++i) out[i] = from_bits(uint32_t{row[i]} << 16);
 }
 
 void widen_fp16(const uint16_t* row, int64_t count, float* out) {

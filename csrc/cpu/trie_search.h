@@ -64,7 +64,7 @@ inline const uint64_t* mask_of(const Trie& trie, int64_t level, Rows range, cons
 // The rows of a node's child, or none.
 inline Rows child_rows(const TrieLevel& level, Node node, int64_t code) {
   const uint16_t *begin = level.codes + node.first, *end = level.codes + node.last;
-  if (begin == end || code < *begin) return {0, 0};
+  if (begin == end || code < *begin || code > UINT16_MAX) return {0, 0};
   if (level.starts == nullptr) {
     const uint16_t* found = std::lower_bound(begin, end, code);
     if (found == end || *found != code) return {0, 0};

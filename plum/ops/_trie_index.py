@@ -134,7 +134,7 @@ def child_states(states: Tensor, tokens: Tensor, level: Level) -> Tensor:
     Returns:
         int64 ``[..., 2]``, ``[0, 0)`` where no child has the code.
     """
-    codes, starts = level.codes, level.starts
+    codes, starts, tokens = level.codes, level.starts, tokens.long()
     first, last = states.clamp(min=0, max=len(codes)).unbind(-1)
     if starts is not None:
         first, last = torch.searchsorted(starts, states.contiguous()).unbind(-1)

@@ -55,7 +55,7 @@ def _reference(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tens
     trie = TrieIndex(*index)
     states = roots.clone()
     ended = torch.zeros(len(prefixes), 1, dtype=torch.bool, device=prefixes.device)
-    for level, tokens in enumerate(prefixes.unbind(1)):
+    for level, tokens in enumerate(prefixes.long().unbind(1)):
         padding = (tokens == -1).unsqueeze(1)
         after = child_states(states, tokens, trie.level(level))
         states = torch.where(padding, states, torch.where(ended, 0, after))

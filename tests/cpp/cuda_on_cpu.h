@@ -114,14 +114,14 @@ inline Device& device() {
 
 // Jumps to where a thread starts or goes on. Unlike swapcontext this asks nothing of the system,
 // and it leaves the sanitizer's notes on the stacks as they are.
-[[noreturn, gnu::noinline, gnu::no_sanitize("address")]] inline void go_on(Fiber& to) {
+[[noreturn]] __attribute__((noinline, no_sanitize("address"))) inline void go_on(Fiber& to) {
   if (to.started) __builtin_longjmp(to.place, 1);
   to.started = true;
   setcontext(&to.context);
   __builtin_unreachable();
 }
 
-[[noreturn, gnu::noinline, gnu::no_sanitize("address")]] inline void return_to_host() {
+[[noreturn]] __attribute__((noinline, no_sanitize("address"))) inline void return_to_host() {
   __builtin_longjmp(device().host, 1);
 }
 

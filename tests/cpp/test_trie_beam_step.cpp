@@ -94,7 +94,7 @@ void make_case(const TrieTable& trie, std::mt19937_64& random, Case& c) {
 Result run(const TrieTable& trie, Case& c, bool bf16, int threads) {
   c.input.columns = c.columns.data();
   c.input.logits = bf16 ? static_cast<const void*>(c.halves.data()) : c.logits.data();
-  c.input.type = bf16 ? plum::cpu::LogitType::kBf16 : plum::cpu::LogitType::kFp32;
+  c.input.type = bf16 ? plum::cpu::RowType::kBfloat16 : plum::cpu::RowType::kFloat32;
   const int64_t places = c.input.batch * c.k;
   Result r{std::vector<int64_t>(places, -7), std::vector<int64_t>(places, -7),
            std::vector<int64_t>(2 * places, -7), std::vector<float>(places, -7)};

@@ -284,6 +284,20 @@ def test_half_precision_rows_are_widened_exactly(dtype):
     assert_equals_reference(x, books)
 
 
+def test_every_fp16_number_is_widened_exactly_also_where_denormals_are_flushed():
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16).unsqueeze(1)
+    x = x[x[:, 0].isfinite()]
+    expected, zero = x.float(), [torch.zeros(1, 1)]
+    for isa in every_isa():
+        for flush in (False, True):
+            torch.set_flush_denormal(flush)
+            try:
+                residual = residual_quantize(x, zero, return_residual=True, backend="cpu").residual
+            finally:
+                torch.set_flush_denormal(False)
+            assert torch.equal(residual, expected), f"{isa}, flush {flush}"
+
+
 def test_batch_split_packing_strides_and_gradients_do_not_matter():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4099, 6, generator=generator)

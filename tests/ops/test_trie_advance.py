@@ -95,6 +95,19 @@ def test_advance_finds_the_first_and_last_of_65536_children():
     assert after.tolist() == [[t, t + 1] for t in tokens.tolist()[:-1]] + [[0, 0]]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_the_largest_code_of_a_narrow_dtype(dtype, backend):
+    most = torch.iinfo(dtype).max
+    trie = SidTrie.from_codes([[0, min(most, 65_535)], [0, 5]], codebook_sizes=[1, 65_536])
+    tokens = torch.tensor([0, most], dtype=dtype)
+    states = trie_advance(trie.root_states(2)[:, 0], tokens[:1].expand(2), trie, 0, backend=backend)
+    found = [[1, 2]] if most <= 65_535 else [[0, 0]]
+    after = trie_advance(states[:1], tokens[1:], trie, 1, backend=backend)
+    assert after.tolist() == found
+    assert trie_walk(tokens[None], trie, backend=backend).tolist() == found
+
+
 def test_advance_refuses_what_does_not_fit():
     trie = SidTrie.from_codes([[0, 1], [1, 0]])
     root = trie.root_states(1)[:, 0]

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "plum/row_type.h"
 #include "plum/trie_index.h"
 
 namespace plum::cpu {
-
-enum class LogitType : int { kFp32 = 0, kBf16 = 1, kFp16 = 2 };
 
 // Beams that a step can tell apart.
 constexpr int64_t kMaxBeams = 1 << 16;
@@ -15,7 +14,7 @@ constexpr int64_t kMaxBeams = 1 << 16;
 // B requests of W beams each. Strides are in elements; the columns of a row are contiguous.
 struct BeamStepInput {
   const void* logits;  // [B, W, width]
-  LogitType type;
+  RowType type;
   int64_t width, batch_stride, beam_stride;
   const float* scores;    // [B, W]
   const int64_t* states;  // [B, W, 2] rows
