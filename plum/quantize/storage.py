@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,12 +18,17 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def save_module(module: nn.Module, config: Mapping[str, Any], folder: str | Path) -> None:
-    """Writes the tensors first and ``config.json`` last, so a half-written folder never loads."""
+    """Writes the tensors first and ``config.json`` last.
+
+    The weights hold the configuration too: a kill between the two files over an older save leaves
+    weights that say so, and that load once the older ``config.json`` is deleted.
+    """
     folder = Path(folder)
     state = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
+    config = {"architecture": type(module).__name__, **config}
     with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(state, temporary)
-    write_json(folder / "config.json", {"architecture": type(module).__name__, **config})
+        save_file(state, temporary, metadata={"config": json.dumps(config, allow_nan=False)})
+    write_json(folder / "config.json", config)
 
 
 def load_module(
@@ -31,13 +37,11 @@ def load_module(
     """Builds a module from ``config.json`` and loads its tensors; returns it in evaluation mode.
 
     Raises:
-        InvalidData: a file is absent, damaged or of another model.
+        InvalidData: a file is absent, damaged, of another model or of another save.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InvalidData(folder, f"the folder of a saved {architecture}", "no such folder")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.pop("architecture", None) != architecture:
+    config = read_config(folder, architecture)
+    if config.pop("architecture", None) != architecture:
         raise InvalidData(
             folder / "config.json", f"the configuration of a {architecture}", "another one"
         )
@@ -50,9 +54,38 @@ def load_module(
     weights = folder / "model.safetensors"
     try:
         module.load_state_dict(load_file(weights))
+    except RuntimeError as error:
+        raise InvalidData(
+            weights, "tensors that fit config.json", " ".join(str(error).split())
+        ) from None
+    return module.eval()
+
+
+def read_config(folder: str | Path, what: str) -> dict[str, Any]:
+    """Returns the configuration of a saved module, with its ``architecture``.
+
+    Raises:
+        InvalidData: there is no ``what`` in the folder, or its files are of two saves.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InvalidData(folder, f"the folder of a saved {what}", "no such folder")
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    try:
+        with safe_open(weights, "pt") as file:
+            saved = json.loads((file.metadata() or {}).get("config", "null"))
     except FileNotFoundError:
         raise InvalidData(weights, "a safetensors file", "no such file") from None
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise InvalidData(weights, "tensors that fit config.json", reason) from None
-    return module.eval()
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise InvalidData(weights, "a safetensors file", " ".join(str(error).split())) from None
+    config = saved if saved and not path.exists() else read_json(path)
+    if not isinstance(config, dict):
+        raise InvalidData(path, f"the configuration of a {what}", type(config).__name__)
+    if saved not in (None, config):
+        raise InvalidData(
+            path,
+            f"the configuration that {weights.name} was saved with",
+            "another one",
+            "save the module again, or delete config.json to load the weights with theirs",
+        )
+    return config

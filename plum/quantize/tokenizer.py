@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from plum.errors import InvalidArgument, InvalidData
-from plum.files import read_json
 from plum.quantize.inputs import check_embeddings
 from plum.quantize.rq_kmeans import RQKMeans, fit_rq_kmeans
 from plum.quantize.rqvae import RQVAE, RQVAEConfig
 from plum.quantize.rvq import RVQ, fit_rvq
+from plum.quantize.storage import read_config
 from plum.quantize.training import fit_rqvae
 
 KINDS = ("rq-vae", "rq-kmeans", "r-vq")
@@ -22,12 +22,12 @@ Tokenizer = RQVAE | RQKMeans | RVQ
 
 
 def multi_resolution_sizes(first: int, levels: int) -> tuple[int, ...]:
-    """Returns the codebook sizes ``K_l = K_1 / 2^(l - 1)`` (PLUM, arXiv 2510.07784).
+    """Returns the codebook sizes ``K_l = K_0 / 2^l`` (PLUM, arXiv 2510.07784).
 
     Deep levels tell fewer items apart, so they need fewer codes: 2048, 1024, 512, ...
 
     Args:
-        first: ``K_1``, a multiple of ``2^(levels - 1)``.
+        first: ``K_0``, a multiple of ``2^(levels - 1)``.
         levels: ``L``, >= 1.
 
     Raises:
@@ -115,15 +115,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises:
         InvalidData: a file is absent, damaged or not a tokenizer.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InvalidData(folder, "the folder of a saved tokenizer", "no such folder")
-    config = read_json(folder / "config.json")
-    name = config.get("architecture") if isinstance(config, dict) else None
+    name = read_config(folder, "tokenizer").get("architecture")
     for architecture in (RQVAE, RQKMeans, RVQ):
         if architecture.__name__ == name:
             return architecture.from_pretrained(folder)
-    raise InvalidData(folder / "config.json", "architecture RQVAE, RQKMeans or RVQ", repr(name))
+    path = Path(folder) / "config.json"
+    raise InvalidData(path, "architecture RQVAE, RQKMeans or RVQ", repr(name))
 
 
 def _check_options(options: Mapping[str, Any], known: set[str]) -> None:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensorMode
 
 from plum.errors import InvalidArgument, InvalidData
@@ -529,6 +530,8 @@ def test_options_are_saved_and_files_from_before_them_load(tmp_path):
     config = json.loads((tmp_path / "old" / "config.json").read_text())
     del config["gradient"], config["metric"]
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    weights = tmp_path / "old" / "model.safetensors"
+    save_file(load_file(weights), weights)
     loaded = ResidualQuantizer.from_pretrained(tmp_path / "old")
     assert (loaded.gradient, loaded.metric) == ("straight-through", "euclidean")
     assert torch.equal(loaded.encode(rows()), model.encode(rows()))
@@ -549,6 +552,9 @@ def test_what_cannot_be_loaded(tmp_path):
         ResidualQuantizer.from_pretrained(tmp_path / "m")
     ResidualQuantizer(12, (4,)).save_pretrained(tmp_path / "small")
     weights.write_bytes((tmp_path / "small" / "model.safetensors").read_bytes())
+    with pytest.raises(InvalidData, match="was saved with"):
+        ResidualQuantizer.from_pretrained(tmp_path / "m")
+    save_file(load_file(weights), weights)
     with pytest.raises(InvalidData, match=r"fit config\.json"):
         ResidualQuantizer.from_pretrained(tmp_path / "m")
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.quantize import RQVAE, RQKMeans, RQVAEConfig, fit_rq_kmeans, load_tokenizer, projected
@@ -260,6 +261,8 @@ def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(InvalidData, match="RQKMeans"):
         RQKMeans.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
+    weights = tmp_path / "model.safetensors"
+    save_file(load_file(weights), weights)
     (tmp_path / "config.json").write_text(json.dumps({**config, "latent_dimension": 3}))
     with pytest.raises(InvalidData, match="latent_dimension"):
         load_tokenizer(tmp_path)
