@@ -43,7 +43,7 @@ class EmbeddingFile:
         if not self.path.is_file():
             raise InvalidData(self.path, "a Parquet file of embeddings", "no such file")
         try:
-            self._scan = pl.scan_parquet(self.path)
+            self._scan = pl.scan_parquet(self.path, glob=False)
             schema = self._scan.collect_schema()
             self.num_rows = int(self._scan.select(pl.len()).collect().item())
             first = self._scan.head(1).collect()

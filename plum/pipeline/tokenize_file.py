@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,15 +12,16 @@ import polars as pl
 import torch
 
 from plum.errors import InvalidArgument
-from plum.files import atomic_path, read_json, write_json
+from plum.files import atomic_folder, atomic_path, read_json, write_json
 from plum.pipeline.embedding_file import ROWS_PER_CHUNK, EmbeddingFile
 from plum.quantize import Tokenizer, fit_tokenizer, load_tokenizer
+from plum.quantize.inputs import check_seed
 from plum.quantize.tokenizer import KINDS
 from plum.sid import SidTable, resolve_collisions
 from plum.sid.collisions import POLICIES
 
 Progress = Callable[[int, int], None]
-_SETTINGS, _MODEL, _PARTIAL = "tokenize.json", "model", "partial"
+_SETTINGS, _MODEL, _PARTIAL, _STARTED = "tokenize.json", "model", "partial", "started.json"
 
 
 def tokenize_parquet(
@@ -49,7 +49,7 @@ def tokenize_parquet(
         embeddings: Parquet with ``item_id`` and a column of lists of numbers per modality.
         output: A folder, new or begun by the same call.
         codebook_sizes: ``K_l`` of each level.
-        kind: ``"rq-kmeans"`` or ``"rq-vae"``.
+        kind: ``"rq-kmeans"``, ``"rq-vae"`` or ``"r-vq"``.
         collisions: A policy of :func:`plum.sid.resolve_collisions`.
         latent_dim: Width of what is quantized.
         modalities: Columns to use; None for every column of lists of numbers.
@@ -57,12 +57,13 @@ def tokenize_parquet(
             ``codebook_sizes`` and ``latent_dim``; None fits one.
         sample_rows: Items to fit on, drawn by the seed; None for 256 a code of the largest level,
             but at least 65,536.
-        seed: Seed of everything random.
+        seed: Seed of everything random, in [0, 2^63).
         progress_of: From ``"fit"`` or ``"encode"`` to a function called as ``f(done, total)``.
         options: Further arguments of :func:`plum.quantize.fit_tokenizer`.
 
     Raises:
-        InvalidArgument: an argument is out of range, or ``output`` holds the table of another call.
+        InvalidArgument: an argument is out of range, or ``output`` holds the table of another call
+            or files that no such call wrote.
         InvalidData: the file is not as above, or an id is in it twice.
     """
     sizes = [int(size) for size in codebook_sizes]
@@ -76,6 +77,7 @@ def tokenize_parquet(
         raise InvalidArgument("sample_rows", "at least 1", sample_rows)
     if latent_dim < 1:
         raise InvalidArgument("latent_dim", "at least 1", latent_dim)
+    check_seed(seed)
     file = EmbeddingFile(embeddings, modalities)
     output = _folder(output)
     settings = {
@@ -90,17 +92,11 @@ def tokenize_parquet(
         **options,
     }
     started = {"settings": settings, "embeddings": _identity(file.path)}
-    done = output / _SETTINGS
-    if done.exists() and list(output.glob("generation-*")):
-        if read_json(done) != started:
-            raise InvalidArgument(
-                "output",
-                "a new folder, or the one that the same call began",
-                f"{output}, which holds the table of another",
-                "choose another folder, or append to it",
-            )
-        shutil.rmtree(output / _PARTIAL, ignore_errors=True)
+    if _is_done(output, started):
+        if _begun(output / _PARTIAL) == started:
+            _discard(output / _PARTIAL)
         return SidTable.load(output)
+    _check_model(output, tokenizer)
     file.check_ids()
     partial = _resume(output, started)
     if not (partial / _MODEL / "config.json").exists():
@@ -122,12 +118,12 @@ def tokenize_parquet(
     ids, codes = _encode(file, model, partial, set(), progress_of("encode"))
     codes, sizes_now = _resolve(file, model, ids, codes, collisions)
     table = SidTable(ids, codes, sizes_now)
-    if not (output / _MODEL).exists():
-        shutil.copytree(partial / _MODEL, partial / "copy", dirs_exist_ok=True)
-        os.replace(partial / "copy", output / _MODEL)
-    write_json(done, started)
+    # The settings come first: they say that a model beside them is of such a call.
+    write_json(output / _SETTINGS, started)
+    with atomic_folder(output / _MODEL) as fresh:
+        model.save_pretrained(fresh)
     table.save_generation(output)
-    shutil.rmtree(partial)
+    _discard(partial)
     return table
 
 
@@ -172,7 +168,7 @@ def append_parquet(
         codes, sizes = _resolve(file, model, ids, codes, settings["collisions"], parent)
         table = parent.extended(ids, codes, sizes)
         table.save_generation(output)
-    shutil.rmtree(partial)
+    _discard(partial)
     return table
 
 
@@ -188,14 +184,65 @@ def _identity(path: Path) -> dict[str, Any]:
     return {"path": str(path.resolve()), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
+def _is_done(output: Path, started: dict[str, Any]) -> bool:
+    """Tells whether the table of this very call is there; refuses that of another."""
+    if not list(output.glob("generation-*")):
+        return False
+    settings = output / _SETTINGS
+    if not settings.exists() or read_json(settings) != started:
+        raise InvalidArgument(
+            "output",
+            "a new folder, or the one that the same call began",
+            f"{output}, which holds the table of another",
+            "choose another folder, or append to it",
+        )
+    return True
+
+
+def _check_model(output: Path, tokenizer: str | Path | None) -> None:
+    """Refuses a model that no call like this one wrote, as that of the table replaces it."""
+    model = output / _MODEL
+    given = tokenizer is not None and Path(tokenizer).resolve() == model.resolve()
+    if model.exists() and not given and not (output / _SETTINGS).exists():
+        raise InvalidArgument(
+            "output",
+            "a new folder, or the one that the same call began",
+            f"{output}, whose {_MODEL}/ is of something else",
+            f"choose another folder, or encode with it: tokenizer={str(model)!r}",
+        )
+
+
 def _resume(output: Path, started: dict[str, Any]) -> Path:
     """Returns the folder of the work in progress, emptied unless it is that of this very call."""
     partial = output / _PARTIAL
-    begun = partial / "started.json"
-    if partial.exists() and not (begun.exists() and read_json(begun) == started):
-        shutil.rmtree(partial)
-    write_json(begun, started)
+    if _begun(partial) not in (None, started):
+        _discard(partial)
+    write_json(partial / _STARTED, started)
     return partial
+
+
+def _begun(partial: Path) -> Any:
+    """Returns what work in progress was begun with, if any; refuses what is no such work."""
+    if (partial / _STARTED).is_file():
+        return read_json(partial / _STARTED)
+    # What atomic_path leaves of a write that was killed does not count.
+    if partial.exists() and not (
+        partial.is_dir() and all(path.name.startswith(".started.") for path in partial.iterdir())
+    ):
+        raise InvalidArgument(
+            "output",
+            f"a folder whose {_PARTIAL} is work in progress",
+            f"{partial} without {_STARTED}",
+            "choose another folder, or move that away",
+        )
+    return None
+
+
+def _discard(partial: Path) -> None:
+    """Removes work in progress, the mark of it last, so that a kill leaves what can be removed."""
+    for name in ("parts", _MODEL):
+        shutil.rmtree(partial / name, ignore_errors=True)
+    shutil.rmtree(partial)
 
 
 def _encode(
@@ -221,7 +268,7 @@ def _encode(
             with atomic_path(parts[number]) as temporary:
                 frame.write_parquet(temporary)
             progress(number + 1, len(parts))
-    frame = pl.concat([pl.read_parquet(path) for path in parts])
+    frame = pl.concat([pl.read_parquet(path, glob=False) for path in parts])
     return frame["item_id"].to_list(), frame["codes"].to_numpy().reshape(len(frame), levels)
 
 

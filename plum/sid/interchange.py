@@ -217,7 +217,7 @@ def _read_csv(path: Path) -> tuple[list[str], Wide]:
 def _read_parquet(path: Path) -> tuple[list[str], Wide]:
     polars = _polars("reading Parquet")
     try:
-        frame = polars.read_parquet(path)
+        frame = polars.read_parquet(path, glob=False)
     except (polars.exceptions.PolarsError, OSError) as error:
         raise InvalidData(path, "a whole Parquet file", str(error).splitlines()[0]) from None
     names = [name for name in ("item_id", "pid") if name in frame.columns]

@@ -312,7 +312,7 @@ class SidTable:
                     "another one",
                     "the file was changed or cut off; write the table again",
                 )
-        frame = polars.read_parquet(folder / _ITEMS)
+        frame = polars.read_parquet(folder / _ITEMS, glob=False)
         if not (frame["codes"].list.len() == len(sizes)).all():
             raise InvalidData(folder / _ITEMS, f"{len(sizes)} codes an item", "another number")
         codes = frame["codes"].explode().to_numpy().reshape(-1, len(sizes))

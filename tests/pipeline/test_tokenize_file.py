@@ -190,6 +190,86 @@ def test_work_in_progress_of_another_call_is_not_taken_over(tmp_path, small_chun
     assert table.codes.tolist() == fresh.codes.tolist()
 
 
+def cut_off_before_the_generation(tmp_path, monkeypatch, **options):
+    """Stops when the model and the settings are in place, and the table is not."""
+    with monkeypatch.context() as patch:
+        patch.setattr(SidTable, "save_generation", None)
+        with pytest.raises(TypeError):
+            tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", **options)
+    assert (tmp_path / "t" / "model" / "config.json").exists()
+
+
+def test_a_model_that_a_cut_off_call_left_is_replaced_with_the_table(tmp_path, monkeypatch):
+    x = torch.from_numpy(write_items(tmp_path / "e.parquet", IDS))
+    cut_off_before_the_generation(tmp_path, monkeypatch, seed=0, **SMALL)
+    table = tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", seed=1, **SMALL)
+    model = load_tokenizer(tmp_path / "t" / "model")
+    assert model.quantizer.seed == 1
+    assert model.encode({"embedding": x}).tolist() == table.codes.tolist()
+    assert sorted(os.listdir(tmp_path / "t")) == ["generation-0", "model", "tokenize.json"]
+
+
+def test_the_same_call_finishes_what_was_cut_off_before_the_generation(tmp_path, monkeypatch):
+    write_items(tmp_path / "e.parquet", IDS)
+    cut_off_before_the_generation(tmp_path, monkeypatch, **SMALL)
+    monkeypatch.setattr("plum.pipeline.tokenize_file.fit_tokenizer", None)
+    table = tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", **SMALL)
+    assert SidTable.load(tmp_path / "t").digest == table.digest
+
+
+@pytest.mark.parametrize("name", ["partial/precious.txt", "partial", "model/precious.txt", "model"])
+def test_what_no_such_call_wrote_is_refused_and_stays(tmp_path, name):
+    write_items(tmp_path / "e.parquet", IDS)
+    path = tmp_path / "t" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    with pytest.raises(InvalidArgument, match=f"output: .*{Path(name).parts[0]}.* choose another"):
+        tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", **SMALL)
+    assert path.read_text() == "precious"
+    assert [file for file in (tmp_path / "t").rglob("*") if file.is_file()] == [path]
+
+
+def test_append_leaves_a_partial_folder_of_something_else(tmp_path):
+    write_items(tmp_path / "e.parquet", IDS)
+    tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", **SMALL)
+    (tmp_path / "t" / "partial").mkdir()
+    (tmp_path / "t" / "partial" / "precious.txt").write_text("precious")
+    for again in (tokenize_parquet, append_parquet):
+        with pytest.raises(InvalidArgument, match=r"output: .*partial without started\.json"):
+            again(
+                tmp_path / "e.parquet",
+                tmp_path / "t",
+                **(SMALL if again is tokenize_parquet else {}),
+            )
+    assert (tmp_path / "t" / "partial" / "precious.txt").read_text() == "precious"
+
+
+def test_a_table_beside_no_settings_is_refused_before_anything_is_written(tmp_path):
+    write_items(tmp_path / "e.parquet", IDS)
+    SidTable(["a"], np.zeros((1, 2), dtype=np.int32), (2, 2)).save_generation(tmp_path / "t")
+    with pytest.raises(InvalidArgument, match=r"output: .*holds the table of another"):
+        tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", **SMALL)
+    assert os.listdir(tmp_path / "t") == ["generation-0"]
+
+
+def test_the_tokenizer_may_lie_where_the_table_goes(tmp_path):
+    write_items(tmp_path / "e.parquet", IDS)
+    first = tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", **SMALL)
+    shutil.copytree(tmp_path / "t" / "model", tmp_path / "u" / "model")
+    second = tokenize_parquet(
+        tmp_path / "e.parquet", tmp_path / "u", tokenizer=tmp_path / "u" / "model"
+    )
+    assert second.codes.tolist() == first.codes.tolist()
+
+
+def test_paths_may_look_like_patterns(tmp_path):
+    odd = tmp_path / "a[1]*"
+    odd.mkdir()
+    write_items(odd / "e?[2].parquet", IDS)
+    table = tokenize_parquet(odd / "e?[2].parquet", odd / "t", **SMALL)
+    assert table.item_ids == IDS and SidTable.load(odd / "t").digest == table.digest
+
+
 KILLED = """
 import sys, plum.pipeline.embedding_file as e, plum.pipeline.tokenize_file as t
 e.ROWS_PER_CHUNK = t.ROWS_PER_CHUNK = 50
@@ -308,6 +388,7 @@ def test_a_bad_file_is_one_line_and_leaves_no_table(tmp_path, name):
         ({"collisions": "sinkhorn"}, "collisions: expected one of accept"),
         ({"latent_dim": 0}, "latent_dim"),
         ({"sample_rows": 0}, "sample_rows"),
+        ({"seed": -1}, "seed: expected an int in .*, got -1"),
         ({"modalities": ["f"]}, "modalities: expected columns among e, got 'f'"),
         ({"modalities": ["e", "e"]}, "modalities: expected distinct"),
         ({"epochs": 3}, "epochs"),

@@ -49,7 +49,17 @@ def test_published_files(shared_data, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["t.index.json", "t.json.gz", "t.csv", "t.csv.xz", "t.csv.bz2", "t.parquet", "t.npy"]
+    "name",
+    [
+        "t.index.json",
+        "t.json.gz",
+        "t.csv",
+        "t.csv.xz",
+        "t.csv.bz2",
+        "t.parquet",
+        "t[1]*.parquet",
+        "t.npy",
+    ],
 )
 def test_round_trip(tmp_path, name):
     write_sids(TABLE, tmp_path / name)
