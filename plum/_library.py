@@ -81,7 +81,7 @@ class Op:
         reason = self.backends[backend].missing()
         if reason is not None:
             raise BackendUnavailable(f"{self.name}: backend {backend!r} cannot run here: {reason}")
-        return self.backends[backend].run(*args)
+        return _on_its_device(self.backends[backend])(*args)
 
     def default_backend(self, device: str) -> str:
         """Returns the name of the backend that the automatic choice takes on ``device``."""
@@ -89,6 +89,23 @@ class Op:
             if backend.device == device and backend.default and backend.missing() is None:
                 return backend.name
         return "reference"
+
+
+def _on_its_device(backend: Backend) -> Callable[..., Any]:
+    """Returns the implementation, made to launch on the GPU of its first tensor.
+
+    Triton and CUDA launch on the current device, which need not be where the tensors are.
+    """
+    if backend.device == "cpu":
+        return backend.run
+
+    def run(*args: Any) -> Any:
+        if not args[0].is_cuda:  # Triton's interpreter
+            return backend.run(*args)
+        with torch.cuda.device(args[0].device):
+            return backend.run(*args)
+
+    return run
 
 
 def _automatic(
@@ -99,7 +116,7 @@ def _automatic(
     for backend in chosen:
         reason = backend.missing()
         if reason is None:
-            return backend.run
+            return _on_its_device(backend)
         reasons.append(f"{backend.name}: {reason}")
     warned = False
 

@@ -84,15 +84,14 @@ def code_usage_cuda(codes: Tensor, sizes: Sequence[int], counts: Tensor) -> None
     """Adds the counts of ``codes`` to ``counts`` ``[ΣK + 1]``, the last slot for bad codes."""
     assert codes.is_cuda and codes.is_contiguous() and counts.device == codes.device
     assert counts.dtype == torch.int64 and counts.numel() == sum(sizes) + 1
-    with torch.cuda.device(codes.device):
-        _C.code_usage_cuda(
-            codes.data_ptr(),
-            codes.dtype == torch.int64,
-            codes.shape[0],
-            sizes,
-            counts.data_ptr(),
-            torch.cuda.current_stream().cuda_stream,
-        )
+    _C.code_usage_cuda(
+        codes.data_ptr(),
+        codes.dtype == torch.int64,
+        codes.shape[0],
+        sizes,
+        counts.data_ptr(),
+        torch.cuda.current_stream().cuda_stream,
+    )
 
 
 def codebook_sums_cpu(
@@ -181,21 +180,20 @@ def residual_quantize_cuda(
     assert first_bad.device == device and first_bad.dtype == torch.int64 and len(first_bad) == 2
     bytes_ = _C.residual_quantize_workspace_cuda(x.shape[1], sizes)
     workspace = torch.empty(bytes_, dtype=torch.uint8, device=device)
-    with torch.cuda.device(device):
-        _C.residual_quantize_cuda(
-            x.data_ptr(),
-            _ROW_TYPES.index(x.dtype),
-            x.shape[0],
-            x.shape[1],
-            codebooks.data_ptr(),
-            sizes,
-            workspace.data_ptr(),
-            codes.data_ptr(),
-            norms.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            first_bad.data_ptr(),
-            torch.cuda.current_stream().cuda_stream,
-        )
+    _C.residual_quantize_cuda(
+        x.data_ptr(),
+        _ROW_TYPES.index(x.dtype),
+        x.shape[0],
+        x.shape[1],
+        codebooks.data_ptr(),
+        sizes,
+        workspace.data_ptr(),
+        codes.data_ptr(),
+        norms.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        first_bad.data_ptr(),
+        torch.cuda.current_stream().cuda_stream,
+    )
 
 
 # Packed codebooks of the latest calls, newest first. They are compared by content, so a codebook
