@@ -61,7 +61,7 @@ void code_usage(const Code* codes, int64_t rows, int64_t levels, const int64_t* 
     table.offset[level + 1] = table.offset[level] + static_cast<int>(sizes[level]);
   }
   const int slots = table.offset[levels] + 1;
-  // A block counts at most 2^31 / kMaxBlocks codes, so its 32-bit slots cannot overflow.
+  // Its 32-bit slots overflow only where a block counts 2^32 codes, which take 64 TiB in all.
   constexpr int64_t kMaxBlocks = 4096;
   const int64_t per_block = int64_t{kThreads} * kCodesPerThread;
   const int blocks =

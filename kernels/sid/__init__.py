@@ -1,1 +1,1 @@
-"""Triton kernels for Semantic IDs; each file stands alone and imports torch and triton only."""
+"""Triton kernels for Semantic IDs; the folder imports torch and triton only."""

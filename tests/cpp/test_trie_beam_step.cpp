@@ -1,4 +1,5 @@
-// Each step against a list of all children, sorted, and the bits of every instruction set.
+// Each step against a list of all children, sorted, and the bits of every instruction set; each
+// sample against the same list.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -8,11 +9,14 @@
 
 #include "check.h"
 #include "plum/cpu_features.h"
+#include "plum/trie_beam_sample.h"
 #include "plum/trie_beam_step.h"
 #include "plum/trie_deny.h"
 #include "trie_table.h"
 
 namespace {
+
+using plum::cpu::RowType;
 
 constexpr double kNever = -std::numeric_limits<double>::infinity();
 
@@ -27,8 +31,8 @@ struct Result {
 
 struct Case {
   std::vector<float> logits, scores;
-  std::vector<uint16_t> halves;
-  std::vector<int64_t> states, deny, dead, columns;
+  std::vector<uint16_t> bf16, fp16;
+  std::vector<int64_t> states, deny, dead, columns, levels;
   std::vector<bool> kept;
   std::vector<uint64_t> bits, masks;
   std::vector<uint32_t> ranks;
@@ -37,7 +41,16 @@ struct Case {
   int64_t level, offset, k;
 };
 
-// Small logits whose values are the same in fp32 and bf16.
+// An eighth of an integer below 2^8 as fp16.
+uint16_t to_half(float x) {
+  if (x == 0) return 0;
+  int exponent;
+  const float mantissa = std::frexp(std::fabs(x), &exponent);
+  const int bits = (exponent + 14) << 10 | static_cast<int>((2 * mantissa - 1) * 1024);
+  return static_cast<uint16_t>(bits | (x < 0) << 15);
+}
+
+// Small logits whose values are the same in fp32, bf16 and fp16.
 void make_case(const TrieTable& trie, std::mt19937_64& random, Case& c) {
   auto& in = c.input;
   const int64_t rows = trie.rows;
@@ -55,7 +68,8 @@ void make_case(const TrieTable& trie, std::mt19937_64& random, Case& c) {
   for (float x : c.logits) {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, sizeof bits);
-    c.halves.push_back(static_cast<uint16_t>(bits >> 16));
+    c.bf16.push_back(static_cast<uint16_t>(bits >> 16));
+    c.fp16.push_back(to_half(x));
   }
   for (int64_t i = 0; i < in.batch * in.beams; ++i) {
     c.scores.push_back(-static_cast<float>(random() % 100) / 10);
@@ -81,7 +95,13 @@ void make_case(const TrieTable& trie, std::mt19937_64& random, Case& c) {
   in.scores = c.scores.data();
   in.states = c.states.data();
   c.columns.assign(trie.depth, c.offset);
-  in.levels = {c.level, nullptr};
+  // A level of each request: that of all, or one that the trie has not.
+  for (int64_t b = 0; b < in.batch; ++b) {
+    c.levels.push_back(random() % 4 ? c.level : random() % 2 ? -1 : trie.depth);
+  }
+  if (random() % 2) c.levels.assign(in.batch, c.level);
+  const bool same = c.levels == std::vector<int64_t>(in.batch, c.level);
+  in.levels = {c.level, same && random() % 2 ? nullptr : c.levels.data()};
   if (in.denied > 0) {
     c.dead.assign(in.batch * trie.depth * in.denied, -7);
     const std::vector<int64_t> roots{0, rows};
@@ -91,10 +111,12 @@ void make_case(const TrieTable& trie, std::mt19937_64& random, Case& c) {
   }
 }
 
-Result run(const TrieTable& trie, Case& c, bool bf16, int threads) {
+Result run(const TrieTable& trie, Case& c, RowType type, int threads) {
   c.input.columns = c.columns.data();
-  c.input.logits = bf16 ? static_cast<const void*>(c.halves.data()) : c.logits.data();
-  c.input.type = bf16 ? plum::cpu::RowType::kBfloat16 : plum::cpu::RowType::kFloat32;
+  c.input.logits = type == RowType::kFloat32    ? static_cast<const void*>(c.logits.data())
+                   : type == RowType::kBfloat16 ? c.bf16.data()
+                                                : c.fp16.data();
+  c.input.type = type;
   const int64_t places = c.input.batch * c.k;
   Result r{std::vector<int64_t>(places, -7), std::vector<int64_t>(places, -7),
            std::vector<int64_t>(2 * places, -7), std::vector<float>(places, -7)};
@@ -109,31 +131,39 @@ struct Child {
   int64_t beam, code, low, high;
 };
 
+// The legal children of a request, by beam and code, with their scores.
+std::vector<Child> children_of(const TrieTable& trie, const Case& c, int64_t b, bool valid,
+                               double temperature) {
+  const auto& in = c.input;
+  std::vector<Child> children;
+  for (int64_t w = 0; w < in.beams && in.levels[b] == c.level; ++w) {
+    const float* row = c.logits.data() + b * in.batch_stride + w * in.beam_stride;
+    const int64_t* state = c.states.data() + 2 * (b * in.beams + w);
+    const int64_t* list = c.deny.data() + b * in.denied;
+    std::vector<Child> legal;
+    for (int64_t low = state[0], high; low < state[1]; low = high) {
+      const int64_t code = trie.table[low][c.level];
+      bool left = false;
+      for (high = low; high < state[1] && trie.table[high][c.level] == code; ++high) {
+        left |= c.kept[high] && (in.denied == 0 || !std::count(list, list + in.denied, high));
+      }
+      if (left) legal.push_back({row[c.offset + code] / temperature, w, code, low, high});
+    }
+    double sum = 0;
+    for (int64_t v = 0; !valid && v < in.width; ++v) sum += std::exp(double(row[v]));
+    for (const Child& child : legal) sum += valid ? std::exp(child.score) : 0;
+    for (Child child : legal) {
+      child.score += in.scores[b * in.beams + w] - std::log(sum);
+      children.push_back(child);
+    }
+  }
+  return children;
+}
+
 void check(const TrieTable& trie, const Case& c, const Result& r) {
   const auto& in = c.input;
   for (int64_t b = 0; b < in.batch; ++b) {
-    std::vector<Child> children;
-    for (int64_t w = 0; w < in.beams; ++w) {
-      const float* row = c.logits.data() + b * in.batch_stride + w * in.beam_stride;
-      const int64_t* state = c.states.data() + 2 * (b * in.beams + w);
-      const int64_t* list = c.deny.data() + b * in.denied;
-      std::vector<Child> legal;
-      for (int64_t low = state[0], high; low < state[1]; low = high) {
-        const int64_t code = trie.table[low][c.level];
-        bool left = false;
-        for (high = low; high < state[1] && trie.table[high][c.level] == code; ++high) {
-          left |= c.kept[high] && (in.denied == 0 || !std::count(list, list + in.denied, high));
-        }
-        if (left) legal.push_back({row[c.offset + code], w, code, low, high});
-      }
-      double sum = 0;
-      for (int64_t v = 0; !in.valid && v < in.width; ++v) sum += std::exp(double(row[v]));
-      for (const Child& child : legal) sum += in.valid ? std::exp(child.score) : 0;
-      for (Child child : legal) {
-        child.score += in.scores[b * in.beams + w] - std::log(sum);
-        children.push_back(child);
-      }
-    }
+    const std::vector<Child> children = children_of(trie, c, b, in.valid, 1);
     const auto found = std::min<int64_t>(c.k, children.size());
     std::vector<double> scores;
     for (const Child& child : children) scores.push_back(child.score);
@@ -161,6 +191,57 @@ void check(const TrieTable& trie, const Case& c, const Result& r) {
   }
 }
 
+// Draws all the children there are room for: each once, by falling keys, the largest key of a
+// beam's children being the beam's, and on any number of threads.
+void check_sample(const TrieTable& trie, Case& c, std::mt19937_64& random) {
+  const auto& in = c.input;
+  std::vector<double> keys;
+  for (int64_t i = 0; i < in.batch * in.beams; ++i) keys.push_back(-double(random() % 1000) / 100);
+  std::vector<int64_t> seeds;
+  for (int64_t b = 0; b < in.batch; ++b) seeds.push_back(static_cast<int64_t>(random()));
+  const double temperature = 0.5 + random() % 3;
+  const int64_t places = in.batch * c.k;
+  Result results[2];
+  std::vector<double> drawn[2];
+  for (int i : {0, 1}) {
+    Result& r = results[i];
+    drawn[i].assign(places, -7);
+    r = {std::vector<int64_t>(places, -7), std::vector<int64_t>(places, -7),
+         std::vector<int64_t>(2 * places, -7), std::vector<float>(places, -7)};
+    const plum::cpu::BeamStepOutput out{r.tokens.data(), r.parents.data(), r.scores.data(),
+                                        r.states.data()};
+    plum::cpu::trie_beam_sample({in, keys.data(), seeds.data(), temperature}, trie.trie, c.filter,
+                                c.k, {out, drawn[i].data()}, 1 + 2 * i);
+  }
+  CHECK(results[0] == results[1] && drawn[0] == drawn[1]);
+  const Result& r = results[0];
+  for (int64_t b = 0; b < in.batch; ++b) {
+    std::vector<Child> children = children_of(trie, c, b, true, temperature);
+    const auto found = std::min<int64_t>(c.k, children.size());
+    const bool all = found == static_cast<int64_t>(children.size());
+    std::vector<double> largest(in.beams, kNever);
+    for (int64_t j = 0; j < c.k; ++j) {
+      const int64_t at = b * c.k + j;
+      const double key = drawn[0][at];
+      if (j >= found) {
+        CHECK(key == kNever && r.tokens[at] == -1 && r.scores[at] == kNever);
+        continue;
+      }
+      CHECK(j == 0 || key <= drawn[0][at - 1]);
+      const auto child = std::find_if(children.begin(), children.end(), [&](const Child& each) {
+        return each.beam == r.parents[at] && each.low == r.states[2 * at];
+      });
+      CHECK(child != children.end() && std::fabs(child->score - r.scores[at]) < 2e-5);
+      CHECK(r.tokens[at] == child->code && r.states[2 * at + 1] == child->high);
+      largest[child->beam] = std::max(largest[child->beam], key);
+      children.erase(child);
+    }
+    for (int64_t w = 0; all && w < in.beams; ++w) {
+      CHECK(largest[w] == kNever || std::fabs(largest[w] - keys[b * in.beams + w]) < 1e-9);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -173,13 +254,14 @@ int main() {
     Result first;
     for (const std::string& isa : plum::cpu::available_isas()) {
       plum::cpu::set_isa(isa);
-      for (bool bf16 : {false, true}) {
-        const Result result = run(trie, c, bf16, 1 + round % 3);
+      for (RowType type : {RowType::kFloat32, RowType::kBfloat16, RowType::kFloat16}) {
+        const Result result = run(trie, c, type, 1 + round % 3);
         if (first.tokens.empty()) first = result;
         CHECK(result == first);
       }
     }
     check(trie, c, first);
+    check_sample(trie, c, random);
   }
   std::puts("test_trie_beam_step: ok");
 }

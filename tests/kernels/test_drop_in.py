@@ -44,6 +44,11 @@ assert logits.tolist() == [[[0.0, -float("inf"), 0.0]]]
 score = torch.zeros(1, 1, device=device)
 tokens, parents, scores, states = trie_beam_step(logits, score, root, trie, 0, [0, 0], 2)
 assert tokens.tolist() == [[0, 2]] and states.tolist() == [[[0, 2], [2, 3]]]
+from trie_deny import trie_deny
+never = 2**63 - 1
+denied = torch.tensor([[0, 1, never]], device=device)
+dead = trie_deny(denied, trie, torch.tensor([0, 3], device=device))
+assert dead.tolist() == [[[0, never, never], [0, 1, never]]]
 tail, forced = forced_tail(states, trie, 1)
 assert tail.tolist() == [[[-1], [0]]] and forced.tolist() == [[False, True]]
 """

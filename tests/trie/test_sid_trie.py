@@ -116,6 +116,14 @@ def test_refuses_what_is_no_catalog(arguments, error, message):
         SidTrie.from_codes(**arguments)
 
 
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"])
+def test_codes_of_any_byte_order(dtype):
+    codes = np.array([[3, 1], [0, 120], [2, 2]])
+    for order in "<>":
+        trie = SidTrie.from_codes(codes.astype(order + dtype), codebook_sizes=[4, 121])
+        assert trie.codes_at(torch.arange(3)).tolist() == [[0, 120], [2, 2], [3, 1]]
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), strings=st.booleans())
 def test_insert_and_delete_are_like_building_anew(seed, strings):

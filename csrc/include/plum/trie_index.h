@@ -44,8 +44,8 @@ struct TrieFilter {
 };
 
 // The arrays of SidTrie, all levels one behind the other, and where each begins. A row of `table`
-// is codes_at, starts_at, begins_at, ranks_at, masks_at, words, edges, size; -1 for what is not
-// there.
+// is codes_at, starts_at, begins_at, ranks_at, masks_at, words, edges, size, rows; -1 for what is
+// not there.
 constexpr int64_t kTrieFields = 9;
 
 struct TrieArrays {
