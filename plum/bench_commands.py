@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(help="Measures this machine beside what people use, and compares two runs.")
@@ -48,14 +49,14 @@ def compare(
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        out = Console()
+        out = Console(emoji=False)
         table = Table("benchmark", "before, ms", "after, ms", "ratio", "noise up to", "")
         for each in found.changes:
             if each.verdict != "same":
                 times = f"{1e3 * each.before:.4g}", f"{1e3 * each.after:.4g}"
                 ratios = f"{each.ratio:.2f}", f"{each.limit:.2f}"
                 table.add_row(
-                    each.name,
+                    escape(each.name),
                     *times,
                     *ratios,
                     f"peer {each.verdict}" if each.peer else each.verdict,
@@ -73,8 +74,9 @@ def compare(
                 f" most stay within {found.peer_spread:.2f} of that"
             )
         if found.missing:
-            out.print(f"{len(found.missing)} benchmarks of {before} are not in {after}")
+            lost = f"{len(found.missing)} benchmarks of {before} are not in {after}"
+            out.print(escape(lost), soft_wrap=True)
         for warning in found.warnings:
-            out.print(f"[yellow]warning:[/] {warning}")
+            out.print(f"[yellow]warning:[/] {escape(warning)}")
     if found.regressions:
         raise typer.Exit(1)

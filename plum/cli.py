@@ -1,4 +1,4 @@
-"""The ``plum`` command: one verb per stage, ``run`` for all of them, ``doctor`` for the machine."""
+"""The ``plum`` command: ``run`` for all stages, verbs for single ones, tables and the machine."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from plum.errors import InvalidArgument, MissingDependency, PlumError
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as error:  # pragma: no cover
     print(f"error: {MissingDependency(str(error.name), 'pipeline', 'the plum command')}")
@@ -32,7 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
-console = Console(stderr=True)
+# Titles and paths are shown as they are: escaped where they are printed, and ":100:" is no emoji.
+console = Console(stderr=True, emoji=False)
+out = Console(emoji=False)
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")]
 Dataset = Annotated[
@@ -51,6 +54,9 @@ Settings = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
+# Typer makes this status or an Abort of a KeyboardInterrupt, which depends on its version.
+_INTERRUPTED = 130
+
 
 def main() -> None:
     """Runs the command line; an expected error is one line and exit status 1."""
@@ -64,18 +70,29 @@ def main() -> None:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         code = 1
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_reason(error)}", file=sys.stderr)
+        code = 1
     except typer.Abort:
-        code = 130
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        code = 130
+        code = _INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
         # A usage error of typer's own, e.g. an option that does not exist.
         print(f"error: {error.format_message()} (plum --help)", file=sys.stderr)
         code = 2
+    if code == _INTERRUPTED:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
     raise SystemExit(code or 0)
+
+
+def _reason(error: OSError) -> str:
+    """Says in one line what the system refused, and for which file."""
+    path = error.filename if error.filename2 is None else error.filename2
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return reason if path is None else f"{path}: {reason}"
 
 
 @app.command()
@@ -89,15 +106,14 @@ def doctor(as_json: AsJson = False) -> None:
         return
     facts = Table(box=None, show_header=False, pad_edge=False)
     for name, value in report["facts"].items():
-        facts.add_row(f"[bold]{name}", str(value))
+        facts.add_row(f"[bold]{name}", escape(str(value)))
     ops = Table("op", "backend", "here", "automatic on", title="ops", title_justify="left")
     for row in report["ops"]:
-        here = "[green]yes" if row["missing"] is None else f"[dim]{row['missing']}"
+        here = "[green]yes" if row["missing"] is None else f"[dim]{escape(row['missing'])}"
         ops.add_row(row["op"], row["backend"], here, ", ".join(row["automatic_on"]))
-    out = Console()
     out.print(facts, ops)
     for warning in report["warnings"]:
-        out.print(f"[yellow]warning:[/] {warning}")
+        out.print(f"[yellow]warning:[/] {escape(warning)}")
 
 
 @app.command()
@@ -123,7 +139,7 @@ def run(
         print(json.dumps(metrics, indent=2))
         return
     _print_metrics(metrics)
-    console.print(f"page: {output / 'report.html'}")
+    _say_page(output / "report.html")
 
 
 def _stage_command(name: str, help_text: str) -> None:
@@ -160,7 +176,7 @@ def tokenize(
         typer.Option(help="Your own embeddings: Parquet with item_id and columns of lists."),
     ] = None,
     sizes: Annotated[str | None, typer.Option(help="Codes a level, e.g. 256,256,256.")] = None,
-    kind: Annotated[str | None, typer.Option(help="rq-kmeans or rq-vae.")] = None,
+    kind: Annotated[str | None, typer.Option(help="rq-kmeans, rq-vae or r-vq.")] = None,
     collisions: Annotated[
         str | None, typer.Option(help="accept, suffix, nearest_free or balanced.")
     ] = None,
@@ -241,7 +257,7 @@ def append(
     if as_json:
         print(json.dumps(counts, indent=2))
         return
-    Console().print(
+    out.print(
         f"{table.num_items:,} items on {table.num_sids:,} SIDs, generation {table.generation}"
     )
 
@@ -271,6 +287,8 @@ def report(
     """Shows the quality of SID tables, side by side: usage, collisions, purity, what is lost."""
     from plum.pipeline.quality import assess, open_table, unique_names, write_quality_page
 
+    if output is not None and output.is_dir():
+        raise InvalidArgument("output", "the file of a page", f"the folder {output}")
     codebook_sizes = None if sizes is None else _sizes(sizes)
     sources = [
         open_table(path, embeddings=embeddings, items=items, label=label,
@@ -290,7 +308,7 @@ def report(
         for quality in reports:
             _print_quality(quality["name"], quality)
     if output is not None:
-        console.print(f"page: {output}")
+        _say_page(output)
 
 
 def _sizes(text: str) -> list[int]:
@@ -301,7 +319,7 @@ def _sizes(text: str) -> list[int]:
 
 
 def _print_quality(title: str, quality: dict[str, Any]) -> None:
-    levels = Table("level", "codes", "usage", "perplexity", "dead", title=title)
+    levels = Table("level", "codes", "usage", "perplexity", "dead", title=escape(title))
     for number, level in enumerate(quality["levels"], 1):
         levels.add_row(
             str(number),
@@ -310,8 +328,8 @@ def _print_quality(title: str, quality: dict[str, Any]) -> None:
             f"{level['perplexity']:.1f}",
             str(level["dead"]),
         )
-    Console().print(levels)
-    Console().print(
+    out.print(levels)
+    out.print(
         f"{quality['num_items']:,} items, unique SIDs {quality['unique_sid_ratio']:.2%}, "
         f"most items on one SID {quality['max_collision']}"
     )
@@ -337,8 +355,8 @@ def recommend(
     table = Table("", "item", "title", "SID", "score")
     for rank, item in enumerate(found, 1):
         sid = "-".join(map(str, item.sid))
-        table.add_row(str(rank), item.item_id, item.title, sid, f"{item.score:.3f}")
-    Console().print(table)
+        table.add_row(str(rank), escape(item.item_id), escape(item.title), sid, f"{item.score:.3f}")
+    out.print(table)
 
 
 def _resolve(
@@ -355,16 +373,19 @@ def _resolve(
     from plum.config import resolve_config
     from plum.files import read_json
 
+    if output.exists() and not output.is_dir():
+        raise InvalidArgument("output", "the folder of a run", f"the file {output}")
     settings = list(settings or [])
     for key, value in (("data_dir", data_dir), ("items", items), ("interactions", interactions)):
         if value is not None:
             settings.append(f"data.{key}={json.dumps(str(value))}")
     saved = output / "config.json"
-    if saved.exists() and dataset is None and preset is None and file is None:
-        return resolve_config(settings=settings, base=read_json(saved))
-    return resolve_config(
-        preset=preset or "cpu", dataset=dataset or "synthetic", file=file, settings=settings
-    )
+    base = read_json(saved) if saved.exists() and dataset is None else None
+    return resolve_config(preset=preset, dataset=dataset, file=file, settings=settings, base=base)
+
+
+def _say_page(path: Path) -> None:
+    console.print(f"page: {escape(str(path))}", soft_wrap=True)
 
 
 def _run(config: Config, output: Path, names: list[str]) -> None:
@@ -420,7 +441,7 @@ def _print_metrics(metrics: dict[str, dict[str, float]]) -> None:
             for name in names
         ]
         table.add_row(model, *best)
-    Console().print(table)
+    out.print(table)
 
 
 if __name__ == "__main__":

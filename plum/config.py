@@ -13,7 +13,7 @@ from plum.files import read_json
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -48,6 +48,12 @@ class EmbedConfig(_Section):
         description="most features of vectors of the log; none without it",
     )
     batch_size: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _images_have_an_encoder(self) -> EmbedConfig:
+        if self.images is not None and self.image is None:
+            raise ValueError("images needs image, an encoder such as colors-and-textures")
+        return self
 
 
 class TokenizeConfig(_Section):
@@ -134,7 +140,9 @@ class EvaluateConfig(_Section):
 
     num_beams: int = Field(default=50, ge=1)
     batch_size: int = Field(default=64, ge=1)
-    score: Literal["full", "valid"] = "full"
+    score: Literal["full", "valid"] = Field(
+        default="full", description="of bases that write tokens; scratch:depth-* does not use it"
+    )
     filter_seen: bool = Field(
         default=False, description="leave out items of the history; the baselines do the same"
     )
@@ -160,7 +168,7 @@ class RecommendConfig(_Section):
 class Config(_Section):
     """A whole run; every stage reads its own section and ``seed``."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     data: DataConfig = DataConfig()
     embed: EmbedConfig = EmbedConfig()
     tokenize: TokenizeConfig = TokenizeConfig()
@@ -202,15 +210,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 DATASETS: dict[str, dict[str, Any]] = {
-    "tables": {"data": {"min_user_interactions": 1, "min_item_interactions": 0}},
-    "synthetic": {"data": {"min_user_interactions": 1, "min_item_interactions": 0}},
+    "tables": {"min_user_interactions": 1, "min_item_interactions": 0},
+    "synthetic": {"min_user_interactions": 1, "min_item_interactions": 0},
 }
 
 
 def resolve_config(
     *,
-    preset: str = "cpu",
-    dataset: str = "synthetic",
+    preset: str | None = None,
+    dataset: str | None = None,
     file: Path | None = None,
     settings: Sequence[str] = (),
     base: Mapping[str, Any] | None = None,
@@ -218,45 +226,35 @@ def resolve_config(
     """Merges defaults, preset, data set, YAML file and settings, later ones winning.
 
     Args:
-        preset: ``demo``, ``cpu`` or ``gpu``.
-        dataset: Name of a data set, see :func:`plum.data.load_dataset`.
+        preset: ``demo``, ``cpu`` or ``gpu``; None for that of ``base``, or else ``cpu``.
+        dataset: Name of a data set, see :func:`plum.data.load_dataset`; file and settings may name
+            another. None for that of ``base``, or else ``synthetic``.
         file: YAML file with any part of the configuration.
         settings: ``section.key=value`` pairs; values are read as YAML.
-        base: A whole configuration to start from in place of preset and data set.
+        base: A whole configuration to start from. With a preset only its data and seed are kept,
+            with another data set nothing of its data.
 
     Raises:
         InvalidConfig: a preset, key or value is not known; the message names it.
     """
-    import yaml
-
-    if base is None:
-        if preset not in PRESETS:
-            raise InvalidConfig(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-        merged: dict[str, Any] = {}
-        for part in (PRESETS[preset], DATASETS.get(dataset, {}), {"data": {"dataset": dataset}}):
-            _merge(merged, part)
-    else:
-        merged = dict(base)
+    if preset is not None and preset not in PRESETS:
+        raise InvalidConfig(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    if base is not None and not isinstance(base, Mapping):
+        raise InvalidConfig(f"base: expected a mapping, got a {type(base).__name__}")
+    wanted: dict[str, Any] = {"data": {"dataset": dataset}} if dataset is not None else {}
     if file is not None:
-        try:
-            text = Path(file).read_text(encoding="utf-8")
-            _merge(merged, yaml.safe_load(text) or {})
-        except FileNotFoundError:
-            raise InvalidConfig(f"{file}: expected a YAML file, got no such file") from None
-        except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            raise InvalidConfig(f"{file}: expected a YAML mapping, got: {reason}") from None
+        _merge(wanted, _read_yaml(file))
     for setting in settings:
-        path, equals, value = setting.partition("=")
-        if not equals or not path:
-            raise InvalidConfig(f"--set: expected section.key=value, got {setting!r}")
-        try:
-            nested: Any = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InvalidConfig(f"--set {path}: {' '.join(str(error).split())}") from None
-        for key in reversed(path.split(".")):
-            nested = {key: nested}
-        _merge(merged, nested)
+        _merge(wanted, _read_setting(setting))
+    merged = dict(base or {})
+    if base is None or preset is not None:
+        merged = {key: merged[key] for key in ("seed", "data") if key in merged}
+        _merge(merged, PRESETS[preset or "cpu"])
+    before = _name_of_data(merged)
+    name = _name_of_data(wanted) or before or "synthetic"
+    if name != before:
+        merged["data"] = {"dataset": name, **DATASETS.get(name, {})}
+    _merge(merged, wanted)
     return _validated(merged)
 
 
@@ -265,10 +263,49 @@ def load_config(path: Path) -> Config:
     return _validated(read_json(path))
 
 
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidConfig(f"{file}: expected a YAML file, got no such file") from None
+    except OSError as error:
+        raise InvalidConfig(f"{file}: expected a YAML file, got: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InvalidConfig(f"{file}: expected a YAML mapping, got: {reason}") from None
+    if values is not None and not isinstance(values, Mapping):
+        raise InvalidConfig(f"{file}: expected a YAML mapping, got a {type(values).__name__}")
+    return values or {}
+
+
+def _read_setting(setting: str) -> Mapping[str, Any]:
+    import yaml
+
+    path, equals, value = setting.partition("=")
+    if not equals or not path:
+        raise InvalidConfig(f"--set: expected section.key=value, got {setting!r}")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise InvalidConfig(f"--set {path}: {' '.join(str(error).split())}") from None
+    for key in reversed(path.split(".")):
+        nested = {key: nested}
+    return nested
+
+
+def _name_of_data(values: Mapping[str, Any]) -> str | None:
+    data = values.get("data")
+    name = data.get("dataset") if isinstance(data, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
 def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> None:
     for key, value in update.items():
         if isinstance(value, Mapping):
-            into[key] = dict(into.get(key) or {})
+            old = into.get(key)
+            into[key] = dict(old) if isinstance(old, Mapping) else {}
             _merge(into[key], value)
         else:
             into[key] = value
@@ -279,14 +316,17 @@ def _validated(values: Mapping[str, Any]) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"]) or "configuration"
         if first["type"] == "extra_forbidden":
             section: Any = Config
             for part in first["loc"][:-1]:
                 section = section.model_fields[part].annotation
             known = ", ".join(section.model_fields)
             raise InvalidConfig(f"{where}: unknown key; the keys here are: {known}") from None
-        raise InvalidConfig(f"{where}: {first['msg']}, got {first['input']!r}") from None
+        message = f"{where}: {first['msg']}, got {first['input']!r}"
+        if first["type"] == "string_type" and isinstance(first["input"], Mapping):
+            message += f"; braces are a mapping in YAML: --set '{where}=\"{{...}}\"'"
+        raise InvalidConfig(message) from None
     base = config.finetune.base
     if config.pretrain.steps and base.startswith("scratch:depth"):
         expected = "scratch:small, which gives way to what pretrain trains"

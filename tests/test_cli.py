@@ -11,13 +11,25 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import typer
 
+from plum.cli import main
+from plum.config import load_config
+from plum.pipeline.recommender import Recommendation, Recommender
 from plum.sid import SidTable, write_sids
 
 
 def plum(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "plum.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """Runs the command in this process and returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["plum", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
 
 
 def test_doctor_lists_every_op_with_its_backends():
@@ -98,6 +110,10 @@ def test_own_embeddings_become_a_table_and_a_page(tmp_path):
         (["tokenize", "-o", "{}", "--embeddings", "e", "--sizes", "4;4"], 1, "sizes: expected"),
         (["tokenize", "-o", "{}", "--embeddings", "e", "--append", "--seed", "1"], 1, "'seed'"),
         (["recommend", "--run", "{}", "--history", "1"], 1, "config.json: expected a JSON file"),
+        (["data", "--output", "{}/file"], 1, "output: expected the folder of a run, got the file"),
+        (["data", "--output", "{}/file/run"], 1, "{}/file/run: Not a directory"),
+        (["data", "--output", "{}", "--config", "{}"], 1, "{}: expected a YAML file, got: Is a"),
+        (["report", "{}/file", "--output", "{}"], 1, "output: expected the file of a page, got"),
         (["run", "--oops"], 2, "--oops"),
         (["run"], 2, "--output"),
         (["fly"], 2, "fly"),
@@ -105,6 +121,7 @@ def test_own_embeddings_become_a_table_and_a_page(tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
 def test_errors_are_one_line_and_a_status(tmp_path, arguments, status, message):
+    (tmp_path / "file").write_text("")
     result = plum(*(part.format(tmp_path) for part in arguments))
     assert result.returncode == status
     lines = result.stderr.strip().splitlines()
@@ -121,3 +138,64 @@ def test_append_without_a_run_says_what_to_do(tmp_path):
     result = plum("append", "--run", tmp_path / "none", "--items", tmp_path / "new.csv")
     assert result.returncode == 1 and "\n" not in result.stderr.strip()
     assert "a run with an index" in result.stderr and "plum run --output" in result.stderr
+
+
+def test_what_the_system_refuses_is_one_line_that_names_the_file(tmp_path, monkeypatch, capsys):
+    def refuse(*arguments):
+        os.replace(tmp_path / "nothing", tmp_path / "page.html")
+
+    monkeypatch.setattr("plum.doctor.diagnose", refuse)
+    assert run_here(monkeypatch, "doctor") == 1
+    expected = f"error: {tmp_path / 'page.html'}: No such file or directory\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, typer.Abort])
+def test_an_interrupt_says_how_to_go_on(kind, monkeypatch, capsys):
+    def interrupt():
+        raise kind
+
+    monkeypatch.setattr("plum.doctor.diagnose", interrupt)
+    assert run_here(monkeypatch, "doctor") == 130
+    assert capsys.readouterr().err.strip() == "interrupted; the same command goes on from here"
+
+
+def test_a_run_keeps_its_data_under_a_preset_or_a_file(tmp_path, monkeypatch):
+    (tmp_path / "items.csv").write_text("item_id,title\na,A\nb,B\n")
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n1,a,1\n1,b,2\n")
+    (tmp_path / "x.yaml").write_text("finetune: {epochs: 3}\n")
+    run = tmp_path / "run"
+    tables = ("--items", tmp_path / "items.csv", "--interactions", tmp_path / "log.csv")
+    first = ("data", "-o", run, "--dataset", "tables", *tables, "--set", "seed=4")
+    assert run_here(monkeypatch, *first) == 0
+    data = load_config(run / "config.json").data
+    assert run_here(monkeypatch, "data", "-o", run, "--preset", "gpu") == 0
+    assert run_here(monkeypatch, "data", "-o", run, "--config", tmp_path / "x.yaml") == 0
+    config = load_config(run / "config.json")
+    assert (config.data, config.seed, config.finetune.epochs) == (data, 4, 3)
+    assert config.finetune.base == "scratch:depth-base"
+    assert pl.read_parquet(run / "data" / "items.parquet")["item_id"].to_list() == ["a", "b"]
+
+
+def test_titles_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
+    run_here(monkeypatch, "data", "-o", tmp_path / "run")
+    found = [Recommendation("[i]", "End [/b] [explicit] :100:", (1, 2), -0.5)]
+
+    class Fake:
+        def recommend(self, history, num_items):
+            return found
+
+    monkeypatch.setattr(Recommender, "load", lambda *arguments: Fake())
+    capsys.readouterr()
+    assert run_here(monkeypatch, "recommend", "--run", tmp_path / "run", "--history", "a") == 0
+    shown = capsys.readouterr().out
+    assert "[i]" in shown and "End [/b] [explicit] :100:" in shown
+
+
+def test_paths_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
+    codes = np.array([[0, 1], [0, 1], [2, 0]], dtype=np.int32)
+    table, page = tmp_path / "t[b]", tmp_path / "[explicit]" / "page.html"
+    SidTable(["a", "b", "c"], codes, (4, 2)).save(table)
+    assert run_here(monkeypatch, "report", table, "-o", page) == 0
+    shown = capsys.readouterr()
+    assert "t[b]" in shown.out and f"page: {page}\n" in shown.err

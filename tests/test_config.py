@@ -26,6 +26,61 @@ def test_resolved_configuration_reads_back(tmp_path):
     assert config.tokenize.codebook_sizes == (8, 4)
 
 
+@pytest.mark.parametrize("where", ["argument", "file", "setting"])
+@pytest.mark.parametrize(
+    ("dataset", "minimums"), [("ml-1m", (5, 5)), ("tables", (1, 0)), ("synthetic", (1, 0))]
+)
+def test_filters_are_those_of_the_data_set_wherever_it_is_named(tmp_path, where, dataset, minimums):
+    (tmp_path / "x.yaml").write_text(f"data: {{dataset: {dataset}}}\n")
+    options = {
+        "argument": {"dataset": dataset},
+        "file": {"file": tmp_path / "x.yaml"},
+        "setting": {"settings": [f"data.dataset={dataset}"]},
+    }
+    data = resolve_config(**options[where]).data
+    assert data.dataset == dataset
+    assert (data.min_user_interactions, data.min_item_interactions) == minimums
+
+
+def test_file_and_settings_win_over_the_filters_of_the_data_set(tmp_path):
+    (tmp_path / "x.yaml").write_text("data: {dataset: tables, min_user_interactions: 4}\n")
+    data = resolve_config(
+        dataset="ml-1m", file=tmp_path / "x.yaml", settings=["data.min_item_interactions=2"]
+    ).data
+    assert (data.min_user_interactions, data.min_item_interactions) == (4, 2)
+    assert data.dataset == "tables"
+
+
+SAVED = {
+    "seed": 7,
+    "data": {"dataset": "tables", "items": "i.csv", "interactions": "l.csv"},
+    "embed": {"encoder": "mine"},
+    "finetune": {"epochs": 3, "dropout": 0.1},
+}
+
+
+def test_a_preset_over_a_run_keeps_its_data_and_seed_only():
+    config = resolve_config(preset="gpu", base=SAVED).model_dump(mode="json")
+    fresh = resolve_config(preset="gpu", dataset="tables").model_dump(mode="json")
+    assert {**config, **{key: fresh[key] for key in ("seed", "data")}} == fresh
+    assert (config["seed"], config["data"]["items"]) == (7, "i.csv")
+
+
+def test_a_file_over_a_run_keeps_what_it_does_not_say(tmp_path):
+    (tmp_path / "x.yaml").write_text("finetune: {epochs: 5}\n")
+    config = resolve_config(file=tmp_path / "x.yaml", base=SAVED)
+    assert (config.seed, config.data.dataset, config.embed.encoder) == (7, "tables", "mine")
+    assert (config.finetune.epochs, config.finetune.dropout) == (5, 0.1)
+
+
+def test_another_data_set_over_a_run_keeps_nothing_of_the_data():
+    config = resolve_config(settings=["data.dataset=ml-1m"], base=SAVED)
+    assert (config.data.items, config.data.min_user_interactions) == (None, 5)
+    assert (config.seed, config.finetune.epochs) == (7, 3)
+    same = resolve_config(settings=["data.dataset=tables"], base=SAVED)
+    assert str(same.data.items) == "i.csv"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -48,6 +103,18 @@ def test_resolved_configuration_reads_back(tmp_path):
             "finetune.base: with pretrain.steps expected scratch:small",
         ),
         ({"settings": ["tokenize.codebook_sizes=[]"]}, "tokenize.codebook_sizes: "),
+        (
+            {"settings": ["embed.template={title}"], "base": {"embed": {"template": "{title}"}}},
+            r"embed.template: .*valid string.*--set 'embed.template=\"{...}\"'",
+        ),
+        ({"settings": ["tokenize=5", "tokenize.knd=rq-vae"]}, "tokenize.knd: unknown key"),
+        ({"settings": ["seed=-1"]}, "seed: .*greater than or equal to 0, got -1"),
+        ({"settings": ["seed=2024-13-45"]}, "--set seed: month must be in 1..12"),
+        ({"settings": ["finetune.epochs=.inf"]}, "finetune.epochs: .*finite number, got inf"),
+        ({"settings": ["embed.images=x"]}, "embed: .*images needs image, an encoder"),
+        ({"settings": ["data=tables"]}, "data: .*got 'tables'"),
+        ({"settings": ["data.dataset=[1]"]}, r"data.dataset: .*string, got \[1\]"),
+        ({"base": [1]}, "base: expected a mapping, got a list"),
     ],
 )
 def test_bad_configuration_is_one_line(options, message):
@@ -56,7 +123,7 @@ def test_bad_configuration_is_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["- 1\n- 2\n", "a: [", "just text"])
+@pytest.mark.parametrize("content", ["- 1\n- 2\n", "a: [", "just text", "a: 2024-13-45"])
 def test_bad_yaml(tmp_path, content):
     (tmp_path / "x.yaml").write_text(content)
     with pytest.raises(InvalidConfig, match=r"x\.yaml: expected a YAML mapping"):
@@ -66,3 +133,14 @@ def test_bad_yaml(tmp_path, content):
 def test_absent_file(tmp_path):
     with pytest.raises(InvalidConfig, match="no such file"):
         resolve_config(file=tmp_path / "x.yaml")
+
+
+def test_a_folder_for_a_file(tmp_path):
+    with pytest.raises(InvalidConfig, match="expected a YAML file, got: Is a directory"):
+        resolve_config(file=tmp_path)
+
+
+def test_a_saved_configuration_of_another_shape(tmp_path):
+    write_text(tmp_path / "config.json", "[]")
+    with pytest.raises(InvalidConfig, match=r"^configuration: .*got \[\]"):
+        load_config(tmp_path / "config.json")
