@@ -38,11 +38,11 @@ _LOGITS_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What :meth:`SidBeamSearch.search` finds, best first in each request.
+    """What :meth:`SidBeamSearch.search` finds: in each request best first, or as they were drawn.
 
     Attributes:
-        item_ids: Per request the items on its SIDs; those of a shared SID one after the other in
-            the trie's order.
+        item_ids: Per request the items on its SIDs, a flat list; those of a shared SID one after
+            the other in the trie's order.
         sids: int64 ``[B, W, L]``, codes; -1 where there is no W-th SID.
         scores: fp32 ``[B, W]``, sums of log-probabilities; -inf where there is no SID.
         states: int64 ``[B, W, 2]``, rows of the SID table; dead where there is no SID.
@@ -174,7 +174,7 @@ class SidBeamSearch:
                 the other by their probabilities, without replacement
                 (:func:`~plum.ops.trie_beam_sample`). The same seed draws the same. Needs
                 ``score="valid"``.
-            temperature: Divides the logits where SIDs are drawn.
+            temperature: Divides the logits where SIDs are drawn; above 0, and 1 without seeds.
 
         Returns:
             Items, SIDs, scores and states.
@@ -187,6 +187,9 @@ class SidBeamSearch:
         trie = self.trie
         if num_beams < 1:
             raise InvalidArgument("num_beams", "at least 1", num_beams)
+        if seeds is None and temperature != 1:
+            hint = "a beam search has no temperature: give seeds to draw"
+            raise InvalidArgument("temperature", "1 without seeds", temperature, hint)
         attention_mask = self._check_prompts(input_ids, attention_mask)
         batch = len(input_ids)
         items = _ItemLimits(trie, batch, deny, allow)

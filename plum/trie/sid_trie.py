@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.files import atomic_path
-from plum.ops._trie_index import TrieIndex
+from plum.ops._trie_index import TrieIndex, check_device
 from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_deny import trie_deny
 from plum.trie.build import build_index, read_column, sort_sids
@@ -200,16 +200,22 @@ class SidTrie:
                 default.
 
         Raises:
-            InvalidArgument: ``tries`` has another shape, dtype or device.
+            InvalidArgument: ``tries`` has another shape, dtype or device, or names a trie that is
+                not there (on a GPU, where nothing waits, such a request gets the dead state).
         """
         if tries is None:
             return self.roots_on_device[:2].repeat(batch, 1, 1)
         if tries.shape != (batch,) or tries.dtype != torch.int64:
             got = f"{tries.dtype} {list(tries.shape)}"
             raise InvalidArgument("tries", f"an int64 tensor [{batch}]", got)
-        return torch.stack(
-            (self.roots_on_device[tries], self.roots_on_device[tries + 1]), dim=-1
-        ).unsqueeze(1)
+        check_device("tries", tries, self)
+        last = len(self.roots) - 2
+        there = (tries >= 0) & (tries <= last)
+        if tries.is_cpu and not there.all():
+            raise InvalidArgument("tries", f"numbers from 0 to {last}", int(tries[~there][0]))
+        tries = tries.clamp(0, last)
+        roots = torch.stack((self.roots_on_device[tries], self.roots_on_device[tries + 1]), dim=-1)
+        return roots.masked_fill(~there[:, None], 0).unsqueeze(1)
 
     def items(self, states: Tensor) -> list[Any]:
         """Looks up the items on states; those on one SID in the order they were given.

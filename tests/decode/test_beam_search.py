@@ -337,6 +337,8 @@ def test_draws_follow_the_scores_and_repeat():
     assert torch.equal(stepwise.search(ids, mask, 2, seeds=[7]).states, again.states)
     cold = search.search(*(x[:100] for x in many), 1, seeds=range(100), temperature=1e-3)
     assert (cold.states[:, 0, 0] == every.states[0, 0, 0]).float().mean() > 0.9
+    with pytest.raises(InvalidArgument, match=r"temperature: expected 1 without seeds, got 0\.5"):
+        search.search(ids, mask, 2, temperature=0.5)
     with pytest.raises(InvalidArgument, match="seeds: expected 1 integers, one a request"):
         search.search(ids, mask, 2, seeds=[1, 2])
     with pytest.raises(InvalidArgument, match="seeds: expected a search by the scores of legal"):

@@ -84,6 +84,20 @@ def test_states_and_items():
         trie.codes_at(torch.tensor([0, 3]))
 
 
+def test_each_request_begins_in_its_own_trie():
+    parts = [SidTrie.from_codes(codes) for codes in ([[0], [1]], [[1]], [[0], [1], [2]])]
+    joined = SidTrie.join(parts)
+    states = joined.root_states(4, torch.tensor([2, 0, 1, 2]))
+    assert states.tolist() == [[[3, 6]], [[0, 2]], [[2, 3]], [[3, 6]]]
+    for wrong in (-1, 3):
+        with pytest.raises(
+            InvalidArgument, match=f"tries: expected numbers from 0 to 2, got {wrong}"
+        ):
+            joined.root_states(2, torch.tensor([0, wrong]))
+    with pytest.raises(InvalidArgument, match=r"tries: expected an int64 tensor \[2\]"):
+        joined.root_states(2, torch.tensor([0]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
