@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import polars as pl
@@ -17,6 +18,8 @@ from plum.data.text_files import SUFFIXES, decode, read_bytes
 from plum.errors import InvalidData
 
 _ISO_DATE = r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}|$)"
+# What has a meaning in a text template; without a name a column cannot be in one.
+_NO_COLUMN_OF_A_TEMPLATE = re.compile(r"[{}:!]| \| |^$")
 
 
 def read_tables(
@@ -57,6 +60,14 @@ def read_tables(
     log = in_user_order(log).with_columns(in_seconds)
     if text_template is None:
         columns = [column for column in items.columns if column != "item_id"]
+        for column in columns:
+            if _NO_COLUMN_OF_A_TEMPLATE.search(column):
+                raise InvalidData(
+                    f"{items_path}, column {column!r}",
+                    "a name that is not empty and without any of '{', '}', ':', '!' and ' | '",
+                    repr(column),
+                    "rename or drop it",
+                )
         text_template = " | ".join(f"{{{column}}}" for column in columns)
     return Dataset(name, items, log, text_template)
 
@@ -130,25 +141,25 @@ def _seconds(path: str | Path, column: pl.Series) -> pl.Series:
     """Returns seconds since 1970: integers as they are, else float64 with fractions."""
     where = f"{path}, column {column.name!r}"
     dtype = column.dtype
-    if dtype.is_integer():
-        return column.cast(pl.Int64, strict=False)
-    if dtype in (pl.Date, pl.Datetime):
-        seconds = column.dt.epoch("us").cast(pl.Float64) / 1e6
-    elif dtype.is_float():
-        seconds = column.cast(pl.Float64)
-    elif dtype == pl.String:
+    if dtype.is_integer() or dtype == pl.String:
         whole = column.cast(pl.Int64, strict=False)
         if whole.null_count() == column.null_count():
             return whole
         seconds = column.cast(pl.Float64, strict=False)
-        if column.str.contains(_ISO_DATE).any():
+        if dtype == pl.String and column.str.contains(_ISO_DATE).any():
             seconds = _parse_iso(column)
+    elif dtype in (pl.Date, pl.Datetime):
+        seconds = column.dt.epoch("us").cast(pl.Float64) / 1e6
+    elif dtype.is_float():
+        seconds = column.cast(pl.Float64)
     else:
         raise InvalidData(where, "seconds, dates or ISO 8601 times", dtype)
-    wrong = ~seconds.is_finite().fill_null(False)
+    wrong = ~(seconds.abs() < 2.0**63).fill_null(False)
     if wrong.any():
         row = int(wrong.arg_max() or 0)
-        expected = "seconds or ISO 8601 times such as 2024-01-31T12:00:00Z, all in one form"
+        expected = (
+            "seconds below 2^63 or ISO 8601 times such as 2024-01-31T12:00:00Z, all in one form"
+        )
         raise InvalidData(f"{where}, row {row}", expected, repr(column[row]))
     return seconds
 

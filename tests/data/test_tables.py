@@ -146,6 +146,13 @@ def test_order_within_a_second_is_kept(tmp_path) -> None:
         (ITEMS, LOG + "3,8,-1\n", ["log.csv, row 3", "timestamp >= 0", "-1"]),
         (ITEMS, LOG + "3,8,\n", ["log.csv, row 3", "timestamp >= 0", "None"]),
         (ITEMS, LOG + "3,8,nan\n", ["log.csv, column 'timestamp', row 3", "'nan'"]),
+        (ITEMS, LOG + "3,8,1e30\n", ["column 'timestamp', row 3", "below 2^63", "'1e30'"]),
+        (ITEMS, LOG + f"3,8,{10**20}\n", ["column 'timestamp', row 3", "below 2^63"]),
+        (ITEMS.replace("price", "a:b"), LOG, ["items.csv, column 'a:b'", "':'", "rename or drop"]),
+        (ITEMS.replace("price", "a}"), LOG, ["items.csv, column 'a}'", "rename or drop"]),
+        (ITEMS.replace("price", "a | b"), LOG, ["items.csv, column 'a | b'", "rename or drop"]),
+        (ITEMS.replace("price", "a!"), LOG, ["items.csv, column 'a!'", "rename or drop"]),
+        (ITEMS.replace("price", '""'), LOG, ["items.csv, column ''", "rename or drop"]),
         (ITEMS, LOG + "3,8,soon\n", ["log.csv, column 'timestamp', row 3", "'soon'"]),
         (ITEMS, LOG + "3,8,2024-01-31\n", ["column 'timestamp', row 0", "all in one form", "'20'"]),
         (ITEMS, "user_id,item_id,timestamp\n1,8,31/01/2024\n", ["row 0", "'31/01/2024'"]),
@@ -194,6 +201,29 @@ def test_timestamps_of_no_usable_type_are_named(tmp_path) -> None:
     log.write_parquet(tmp_path / "log.parquet")
     with pytest.raises(InvalidData, match=r"log\.parquet, column 'timestamp': .*Boolean"):
         read_tables(items, tmp_path / "log.parquet")
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pl.Series("timestamp", [1.0, 1e30]),
+        pl.Series("timestamp", [1.0, float("-inf")]),
+        pl.Series("timestamp", [1, 2**63], dtype=pl.UInt64),
+    ],
+)
+def test_timestamps_beyond_whole_seconds_are_named(tmp_path, times: pl.Series) -> None:
+    items, _ = write(tmp_path)
+    log = pl.DataFrame({"user_id": ["1", "1"], "item_id": ["8", "007"], "timestamp": times})
+    log.write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(InvalidData, match=r"'timestamp', row 1: expected seconds below 2\^63"):
+        read_tables(items, tmp_path / "log.parquet")
+
+
+def test_odd_column_names_do_where_a_template_names_others(tmp_path) -> None:
+    items, log = write(tmp_path, ITEMS.replace("price", "a:b | c"))
+    assert read_tables(items, log, text_template="{kind}").texts() == ["drink", "drink"]
+    items, log = write(tmp_path, ITEMS.replace("price", "a.b[0] |"))
+    assert read_tables(items, log).texts()[0] == "Shaken | 9.5 | drink"
 
 
 def test_missing_file_and_unknown_format_are_named(tmp_path) -> None:
