@@ -44,7 +44,7 @@ def missing_cuda() -> str | None:
 def missing_triton() -> str | None:
     """Returns why the Triton kernels cannot run here, or None."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; run: pip install 'plum-sid[triton]'"
+        return "triton is not installed; run: pip install -e '.[triton]' in the checkout of plum"
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"

@@ -37,7 +37,8 @@ class MissingDependency(PlumError, ImportError):
 
     def __init__(self, package: str, extra: str, what: str) -> None:
         """Builds the message that names the missing package and the extra that brings it."""
-        super().__init__(f"{what} needs the package {package!r}: pip install 'plum-sid[{extra}]'")
+        how = f"pip install -e '.[{extra}]' in the checkout of plum"
+        super().__init__(f"{what} needs the package {package!r}: {how}")
 
 
 def _sentence(name: str, expected: str, got: object, hint: str) -> str:

