@@ -130,7 +130,7 @@ def run_suite(
         import pytest_benchmark  # noqa: F401
     except ImportError:
         raise MissingDependency("pytest-benchmark", "test", "plum bench") from None
-    if output is not None and not output.absolute().parent.is_dir():
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise InvalidArgument("output", "a file in a folder that exists", str(output))
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "bench.json" if output is None else output.absolute()

@@ -323,6 +323,8 @@ def _validated(values: Mapping[str, Any]) -> Config:
                 section = section.model_fields[part].annotation
             known = ", ".join(section.model_fields)
             raise InvalidConfig(f"{where}: unknown key; the keys here are: {known}") from None
+        if first["type"] == "value_error":  # Of a validator above, which says it all.
+            raise InvalidConfig(f"{where}: {first['ctx']['error']}") from None
         message = f"{where}: {first['msg']}, got {first['input']!r}"
         if first["type"] == "string_type" and isinstance(first["input"], Mapping):
             message += f"; braces are a mapping in YAML: --set '{where}=\"{{...}}\"'"

@@ -180,8 +180,9 @@ def test_two_runs_are_the_same_and_a_slow_down_is_not(tmp_path):
 
 
 def test_errors_of_the_command_are_one_line(tmp_path):
-    with pytest.raises(InvalidArgument, match="output"):
-        run_suite(tmp_path / "no" / "folder.json")
+    for output in (tmp_path / "no" / "folder.json", tmp_path):
+        with pytest.raises(InvalidArgument, match="output: expected a file in a folder"):
+            run_suite(output)
     wrong = cli("compare", tmp_path / "a.json", tmp_path / "b.json")
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "a.json" in wrong.stderr
     nothing = cli("--select", "no_such_benchmark")

@@ -111,7 +111,10 @@ def test_another_data_set_over_a_run_keeps_nothing_of_the_data():
         ({"settings": ["seed=-1"]}, "seed: .*greater than or equal to 0, got -1"),
         ({"settings": ["seed=2024-13-45"]}, "--set seed: month must be in 1..12"),
         ({"settings": ["finetune.epochs=.inf"]}, "finetune.epochs: .*finite number, got inf"),
-        ({"settings": ["embed.images=x"]}, "embed: .*images needs image, an encoder"),
+        (
+            {"settings": ["embed.images=x"]},
+            "^embed: images needs image, an encoder such as colors-and-textures$",
+        ),
         ({"settings": ["data=tables"]}, "data: .*got 'tables'"),
         ({"settings": ["data.dataset=[1]"]}, r"data.dataset: .*string, got \[1\]"),
         ({"base": [1]}, "base: expected a mapping, got a list"),
