@@ -7,8 +7,10 @@ function goes past it, for tests and benchmarks.
 
 from __future__ import annotations
 
+import functools
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,10 @@ import torch
 from plum.errors import BackendUnavailable, InvalidArgument
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
+# Major compute capabilities on which the GPU backends have passed their tests and, where timed,
+# beaten plain torch: benchmarks/results/h200-*.json.
+PROVEN = (9,)
+GPU_KERNELS = "PLUM_GPU_KERNELS"
 OPS: dict[str, Op] = {}
 
 _lib = torch.library.Library("plum", "DEF")
@@ -31,15 +37,38 @@ class Backend:
         device: Device type of the tensors it takes.
         run: The implementation, with the arguments of the op's schema.
         missing: Returns why it cannot run on this machine, or None when it can.
-        default: Chosen automatically for its device. A GPU backend earns this by a committed
-            result file from a GPU.
+        fits: Says whether it takes these arguments; the automatic choice passes it by where it
+            does not.
     """
 
     name: str
     device: str
     run: Callable[..., Any]
     missing: Callable[[], str | None]
-    default: bool
+    fits: Callable[..., bool] = lambda *arguments: True
+
+    def why_not(self, device: torch.device | None = None) -> str | None:
+        """Returns why the automatic choice leaves it out on a device of its type, or None."""
+        reason = self.missing()
+        if reason is not None or self.device == "cpu":
+            return reason
+        setting = os.environ.get(GPU_KERNELS, "auto")
+        if setting not in ("auto", "on", "off"):
+            raise InvalidArgument(GPU_KERNELS, "auto, on or off", repr(setting))
+        if setting == "off":
+            return f"{GPU_KERNELS}=off"
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        if setting == "on":
+            return None
+        if torch.version.hip is not None:
+            return f"it has not run on ROCm yet; {GPU_KERNELS}=on takes it"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major in PROVEN:
+            return None
+        return (
+            f"it has not run on compute capability {major}.{minor} yet; {GPU_KERNELS}=on takes it"
+        )
 
 
 class Op:
@@ -61,9 +90,10 @@ class Op:
         _lib.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"plum::{self.name}", fake, lib=_lib)
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
-            chosen = [b for b in backends if b.device == device and b.default]
-            if chosen:
-                _lib.impl(self.name, _automatic(self.name, chosen, reference), key)
+            there = [backend for backend in backends if backend.device == device]
+            if there:
+                automatic = _on_a_cpu if device == "cpu" else _on_a_gpu
+                _lib.impl(self.name, automatic(self.name, there, reference), key)
         self._overload = getattr(torch.ops.plum, self.name).default
         OPS[self.name] = self
 
@@ -86,7 +116,7 @@ class Op:
     def default_backend(self, device: str) -> str:
         """Returns the name of the backend that the automatic choice takes on ``device``."""
         for backend in self.backends.values():
-            if backend.device == device and backend.default and backend.missing() is None:
+            if backend.device == device and backend.why_not() is None:
                 return backend.name
         return "reference"
 
@@ -108,24 +138,54 @@ def _on_its_device(backend: Backend) -> Callable[..., Any]:
     return run
 
 
-def _automatic(
-    name: str, chosen: Sequence[Backend], reference: Callable[..., Any]
+def _on_a_cpu(
+    name: str, backends: Sequence[Backend], reference: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Returns the first backend that can run here, else the reference after one warning."""
-    reasons = []
-    for backend in chosen:
-        reason = backend.missing()
-        if reason is None:
-            return _on_its_device(backend)
-        reasons.append(f"{backend.name}: {reason}")
+    reasons = {backend.name: backend.why_not() for backend in backends}
+    for backend in backends:
+        if reasons[backend.name] is None:
+            return backend.run
+    return _warned(name, reasons, reference)
+
+
+def _on_a_gpu(
+    name: str, backends: Sequence[Backend], reference: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Returns what takes, on each device, the first backend that can run and fits there.
+
+    Devices are looked at when they first come: at import that would begin with CUDA.
+    """
+
+    @functools.cache
+    def ways(device: torch.device) -> list[tuple[Callable[..., bool], Callable[..., Any]]]:
+        reasons = {backend.name: backend.why_not(device) for backend in backends}
+        can = [backend for backend in backends if reasons[backend.name] is None]
+        found = [(backend.fits, _on_its_device(backend)) for backend in can]
+        return [
+            *found,
+            (lambda *args: True, reference if can else _warned(name, reasons, reference)),
+        ]
+
+    def run(*args: Any) -> Any:
+        return next(way for fits, way in ways(args[0].device) if fits(*args))(*args)
+
+    return run
+
+
+def _warned(
+    name: str, reasons: Mapping[str, str | None], reference: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Returns the reference, which says once why it is taken."""
     warned = False
 
     def fall_back(*args: Any) -> Any:
         nonlocal warned
         if not warned:
             warned = True
+            why = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
             warnings.warn(
-                f"plum: {name} uses the slow plain-torch reference ({'; '.join(reasons)})",
+                f"plum: {name} uses the slow plain-torch reference ({why})",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -36,9 +36,39 @@ def missing_cuda() -> str | None:
     """Returns why the CUDA kernels cannot run here, or None."""
     if _C is None:
         return _why
-    if not _C.build_info()["cuda"]:
+    built = _C.build_info()
+    if not built["cuda"]:
         return "the native module was built without CUDA; rebuild with PLUM_CUDA=ON"
-    return None if torch.cuda.is_available() else "no CUDA device"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if runs_on(built["cuda_architectures"], 10 * major + minor):
+        return None
+    return (
+        f"the native module was built for {built['cuda_architectures']} and not for compute "
+        f"capability {major}.{minor}; rebuild with CUDAARCHS={major}{minor}"
+    )
+
+
+def runs_on(architectures: str, capability: int) -> bool:
+    """Says whether code built for CMake's CUDA architectures runs on a GPU of a capability.
+
+    Machine code (``90-real``) runs on later minor versions of its own, PTX (``90-virtual``) on all
+    that are later; ``90`` is both. Of names such as ``native`` nothing is known.
+    """
+    for name in architectures.split():
+        number, _, kind = name.partition("-")
+        digits = number.rstrip("af")
+        if not digits.isdecimal():
+            return True
+        built = int(digits)
+        if number != digits:  # for this one version, or its family
+            fits = built == capability
+        else:
+            fits = built <= capability and (kind != "real" or built // 10 == capability // 10)
+        if fits:
+            return True
+    return False
 
 
 def missing_triton() -> str | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import plum.ops  # noqa: F401  registers the ops
-from plum import _library
+from plum import _library, _native
 from plum._library import OPS, Backend
+from plum.errors import InvalidArgument
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
@@ -28,14 +30,93 @@ def test_gpu_backends_launch_on_the_device_of_their_first_tensor(monkeypatch, na
     for backend in OPS[name].backends.values():
         if backend.device != "cuda":
             continue
-        spy = Backend(
-            backend.name, "cuda", lambda *args: seen.append(list(current)), lambda: None, False
-        )
+        spy = Backend(backend.name, "cuda", lambda *args: seen.append(list(current)), lambda: None)
         monkeypatch.setitem(OPS[name].backends, backend.name, spy)
         there = SimpleNamespace(is_cuda=True, device=torch.device("cuda:1"))
         OPS[name](there, backend=backend.name)
         assert seen.pop() == [torch.device("cuda:1")]
-        _library._automatic(name, [spy], OPS[name].reference)(there)
+        monkeypatch.setenv("PLUM_GPU_KERNELS", "on")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        _library._on_a_gpu(name, [spy], OPS[name].reference)(there)
         assert seen.pop() == [torch.device("cuda:1")]
         OPS[name](torch.zeros(1), backend=backend.name)
         assert seen.pop() == [], "tensors of the interpreter are on the CPU"
+
+
+def gpu(monkeypatch, capability, setting="auto", *backends):
+    """What the automatic choice takes for a number, on a GPU that is not there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setenv("PLUM_GPU_KERNELS", setting)
+    run = _library._on_a_gpu("an_op", backends, lambda tensor, number: "reference")
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"))
+    return lambda number: run(tensor, number)
+
+
+def backend(name, missing=None, most=100):
+    return Backend(
+        name, "cuda", lambda tensor, number: name, lambda: missing, lambda _, n: n <= most
+    )
+
+
+def test_the_first_gpu_backend_that_runs_and_fits_is_taken(monkeypatch):
+    run = gpu(monkeypatch, (9, 0), "auto", backend("cuda", most=10), backend("triton"))
+    assert [run(number) for number in (1, 10, 11, 100, 101)] == [
+        *("cuda", "cuda", "triton", "triton", "reference")
+    ]
+    absent = backend("cuda", "built without CUDA")
+    assert gpu(monkeypatch, (9, 0), "auto", absent, backend("triton"))(1) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("capability", "setting", "taken", "reason"),
+    [
+        ((9, 0), "auto", "triton", None),
+        ((8, 0), "auto", "reference", "has not run on compute capability 8.0 yet"),
+        ((8, 0), "on", "triton", None),
+        ((9, 0), "off", "reference", "PLUM_GPU_KERNELS=off"),
+    ],
+)
+def test_gpus_that_no_kernel_has_run_on_take_the_reference(
+    monkeypatch, capability, setting, taken, reason
+):
+    run = gpu(monkeypatch, capability, setting, backend("triton"))
+    warned = contextlib.nullcontext() if reason is None else pytest.warns(match=reason)
+    with warned:
+        assert run(1) == taken
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(2) == taken, "the warning comes once"
+
+
+def test_other_settings_and_rocm(monkeypatch):
+    with pytest.raises(InvalidArgument, match="PLUM_GPU_KERNELS: expected auto, on or off, got"):
+        gpu(monkeypatch, (9, 0), "yes", backend("triton"))(1)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    with pytest.warns(match="ROCm"):
+        assert gpu(monkeypatch, (9, 4), "auto", backend("triton"))(1) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("80-real 90-real 100-real 120", 90, True),
+        ("80-real 90-real 100-real 120", 86, True),
+        ("80-real 90-real 100-real 120", 75, False),
+        ("80-real 90-real 100-real 120", 121, True),
+        ("80-real 90", 100, True),
+        ("90-real", 100, False),
+        ("90-real", 80, False),
+        ("90a-real", 90, True),
+        ("90a", 100, False),
+        ("100-virtual", 120, True),
+        ("100-virtual", 90, False),
+        ("native", 90, True),
+        ("", 90, False),
+    ],
+)
+def test_cuda_code_runs_on_its_own_major_version_and_ptx_on_later_ones(
+    architectures, capability, runs
+):
+    assert _native.runs_on(architectures, capability) is runs

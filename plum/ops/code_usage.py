@@ -122,8 +122,8 @@ _op: Any = Op(
     reference=_reference,
     fake=_fake,
     backends=[
-        Backend("cpu", "cpu", _cpu, _native.missing, default=True),
-        Backend("cuda", "cuda", _cuda, _native.missing_cuda, default=False),
-        Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
+        Backend("cpu", "cpu", _cpu, _native.missing),
+        Backend("cuda", "cuda", _cuda, _native.missing_cuda),
+        Backend("triton", "cuda", _triton, _native.missing_triton),
     ],
 )

@@ -113,5 +113,5 @@ _op: Any = Op(
     "codebook_sums(Tensor x, Tensor codes, Tensor codebooks, SymInt[] sizes) -> Tensor",
     reference=_reference,
     fake=_fake,
-    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
+    backends=[Backend("cpu", "cpu", _cpu, _native.missing)],
 )

@@ -220,6 +220,14 @@ def _cpu(
     return codes, norms, residual
 
 
+def _fits_cuda(x: Tensor, *_: Any) -> bool:
+    return x.shape[1] <= _native.residual_quantize_max_width_cuda()
+
+
+def _fits_triton(x: Tensor, *_: Any) -> bool:
+    return len(x) < 1 << 31
+
+
 def _cuda(
     x: Tensor,
     codebooks: Tensor,
@@ -336,8 +344,8 @@ _op: Any = Op(
     reference=_reference,
     fake=_fake,
     backends=[
-        Backend("cpu", "cpu", _cpu, _native.missing, default=True),
-        Backend("cuda", "cuda", _cuda, _native.missing_cuda, default=False),
-        Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
+        Backend("cpu", "cpu", _cpu, _native.missing),
+        Backend("cuda", "cuda", _cuda, _native.missing_cuda, _fits_cuda),
+        Backend("triton", "cuda", _triton, _native.missing_triton, _fits_triton),
     ],
 )

@@ -252,5 +252,5 @@ _op = Op(
     " Tensor[] filter, Tensor? dead) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    backends=[Backend("cpu", "cpu", _cpu, _native.missing, default=True)],
+    backends=[Backend("cpu", "cpu", _cpu, _native.missing)],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -318,6 +318,13 @@ def _cpu(
     return out
 
 
+def _fits_triton(*arguments: Any) -> bool:
+    from plum.kernels import trie_beam_step as kernel
+
+    k: int = arguments[7]
+    return k <= kernel.MAX_K
+
+
 def _triton(
     logits: Tensor,
     scores: Tensor,
@@ -379,7 +386,7 @@ _op = Op(
     reference=_reference,
     fake=_fake,
     backends=[
-        Backend("cpu", "cpu", _cpu, _native.missing, default=True),
-        Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
+        Backend("cpu", "cpu", _cpu, _native.missing),
+        Backend("triton", "cuda", _triton, _native.missing_triton, _fits_triton),
     ],
 )

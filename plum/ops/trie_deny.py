@@ -128,7 +128,7 @@ _op = Op(
     reference=_reference,
     fake=_fake,
     backends=[
-        Backend("cpu", "cpu", _cpu, _native.missing, default=True),
-        Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
+        Backend("cpu", "cpu", _cpu, _native.missing),
+        Backend("triton", "cuda", _triton, _native.missing_triton),
     ],
 )

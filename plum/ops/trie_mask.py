@@ -187,8 +187,8 @@ _op = Op(
     reference=_reference,
     fake=_fake,
     backends=[
-        Backend("cpu", "cpu", _cpu, _native.missing, default=True),
-        Backend("triton", "cuda", _triton, _native.missing_triton, default=False),
+        Backend("cpu", "cpu", _cpu, _native.missing),
+        Backend("triton", "cuda", _triton, _native.missing_triton),
     ],
 )
 
@@ -221,6 +221,19 @@ def _copy_cpu(
     return masked
 
 
+def _copy_triton(
+    logits: Tensor,
+    states: Tensor,
+    index: Sequence[Tensor],
+    level: int,
+    levels: Tensor | None,
+    columns: Sequence[int],
+) -> Tensor:
+    masked = logits.clone(memory_format=torch.contiguous_format)
+    _triton(masked, states, index, level, levels, columns)
+    return masked
+
+
 def _copy_fake(
     logits: Tensor,
     states: Tensor,
@@ -237,5 +250,8 @@ _copy_op = Op(
     " int[] columns) -> Tensor",
     reference=_copy_reference,
     fake=_copy_fake,
-    backends=[Backend("cpu", "cpu", _copy_cpu, _native.missing, default=True)],
+    backends=[
+        Backend("cpu", "cpu", _copy_cpu, _native.missing),
+        Backend("triton", "cuda", _copy_triton, _native.missing_triton),
+    ],
 )

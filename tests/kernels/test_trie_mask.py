@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from plum.ops import trie_mask_, trie_walk
+from plum.ops import trie_mask, trie_mask_, trie_walk
 from plum.trie import SidTrie
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,6 +42,8 @@ def test_only_legal_columns_stay(shape, dtype):
         logits, states, trie, level = make_case(seed, *shape, beams=5, vocabulary=seed % 2 == 0)
         logits = logits.to(dtype)
         expected = trie_mask_(logits.clone(), states, trie, level, backend="reference")
+        copied = trie_mask(logits, states, trie, level, backend="triton")
+        torch.testing.assert_close(copied, expected, rtol=0, atol=0, equal_nan=True)
         assert trie_mask_(logits, states, trie, level, backend="triton") is logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=0, equal_nan=True)
         assert bool((logits == -INF).any()) and bool((logits[:-1] != -INF).any())
