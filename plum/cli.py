@@ -70,28 +70,31 @@ def main() -> None:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         code = 1
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {_reason(error)}", file=sys.stderr)
-        code = 1
     except typer.Abort:
         code = _INTERRUPTED
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        if hasattr(error, "format_message"):
+            # A usage error of typer's own, e.g. an option that does not exist.
+            print(f"error: {error.format_message()} (plum --help)", file=sys.stderr)
+            code = 2
+        elif not debug and (refusal := _refusal(error)) is not None:
+            print(f"error: {refusal}", file=sys.stderr)
+            code = 1
+        else:
             raise
-        # A usage error of typer's own, e.g. an option that does not exist.
-        print(f"error: {error.format_message()} (plum --help)", file=sys.stderr)
-        code = 2
     if code == _INTERRUPTED:
         print("interrupted; the same command goes on from here", file=sys.stderr)
     raise SystemExit(code or 0)
 
 
-def _reason(error: OSError) -> str:
-    """Says in one line what the system refused, and for which file."""
+def _refusal(error: Exception) -> str | None:
+    """Says in one line what the system refused, and for which file; None if it did not."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, OSError):
+        # Parquet and safetensors are written in Rust, whose errors say only this.
+        return text if "(os error " in text else None
     path = error.filename if error.filename2 is None else error.filename2
-    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    reason = error.strerror or text or type(error).__name__
     return reason if path is None else f"{path}: {reason}"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 import typer
+from safetensors.numpy import save_file
 
 from plum.cli import main
 from plum.config import load_config
@@ -148,6 +149,39 @@ def test_what_the_system_refuses_is_one_line_that_names_the_file(tmp_path, monke
     assert run_here(monkeypatch, "doctor") == 1
     expected = f"error: {tmp_path / 'page.html'}: No such file or directory\n"
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of bash is in KiB there")
+def test_a_disk_that_is_full_is_one_line(tmp_path):
+    command = 'ulimit -f 8; exec "$@"'
+    plum_data = [sys.executable, "-m", "plum.cli", "data", "--output", str(tmp_path / "run")]
+    result = subprocess.run(
+        ["bash", "-c", command, "-", *plum_data], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "File too large" in last
+    assert not list(tmp_path.glob("run/data/*"))
+
+
+def test_safetensors_that_cannot_be_written_are_one_line(tmp_path, monkeypatch, capsys):
+    def refuse():
+        save_file({"x": np.zeros(3)}, tmp_path / "no" / "folder.safetensors")
+
+    monkeypatch.setattr("plum.doctor.diagnose", refuse)
+    assert run_here(monkeypatch, "doctor") == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and shown.count("\n") == 1 and "No such file" in shown
+
+
+def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
+    def fail():
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("plum.doctor.diagnose", fail)
+    monkeypatch.setattr(sys, "argv", ["plum", "doctor"])
+    with pytest.raises(RuntimeError, match="ours"):
+        main()
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, typer.Abort])
