@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from plum.errors import InvalidArgument, MissingDependency, PlumError
+from plum.errors import InvalidArgument, InvalidData, MissingDependency, PlumError
 
 try:
     import typer
@@ -383,7 +383,14 @@ def _resolve(
         if value is not None:
             settings.append(f"data.{key}={json.dumps(str(value))}")
     saved = output / "config.json"
-    base = read_json(saved) if saved.exists() and dataset is None else None
+    base = None
+    if saved.exists():
+        base = read_json(saved)
+        if not (isinstance(base, dict) and {"seed", "data"} <= base.keys()):
+            hint = "choose another folder, as a run keeps its own there"
+            raise InvalidData(saved, "the configuration of a run", "a file of something else", hint)
+    if dataset is not None:
+        base = None
     return resolve_config(preset=preset, dataset=dataset, file=file, settings=settings, base=base)
 
 

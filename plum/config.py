@@ -239,8 +239,6 @@ def resolve_config(
     """
     if preset is not None and preset not in PRESETS:
         raise InvalidConfig(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    if base is not None and not isinstance(base, Mapping):
-        raise InvalidConfig(f"base: expected a mapping, got a {type(base).__name__}")
     wanted: dict[str, Any] = {"data": {"dataset": dataset}} if dataset is not None else {}
     if file is not None:
         _merge(wanted, _read_yaml(file))

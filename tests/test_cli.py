@@ -211,6 +211,17 @@ def test_a_run_keeps_its_data_under_a_preset_or_a_file(tmp_path, monkeypatch):
     assert pl.read_parquet(run / "data" / "items.parquet")["item_id"].to_list() == ["a", "b"]
 
 
+@pytest.mark.parametrize("content", ['{"architectures": ["BertModel"]}', "[1]", "null"])
+@pytest.mark.parametrize("options", [(), ("--dataset", "synthetic"), ("--preset", "demo")])
+def test_a_configuration_of_something_else_stays(tmp_path, monkeypatch, capsys, content, options):
+    (tmp_path / "config.json").write_text(content)
+    assert run_here(monkeypatch, "data", "-o", tmp_path, *options) == 1
+    expected = f"error: {tmp_path / 'config.json'}: expected the configuration of a run, got a file"
+    assert capsys.readouterr().err.startswith(expected)
+    assert (tmp_path / "config.json").read_text() == content
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
 def test_titles_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
     run_here(monkeypatch, "data", "-o", tmp_path / "run")
     found = [Recommendation("[i]", "End [/b] [explicit] :100:", (1, 2), -0.5)]

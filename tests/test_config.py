@@ -117,7 +117,6 @@ def test_another_data_set_over_a_run_keeps_nothing_of_the_data():
         ),
         ({"settings": ["data=tables"]}, "data: .*got 'tables'"),
         ({"settings": ["data.dataset=[1]"]}, r"data.dataset: .*string, got \[1\]"),
-        ({"base": [1]}, "base: expected a mapping, got a list"),
     ],
 )
 def test_bad_configuration_is_one_line(options, message):
