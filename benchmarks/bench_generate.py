@@ -167,7 +167,7 @@ def _bench(
         # Its answer is checked before it is recorded, not by a run of its own: it takes minutes.
         benchmark.pedantic(generate, rounds=rounds)
         _answers[key] = generate.result()
-        _share_equal(search("full", skip=False)(), generate.result())
+        share_equal(search("full", skip=False)(), generate.result())
     else:
         score, skip = SEARCHES[provider]
         if score == "valid":
@@ -179,7 +179,7 @@ def _bench(
             expected = _answers[key]
         run = search(score, skip=skip)
         facts["share_of_sids_equal"] = measure(
-            benchmark, Job(run), budget, lambda found: _share_equal(found, expected)
+            benchmark, Job(run), budget, lambda found: share_equal(found, expected)
         )
         facts["share_outside_the_model"] = run.share_outside_the_model()
         facts["share_of_steps_saved"] = 1 - run.model_steps / levels
@@ -196,7 +196,7 @@ def _bench(
     record(benchmark, batch, operations=operations, nbytes=nbytes, ceiling=ceiling("cpu"), **facts)
 
 
-def _share_equal(found: Tensor, expected: Tensor) -> float:
+def share_equal(found: Tensor, expected: Tensor) -> float:
     """Asserts equal scores; gives the share of equal SIDs, which near ties may lower."""
     torch.testing.assert_close(found[..., -1], expected[..., -1], rtol=0, atol=1e-3)
     equal = (found == expected)[..., :-1].all(dim=-1).double().mean().item()

@@ -32,9 +32,10 @@ from benchmarks import (
 )
 from benchmarks.cases import embedding_like, make_case, share_equal
 from benchmarks.ceilings import Ceiling
-from benchmarks.peers import PeerAbsent, checkouts, ours, trie_gpu, trie_ours
+from benchmarks.peers import PeerAbsent, checkouts, generate_ours, ours, trie_gpu, trie_ours
 from benchmarks.worker import Worker, prepare_here
 from plum.ops.trie_walk import trie_walk
+from plum.trie import SidTrie
 
 SEARCHES = {
     **bench_residual_quantize.PROVIDERS,
@@ -486,6 +487,29 @@ def test_what_is_timed_on_a_gpu_gives_the_answers_of_the_reference(level, monkey
     with contextlib.suppress(PeerAbsent):
         step = (catalog.sids, 16, prefixes, logits, scores, False)
         torch.testing.assert_close(answer("static_decoding:gpu_step", *step), expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_generation_is_timed_on_a_gpu_after_both_found_the_same(kind):
+    transformers = pytest.importorskip("transformers")
+    from benchmarks import bench_generate_gpu as bench
+
+    config = bench.make_config(kind, 60)
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+    config.update({**small, "intermediate_size": 48, "num_key_value_heads": 1, "head_dim": 16})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    codes = np.random.default_rng(0).integers(0, 10, (200, 3))
+    trie = SidTrie.from_codes(codes, codebook_sizes=[10] * 3, token_offsets=[30, 40, 50])
+    tokens = trie.codes_at(torch.arange(trie.num_sids)) + torch.tensor(trie.token_offsets)
+    case, prompts = bench.Case(model, trie, tokens), torch.randint(30, (2, 9))
+    bench.check_equal(case, prompts, 4)
+    search = generate_ours.Search(model.bfloat16(), trie, prompts, 4, "valid", True)
+    assert search().shape == (2, 4, 4)
+    assert 0 < search.share_outside_the_model() < 1
+    other = SidTrie.from_codes(codes[:20], codebook_sizes=[10] * 3, token_offsets=[30, 40, 50])
+    with pytest.raises(AssertionError):
+        bench.check_equal(bench.Case(model.float(), other, tokens), prompts, 4)
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)

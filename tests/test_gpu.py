@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
+from plum._library import OPS, PROVEN
 from plum.decode import SidBeamSearch
 from plum.ops import forced_tail, residual_quantize, trie_beam_step
 from plum.quantize import KMeans, ResidualQuantizer
@@ -99,3 +102,37 @@ def test_k_means_and_a_quantizer_are_trained():
     books = [book.cpu() for book in quantizer.codebooks]
     expected = residual_quantize(x, books).codes
     assert torch.equal(quantizer.encode(x.cuda()).cpu(), expected)
+
+
+def test_what_is_taken_by_default():
+    """On a GPU that the kernels are proven on; others warn and take the reference."""
+    if torch.cuda.get_device_capability()[0] not in PROVEN:
+        pytest.skip("no kernel is the default on this GPU")
+    for name, op in OPS.items():
+        if any(backend.device == "cuda" for backend in op.backends.values()):
+            assert op.default_backend("cuda") in ("cuda", "triton"), name
+    generator = torch.Generator().manual_seed(0)
+    # The last is wider than the CUDA search takes.
+    for width in (32, 384, 768):
+        x = torch.randn(1000, width, generator=generator)
+        books = [torch.randn(64, width, generator=generator) for _ in range(2)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = residual_quantize(x.cuda(), [book.cuda() for book in books])
+        assert torch.equal(found.codes.cpu(), residual_quantize(x, books).codes)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_kernels_run_where_their_tensors_are():
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    codes = np.random.default_rng(0).integers(0, 64, (5000, 3))
+    trie = SidTrie.from_codes(codes, codebook_sizes=[64] * 3)
+    logits = torch.randn(2, 1, 64)
+    args = torch.zeros(2, 1), trie.root_states(2), trie, 0
+    expected = trie_beam_step(logits, *args, k=8)
+    there = trie.to(last)
+    step = trie_beam_step(
+        logits.to(last), torch.zeros(2, 1, device=last), there.root_states(2), there, 0, k=8
+    )
+    assert step.scores.device == last
+    torch.testing.assert_close(step.scores.cpu(), expected.scores, rtol=0, atol=NEAR)
