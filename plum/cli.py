@@ -161,6 +161,10 @@ def _stage_command(name: str, help_text: str) -> None:
             output, dataset, data_dir, items, interactions, preset, config, settings
         )
         _run(resolved, output, [name])
+        if name == "evaluate":
+            from plum.pipeline.run import finish
+
+            finish(output)
 
 
 _stage_command("data", "Reads a data set into items.parquet and interactions.parquet.")

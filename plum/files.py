@@ -15,6 +15,11 @@ from typing import Any
 
 from plum.errors import InvalidData
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -52,10 +57,7 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             _sync(file)
-        if replace and path.exists():
-            # A folder with files cannot be renamed over, so the old one steps aside first.
-            os.replace(path, temporary.with_suffix(".old"))
-        os.replace(temporary, path)
+        _take_place(temporary, path, replace)
         _sync(path.parent)
         for leftover in [*_leftovers(path, "tmp"), *_leftovers(path, "old")]:
             shutil.rmtree(leftover)
@@ -63,12 +65,31 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _take_place(temporary: Path, path: Path, replace: bool) -> None:
+    """Renames a folder to ``path``; what is there, and must not have files, steps aside first."""
+    while True:
+        if replace and path.exists():
+            os.replace(path, temporary.with_suffix(".old"))
+        try:
+            os.replace(temporary, path)
+            return
+        except OSError:
+            # A reader may have put the old one back between the two: once more.
+            if not (replace and path.exists()):
+                raise
+
+
 def settle_folder(path: str | Path) -> None:
     """Puts back the folder that a killed :func:`atomic_folder` had set aside, if there is one."""
     path = Path(path)
     if not path.exists():
         for aside in _leftovers(path, "old"):
-            os.replace(aside, path)
+            try:
+                os.replace(aside, path)
+            except OSError:
+                # The writer was not dead, and has put the new folder there.
+                if not path.exists():
+                    raise
             return
 
 
@@ -76,6 +97,27 @@ def _leftovers(path: Path, suffix: str) -> list[Path]:
     """Returns what a killed :func:`atomic_folder` left, and nothing that only looks like it."""
     name = f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.{suffix}"
     return sorted(path.parent.glob(name))
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keeps other processes from locking a folder meanwhile, where the system has such locks.
+
+    Raises:
+        InvalidData: another process works on the folder.
+    """
+    with open(Path(folder) / ".lock", "a", encoding="utf-8") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InvalidData(
+                    folder,
+                    "a folder that nothing else writes to",
+                    "one that another process works on",
+                    "wait until it has ended",
+                ) from None
+        yield
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 
 from plum.cli import main
 from plum.config import load_config
+from plum.files import read_json, write_json
+from plum.pipeline import run
 from plum.pipeline.recommender import Recommendation, Recommender
 from plum.sid import SidTable, write_sids
 
@@ -244,3 +246,15 @@ def test_paths_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
     assert run_here(monkeypatch, "report", table, "-o", page) == 0
     shown = capsys.readouterr()
     assert "t[b]" in shown.out and f"page: {page}\n" in shown.err
+
+
+def test_an_evaluation_alone_is_what_the_page_shows(tmp_path, monkeypatch):
+    def evaluated(config, folder, names, **options):
+        assert names == ["evaluate"]
+        (folder / "evaluate").mkdir(parents=True)
+        write_json(folder / "evaluate" / "metrics.json", {"generator": {"recall@10": 0.125}})
+
+    monkeypatch.setattr(run, "run_stages", evaluated)
+    assert run_here(monkeypatch, "evaluate", "--output", tmp_path) == 0
+    assert read_json(tmp_path / "metrics.json") == {"generator": {"recall@10": 0.125}}
+    assert "0.125" in (tmp_path / "report.html").read_text()

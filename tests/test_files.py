@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,15 @@ import sys
 import pytest
 
 from plum.errors import InvalidData
-from plum.files import atomic_folder, atomic_path, read_json, settle_folder, sha256, write_json
+from plum.files import (
+    atomic_folder,
+    atomic_path,
+    locked,
+    read_json,
+    settle_folder,
+    sha256,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -101,3 +110,49 @@ def test_killed_anywhere_a_whole_folder_is_there(tmp_path, kill_at):
     assert {(target / name).read_text() for name in "ab"} in ({"old"}, {"new"})
     assert write(0, "newer") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["table"]
+
+
+def test_a_reader_that_puts_the_old_folder_back_does_not_stop_the_writer(tmp_path, monkeypatch):
+    target, replace, calls = tmp_path / "model", os.replace, []
+
+    def replaced(source, to):
+        replace(source, to)
+        calls.append(str(to))
+        if str(to).endswith(".old") and len(calls) == 1:
+            settle_folder(target)
+            assert (target / "w").read_text() == "1"
+
+    with atomic_folder(target) as folder:
+        (folder / "w").write_text("1")
+    monkeypatch.setattr(os, "replace", replaced)
+    with atomic_folder(target) as folder:
+        (folder / "w").write_text("2")
+    assert (target / "w").read_text() == "2" and len(calls) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_writer_that_was_faster_than_a_reader(tmp_path, monkeypatch):
+    target, aside = tmp_path / "model", tmp_path / ".model.0123abcd.old"
+    aside.mkdir()
+    (aside / "w").write_text("1")
+    replace = os.replace
+
+    def replaced(source, to):
+        target.mkdir()
+        (target / "w").write_text("2")
+        replace(source, to)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    settle_folder(target)
+    assert (target / "w").read_text() == "2"
+
+
+def test_a_folder_is_worked_on_by_one_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    with locked(tmp_path):
+        with pytest.raises(InvalidData, match="another process works on; wait"), locked(tmp_path):
+            pass
+        script = "import sys; from plum.files import locked\nwith locked(sys.argv[1]): pass"
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 1
+    assert subprocess.run(command, check=False).returncode == 0

@@ -32,7 +32,7 @@ def behavior_vectors(
 
     Returns:
         fp32 ``[num_items, dim]``, and bool ``[num_items]``, which items have one; the rows of the
-        others, which nothing is known of, are zero.
+        others, which nothing is known of, are zero. In a log without pairs those are all.
 
     Raises:
         InvalidArgument: a number is out of range.
@@ -49,6 +49,8 @@ def behavior_vectors(
     except ImportError:
         raise MissingDependency("scipy", "pipeline", "vectors of behavior") from None
     keys, counts, _ = count_pairs(sequences, window)
+    if not len(keys):
+        return np.zeros((total, dim), dtype=np.float32), np.zeros(total, dtype=bool)
     low, high = np.divmod(keys, total)
     rows, columns = np.concatenate([low, high]), np.concatenate([high, low])
     both = np.tile(counts, 2).astype(np.float64)

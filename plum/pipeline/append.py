@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from plum.config import load_config
-from plum.data import read_items
-from plum.errors import InvalidData
-from plum.files import atomic_folder, atomic_path, write_json
-from plum.pipeline.recommender import APPENDED, open_catalog
+from plum.data import Dataset, find_template, read_items
+from plum.errors import InvalidArgument, InvalidData
+from plum.files import atomic_folder, atomic_path, locked, write_json
+from plum.pipeline.embedding_file import latents_of
+from plum.pipeline.recommender import APPENDED, as_trained, open_catalog, with_columns
 from plum.pipeline.stage import Progress
 from plum.pipeline.stages import encode_items
 from plum.pipeline.tokenize_file import before_last
@@ -48,33 +50,42 @@ def append_items(
         The table with the new items; that of before if there are none.
 
     Raises:
-        InvalidArgument: the run encodes images and the data set brings none, or a column of the
-            template is not there.
-        InvalidData: the run or the file is damaged, an item has no text, or the SID of an item has
-            a code that the generator has no token for.
+        InvalidArgument: the run encodes images and the data set brings none, or encodes none and
+            some are given; or a column of the template is not there.
+        InvalidData: the run or the file is damaged, another process works on the run, an item has
+            no text, or the SID of an item has a code that the generator has no token for.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "index" / "manifest.json").exists():
         hint = f"run: plum run --output {run_dir}"
         raise InvalidData(run_dir, "a run with an index", "none", hint)
-    config = load_config(run_dir / "config.json")
+    with locked(run_dir):
+        return _append(run_dir, items, images, progress_of)
+
+
+def _append(
+    run_dir: Path,
+    items: str | Path,
+    images: str | Path | None,
+    progress_of: Callable[[str], Progress],
+) -> SidTable:
+    config = as_trained(load_config(run_dir / "config.json"), run_dir)
+    settings = config.embed
+    if images is not None:
+        if settings.image is None:
+            raise InvalidArgument("images", "none, as the run encodes no images", str(images))
+        settings = settings.model_copy(update={"images": Path(images)})
     catalog = open_catalog(run_dir)
     dataset = catalog.dataset
-    columns = dataset.items.columns
     found = read_items(items)
+    _check_columns(found, settings.template, dataset)
     fresh = found.filter(~found["item_id"].is_in(dataset.items["item_id"].implode()))
-    fresh = fresh.select(
-        pl.col(name) if name in fresh.columns else pl.lit(None, pl.String).alias(name)
-        for name in columns
-    )
+    fresh = with_columns(fresh, dataset.items.columns)
     known = set(catalog.table.item_ids)
     before = dataset.items.filter(~pl.col("item_id").is_in(list(known)))
     todo = pl.concat([before, fresh])
     if todo.is_empty():
         return catalog.table
-    settings = config.embed
-    if images is not None:
-        settings = settings.model_copy(update={"images": Path(images)})
     vectors, present = encode_items(todo, dataset, settings, run_dir, progress_of("embed"))
     tokenizer = load_tokenizer(run_dir / "tokenize" / "model")
     latents = _latents(tokenizer, vectors, present)
@@ -115,15 +126,25 @@ def _latents(
 ) -> torch.Tensor:
     """Returns latents ``[n, D]``; what a new item does not have yet, as behavior, is missing."""
     inputs = {name: torch.from_numpy(rows) for name, rows in vectors.items()}
-    if not isinstance(tokenizer, RQVAE):
-        for name, mask in present.items():
-            if not mask.all():
-                row = int(mask.argmin())
-                raise InvalidData(f"row {row} of the new items", f"its {name}", "none")
-        return tokenizer.latents(inputs)
     masks = {name: torch.from_numpy(mask) for name, mask in present.items()}
+    widths = tokenizer.config.input_dims if isinstance(tokenizer, RQVAE) else tokenizer.input_dims
     count = len(inputs["text"])
-    for name, width in tokenizer.config.input_dims.items():
+    for name, width in widths.items():
         if name not in inputs:
             inputs[name], masks[name] = torch.zeros(count, width), torch.zeros(count).bool()
-    return tokenizer.latents(inputs, masks)
+    for name, mask in masks.items():
+        # Of behavior zeros say that nothing is known, as they do where the tokenizer was fitted.
+        if not (isinstance(tokenizer, RQVAE) or name == "behavior" or mask.all()):
+            row = int(mask.int().argmin())
+            raise InvalidData(f"row {row} of the new items", f"its {name}", "none")
+    return latents_of(tokenizer, inputs, masks)
+
+
+def _check_columns(items: pl.DataFrame, template: str | None, dataset: Dataset) -> None:
+    """Checks that new items have what the run makes their text of."""
+    template = dataset.text_template if template is None else find_template(template)
+    wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    for name in wanted:
+        if name not in items.columns:
+            expected = f"the columns {', '.join(wanted)} of the run's text template"
+            raise InvalidArgument("items", expected, f"no column {name!r}")

@@ -1,17 +1,19 @@
-"""A Parquet file of embeddings, read a few thousand rows at a time."""
+"""Embeddings of a catalog: a Parquet file, read a few thousand rows at a time, or a run's."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from plum.errors import InvalidArgument, InvalidData
+from plum.quantize import RQVAE, Tokenizer
 
 ROWS_PER_CHUNK = 65536
 
@@ -191,3 +193,30 @@ class EmbeddingFile:
 
 def _is_vector(dtype: pl.DataType) -> bool:
     return isinstance(dtype, (pl.List, pl.Array)) and dtype.inner.is_numeric()  # type: ignore[union-attr]
+
+
+def load_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """Reads the embeddings of a run.
+
+    Returns:
+        Modality to fp32 ``[N, D_m]``, and to bool ``[N]``, the items that have it, of those that
+        some lack; None where none does.
+    """
+    tensors = load_file(path)
+    present = {
+        name: tensors.pop(f"{name}_present")
+        for name in sorted(tensors)
+        if f"{name}_present" in tensors
+    }
+    return tensors, present or None
+
+
+def latents_of(
+    tokenizer: Tokenizer,
+    embeddings: Mapping[str, Tensor],
+    present: Mapping[str, Tensor] | None,
+) -> Tensor:
+    """Returns latents ``[N, D]``; only an RQ-VAE can do without a modality of an item."""
+    if isinstance(tokenizer, RQVAE):
+        return tokenizer.latents(embeddings, present)
+    return tokenizer.latents(embeddings)

@@ -132,7 +132,7 @@ class _Reconstruction(_Model):
 
 
 class _Quantization(_Model):
-    cosine: float
+    cosine: float | None = None
 
 
 class _Report(_Model):
@@ -141,7 +141,6 @@ class _Report(_Model):
     max_collision: int
     num_items: int | None = None
     num_sids: int | None = None
-    training_usage: list[float] | None = None
     reconstruction: _Reconstruction | None = None
     quantization: _Quantization | None = None
 

@@ -6,12 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import polars as pl
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from plum.data import Dataset
@@ -20,7 +19,7 @@ from plum.errors import InvalidArgument, InvalidData
 from plum.files import read_json, write_text
 from plum.ops import dead_codes
 from plum.pipeline import report_plots
-from plum.pipeline.embedding_file import EmbeddingFile
+from plum.pipeline.embedding_file import EmbeddingFile, latents_of, load_embeddings
 from plum.pipeline.html_report import page_template
 from plum.quantize import RQVAE, Tokenizer, load_tokenizer
 from plum.sid import SidTable, quality_report, read_sids
@@ -42,6 +41,7 @@ class TableSource:
         tokenizer: What gave the codes, if it was found.
         embeddings: Modality to ``[N, D_m]`` in the order of the table, if they are known.
         labels: What each item is labeled with, if that is known; the first is its category.
+        present: Modality to bool ``[N]``, the items that have it, of those that some lack.
     """
 
     name: str
@@ -49,6 +49,7 @@ class TableSource:
     tokenizer: Tokenizer | None = None
     embeddings: dict[str, Tensor] | None = None
     labels: list[list[str]] | None = None
+    present: dict[str, Tensor] | None = None
 
 
 def open_table(
@@ -89,16 +90,16 @@ def open_table(
             expected = f"{list(table.codebook_sizes)}, as {path} says"
             raise InvalidArgument("codebook_sizes", expected, list(codebook_sizes))
         model = _tokenizer_of(path, table)
-    vectors, labels = None, None
+    vectors, labels, present = None, None, None
     if embeddings is not None:
         vectors = EmbeddingFile(embeddings).select(table.item_ids)
     elif run is not None and (run / "embed" / "embeddings.safetensors").is_file():
-        vectors = load_file(run / "embed" / "embeddings.safetensors")
+        vectors, present = load_embeddings(run / "embed" / "embeddings.safetensors")
     if items is not None and label is not None:
         labels = _labels_of(Path(items), label, table.item_ids)
     elif run is not None and (run / "data" / "items.parquet").is_file():
         labels = _labels_of_run(Dataset.load(run / "data"))
-    return TableSource(_name(path), table, model, vectors, labels)
+    return TableSource(_name(path), table, model, vectors, labels, present)
 
 
 def assess(source: TableSource, *, seed: int = 0) -> dict[str, Any]:
@@ -123,29 +124,38 @@ def assess(source: TableSource, *, seed: int = 0) -> dict[str, Any]:
     report["sampled_items"] = len(rows)
     torch_rows = torch.from_numpy(rows)
     vectors = {name: x[torch_rows].float() for name, x in source.embeddings.items()}
+    present = {name: mask[torch_rows] for name, mask in (source.present or {}).items()}
     model = source.tokenizer
     if model is not None:
-        latents = model.latents(vectors)
+        latents = latents_of(model, vectors, present or None)
         # Those of the table, which a collision policy may have moved.
         codes = torch.from_numpy(table.codes)[torch_rows, : len(model.quantizer.codebook_sizes)]
         decoded = model.decode(codes)
+        # What an item lacks cannot be reconstructed.
+        whole = torch.ones(len(rows), dtype=torch.bool)
+        for mask in present.values():
+            whole &= mask
         sample = quality_report(
-            codes,
+            codes[whole],
             model.quantizer.codebook_sizes,
-            latents=latents,
-            quantized=model.quantizer.decode(codes),
-            embeddings=torch.cat(list(vectors.values()), dim=1),
-            reconstruction=torch.cat([decoded[name] for name in vectors], dim=1),
+            latents=latents[whole],
+            quantized=model.quantizer.decode(codes)[whole],
+            embeddings=torch.cat(list(vectors.values()), dim=1)[whole],
+            reconstruction=torch.cat([decoded[name] for name in vectors], dim=1)[whole],
         )
         report["reconstruction"] = sample["reconstruction"]
         report["quantization"] = sample["quantization"]
-    sets = None
-    if source.labels is not None:
-        sets = [set(source.labels[row]) for row in rows.tolist()]
-        sets = sets if any(sets) else None
-    report["similarity"] = {
-        name: similarity_report(x.numpy(), labels=sets, seed=seed) for name, x in vectors.items()
-    }
+    report["similarity"] = {}
+    for name, x in vectors.items():
+        have = np.flatnonzero(present[name].numpy()) if name in present else np.arange(len(rows))
+        sets = None
+        if source.labels is not None:
+            sets = [set(source.labels[row]) for row in rows[have].tolist()]
+        # One item alone has no pair.
+        if len(have) > 1:
+            report["similarity"][name] = similarity_report(
+                x.numpy()[have], labels=sets if sets and any(sets) else None, seed=seed
+            )
     return report
 
 
@@ -218,7 +228,8 @@ def _tokenizer_of(path: Path, table: SidTable) -> Tokenizer | None:
     for folder in (path / "tokenize" / "model", path / "model", path.parent / "model"):
         if (folder / "config.json").is_file():
             config = read_json(folder / "config.json")
-            if isinstance(config, dict) and config.get("architecture") in ("RQVAE", "RQKMeans"):
+            architectures = [kind.__name__ for kind in get_args(Tokenizer)]
+            if isinstance(config, dict) and config.get("architecture") in architectures:
                 model = load_tokenizer(folder)
                 sizes = tuple(model.quantizer.codebook_sizes)
                 return model if table.codebook_sizes[: len(sizes)] == sizes else None
@@ -257,9 +268,9 @@ def _labels_of(path: Path, column: str, item_ids: Sequence[str]) -> list[list[st
         raise InvalidData(path, "a table of items", "no such file")
     try:
         if path.suffix == ".parquet":
-            frame = pl.read_parquet(path)
+            frame = pl.read_parquet(path, glob=False)
         elif path.suffix == ".csv":
-            frame = pl.read_csv(path, infer_schema=False)
+            frame = pl.read_csv(path, infer_schema=False, glob=False)
         else:
             raise InvalidData(path, "a file that ends in .parquet or .csv", repr(path.suffix))
     except pl.exceptions.PolarsError as error:

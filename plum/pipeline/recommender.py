@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from plum.data import Dataset
+from plum.data.dataset import read_parquet
 from plum.decode import SidBeamSearch
 from plum.errors import InvalidArgument, InvalidData
 from plum.eval import expand_sids
 from plum.files import read_json, settle_folder
 from plum.lm import DepthGenerator, Generator, SidFormat, is_depth_generator, load_generator
+from plum.pipeline.stage import check_inputs, read_manifest
 from plum.sid import SidTable, SidVocabulary
 from plum.trie import SidTrie
 
@@ -68,20 +70,44 @@ def open_catalog(run_dir: Path, *, appended: bool = True) -> Catalog:
     """Opens the catalog of a run, with the items appended to it or without.
 
     Raises:
-        InvalidData: a part is missing or damaged.
+        InvalidData: a part is missing or damaged, or was made from another than is there now.
     """
+    check_inputs(run_dir, ("tokenize", "index", "finetune"))
     dataset = Dataset.load(run_dir / "data")
     table = SidTable.load(run_dir / "tokenize" / "table")
     trie, folder = run_dir / "index" / "trie.safetensors", run_dir / APPENDED
     settle_folder(folder)
     if not (appended and folder.exists()):
         return Catalog(dataset, table, trie)
-    items = pl.read_parquet(folder / "items.parquet")
-    items = pl.concat([dataset.items, items.select(dataset.items.columns)])
+    # The catalog may have been given columns since, or the items themselves.
+    items = read_parquet(folder / "items.parquet")
+    items = items.filter(~pl.col("item_id").is_in(dataset.items["item_id"].implode()))
+    items = pl.concat([dataset.items, with_columns(items, dataset.items.columns)])
     dataset = replace(dataset, items=items)
     if read_json(folder / "manifest.json")["base"] != table.digest:
         return Catalog(dataset, table, trie, stale=True)
     return Catalog(dataset, SidTable.load(folder / "table"), folder / "trie.safetensors")
+
+
+def with_columns(items: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+    """Returns these columns of a table of texts, those that it lacks without values."""
+    return items.select(
+        pl.col(name) if name in items.columns else pl.lit(None, pl.String).alias(name)
+        for name in columns
+    )
+
+
+def as_trained(config: Config, run_dir: Path) -> Config:
+    """Returns a configuration with what the stages of a run were made with.
+
+    ``config.json`` says what was asked for last, which need not have been made yet.
+    """
+    made: dict[str, Any] = {}
+    for name in ("embed", "tokenize", "finetune"):
+        manifest = read_manifest(run_dir, name)
+        if manifest is not None and "settings" in manifest:
+            made[name] = type(getattr(config, name)).model_validate(manifest["settings"])
+    return config.model_copy(update=made)
 
 
 class Recommender:
@@ -114,12 +140,12 @@ class Recommender:
 
         Args:
             run_dir: Folder of the run.
-            config: Its configuration.
+            config: Its configuration; of what the stages were made with that is taken.
             appended: Recommend also the items that ``plum append`` added to the catalog.
 
         Raises:
-            InvalidData: a stage of the run is missing or damaged, or the items were appended to
-                SIDs that the run no longer has.
+            InvalidData: a stage of the run is missing, damaged or made from another than is there
+                now, or the items were appended to SIDs that the run no longer has.
         """
         model = run_dir / "finetune" / "model"
         if not model.is_dir():
@@ -142,7 +168,8 @@ class Recommender:
             generator = load_generator(str(model), SidVocabulary(catalog.table.codebook_sizes))
             generator.model.to(device)  # type: ignore[arg-type]
         trie = SidTrie.load(catalog.trie)
-        return cls(catalog.dataset, catalog.table, trie, generator, config)
+        settings = as_trained(config, run_dir)
+        return cls(catalog.dataset, catalog.table, trie, generator, settings)
 
     def rank(
         self,

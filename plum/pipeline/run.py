@@ -10,7 +10,7 @@ from typing import Any
 
 from plum.config import Config
 from plum.errors import InvalidData
-from plum.files import read_json, write_json, write_text
+from plum.files import locked, read_json, write_json, write_text
 from plum.pipeline.html_report import write_html_report
 from plum.pipeline.stage import Progress
 from plum.pipeline.stages import STAGES
@@ -49,18 +49,23 @@ def run_stages(
         on_done: Called after every stage.
 
     Raises:
+        InvalidArgument: the folder holds files of others where a stage would write.
+        InvalidData: another process works on the run.
         PlumError: a stage cannot do its work; what earlier stages wrote stays.
     """
+    stages = [STAGES[name] for name in names]
+    for stage in stages:
+        stage.check_folders(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
     outcomes = []
-    for name in names:
-        stage = STAGES[name]
-        begin = time.monotonic()
-        settings: Any = getattr(config, name, None)
-        ran = stage.execute(run_dir, settings, config.seed, progress_of(name))
-        outcomes.append(Outcome(name, ran, time.monotonic() - begin))
-        on_done(outcomes[-1])
+    with locked(run_dir):
+        write_text(run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
+        for stage in stages:
+            begin = time.monotonic()
+            settings: Any = getattr(config, stage.name, None)
+            ran = stage.execute(run_dir, settings, config.seed, progress_of(stage.name))
+            outcomes.append(Outcome(stage.name, ran, time.monotonic() - begin))
+            on_done(outcomes[-1])
     return outcomes
 
 

@@ -6,16 +6,18 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import plum
-from plum.errors import InvalidData
+from plum.errors import InvalidArgument, InvalidData
 from plum.files import read_json, sha256, write_json
 
 Progress = Callable[[int, int], None]
+# What a stage has begun with, in the folder of its try.
+_STARTED = "started.json"
 
 
 @dataclass(frozen=True)
@@ -65,23 +67,24 @@ class Stage:
         """Returns a digest of everything the outputs depend on.
 
         Raises:
-            InvalidData: an input stage has not been run.
+            InvalidData: an input stage has not been run, or from inputs that have changed since.
         """
         inputs = {}
         for name in self.inputs:
-            manifest = run_dir / name / "manifest.json"
-            if not manifest.exists():
+            manifest = read_manifest(run_dir, name)
+            if manifest is None:
                 raise InvalidData(
                     run_dir / name,
                     f"the outputs of stage {name!r}, which stage {self.name!r} reads",
                     "no manifest",
                     f"run: plum {name} --output {run_dir}",
                 )
-            inputs[name] = read_json(manifest)["outputs"]
+            inputs[name] = manifest["outputs"]
         for name in self.optional:
-            manifest = run_dir / name / "manifest.json"
-            if manifest.exists() and (outputs := read_json(manifest)["outputs"]):
-                inputs[name] = outputs
+            manifest = read_manifest(run_dir, name)
+            if manifest is not None and manifest["outputs"]:
+                inputs[name] = manifest["outputs"]
+        check_inputs(run_dir, inputs)
         for source in self.sources(settings):
             status = source.stat()
             inputs[str(source.resolve())] = [status.st_size, status.st_mtime_ns]
@@ -90,15 +93,35 @@ class Stage:
 
     def is_current(self, run_dir: Path, fingerprint: str) -> bool:
         """Tells whether the folder holds whole outputs of this very work."""
-        manifest = run_dir / self.name / "manifest.json"
-        if not manifest.exists():
+        manifest = read_manifest(run_dir, self.name)
+        if manifest is None or manifest.get("fingerprint") != fingerprint:
             return False
-        content = read_json(manifest)
-        return content["fingerprint"] == fingerprint and all(
+        return all(
             (run_dir / self.name / name).is_file()
             and (run_dir / self.name / name).stat().st_size == output["bytes"]
-            for name, output in content["outputs"].items()
+            for name, output in manifest["outputs"].items()
         )
+
+    def check_folders(self, run_dir: Path) -> None:
+        """Checks that what a run of the stage would replace is its own.
+
+        Raises:
+            InvalidArgument: a folder that it writes to holds files that no stage has put there.
+        """
+        final, partial = _folders(run_dir, self.name)
+        whole = (partial / "manifest.json").exists()
+        for folder, mark in ((final, "manifest.json"), (partial, _STARTED)):
+            if whole or (folder / mark).exists():
+                continue
+            # A temporary file is what a try that was killed at once has left.
+            files = (path for path in folder.rglob("*") if not path.is_dir())
+            if any(not path.name.startswith(f".{Path(_STARTED).stem}.") for path in files):
+                raise InvalidArgument(
+                    "output",
+                    f"a folder whose {folder.name}/ is empty or was written by plum",
+                    f"files of others in {folder}",
+                    "take another folder",
+                )
 
     def execute(self, run_dir: Path, settings: Any, seed: int, progress: Progress) -> bool:
         """Runs the stage unless its outputs are current; returns whether it ran.
@@ -106,24 +129,25 @@ class Stage:
         The work is done in ``<name>.partial``, which an interrupted try leaves behind and the
         next one continues; earlier outputs stay in place until the new ones are whole.
         """
-        final, partial = run_dir / self.name, run_dir / f"{self.name}.partial"
+        self.check_folders(run_dir)
+        final, partial = _folders(run_dir, self.name)
         _finish_swap(final, partial)
         fingerprint = self.fingerprint(run_dir, settings, seed)
         if self.is_current(run_dir, fingerprint):
             return False
-        started = partial / "started.json"
+        started = partial / _STARTED
         if partial.exists() and not (
             started.exists() and read_json(started)["fingerprint"] == fingerprint
         ):
             shutil.rmtree(partial)
         write_json(started, {"fingerprint": fingerprint})
+        digests = _digests(run_dir, (*self.inputs, *self.optional))
         begin = time.monotonic()
         self.run(Workspace(run_dir, partial, settings, seed, progress))
-        started.unlink()
         outputs = {
             str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted(partial.rglob("*"))
-            if path.is_file()
+            if path.is_file() and path != started
         }
         manifest = {
             "stage": self.name,
@@ -132,6 +156,7 @@ class Stage:
             "settings": _plain(settings),
             "seed": seed,
             "seconds": round(time.monotonic() - begin, 3),
+            "inputs": digests,
             "outputs": outputs,
         }
         write_json(partial / "manifest.json", manifest)
@@ -143,10 +168,58 @@ def _plain(settings: Any) -> dict[str, Any]:
     return json.loads(settings.model_dump_json()) if settings is not None else {}
 
 
+def read_manifest(run_dir: Path, stage: str) -> dict[str, Any] | None:
+    """Returns the manifest of a stage, or None where it has none that is whole."""
+    path = run_dir / stage / "manifest.json"
+    try:
+        content = read_json(path)
+    except InvalidData:
+        return None
+    whole = isinstance(content, dict) and isinstance(content.get("outputs"), dict)
+    return content if whole else None
+
+
+def check_inputs(run_dir: Path, stages: Iterable[str]) -> None:
+    """Checks that stages were made from what the stages before them hold now.
+
+    Raises:
+        InvalidData: an input of one of them has been made anew since.
+    """
+    for name in stages:
+        manifest = read_manifest(run_dir, name) or {}
+        made_from = manifest.get("inputs", {})
+        now = _digests(run_dir, made_from)
+        for source, digest in made_from.items():
+            if now.get(source) != digest:
+                raise InvalidData(
+                    run_dir / name,
+                    f"outputs made from the {source}/ beside it",
+                    "those of an earlier one",
+                    f"run: plum run --output {run_dir}",
+                )
+
+
+def _digests(run_dir: Path, stages: Iterable[str]) -> dict[str, str]:
+    """Returns a digest of the outputs of each stage that has some."""
+    found = {}
+    for name in stages:
+        manifest = read_manifest(run_dir, name)
+        if manifest is not None and manifest["outputs"]:
+            outputs = json.dumps(manifest["outputs"], sort_keys=True)
+            found[name] = hashlib.sha256(outputs.encode()).hexdigest()
+    return found
+
+
+def _folders(run_dir: Path, stage: str) -> tuple[Path, Path]:
+    """Returns where outputs end up, and where they are made."""
+    return run_dir / stage, run_dir / f"{stage}.partial"
+
+
 def _finish_swap(final: Path, partial: Path) -> None:
     """Puts whole outputs in place of the earlier ones; safe to be cut off anywhere and repeated."""
     if not (partial / "manifest.json").exists():
         return
+    (partial / _STARTED).unlink(missing_ok=True)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)

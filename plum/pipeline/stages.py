@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from plum.config import DataConfig, EmbedConfig, load_config
@@ -29,6 +29,7 @@ from plum.data import (
     render_texts,
     sequences_of,
 )
+from plum.data.dataset import read_parquet
 from plum.data.text_files import read_text
 from plum.embed import encode_images, encode_texts, similarity_report
 from plum.errors import InvalidArgument, InvalidData
@@ -51,10 +52,11 @@ from plum.lm import (
     train_timeline,
 )
 from plum.lm.training import has_fast_bf16
+from plum.pipeline.embedding_file import latents_of, load_embeddings
 from plum.pipeline.recommender import Recommendation, Recommender
 from plum.pipeline.stage import Stage, Workspace
 from plum.pipeline.tokenize_file import before_last
-from plum.quantize import RQVAE, Tokenizer, fit_tokenizer, load_tokenizer
+from plum.quantize import RQVAE, fit_tokenizer, load_tokenizer
 from plum.sid import SidTable, SidVocabulary, quality_report, resolve_collisions
 from plum.trie import SidTrie
 
@@ -172,6 +174,8 @@ def _embed(work: Workspace) -> None:
     vectors, present = encode_items(dataset.items, dataset, settings, work.run_dir, work.progress)
     if settings.behavior is not None:
         sequences = sequences_of(dataset)
+        if sequences.num_items < 2:
+            raise InvalidArgument("embed.behavior", "null for a catalog of one item", "a width")
         dim = min(settings.behavior, sequences.num_items - 1)
         vectors["behavior"], present["behavior"] = behavior_vectors(
             sequences, dim=dim, seed=work.seed
@@ -237,7 +241,7 @@ def _tokenize(work: Workspace) -> None:
     )
     tokenizer.save_pretrained(work.folder / "model")
     item_ids = dataset.items["item_id"].to_list()
-    latents = _latents(tokenizer, embeddings, present)
+    latents = latents_of(tokenizer, embeddings, present)
     found = tokenizer.quantizer.encode(latents).numpy()
     codes, sizes = resolve_collisions(
         found,
@@ -254,29 +258,14 @@ def _tokenize(work: Workspace) -> None:
 
 
 def _embeddings(work: Workspace) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Returns embeddings by modality, and the items that have one for those that some lack."""
-    tensors = load_file(work.input("embed") / "embeddings.safetensors")
-    present = {
-        name: tensors.pop(f"{name}_present")
-        for name in sorted(tensors)
-        if f"{name}_present" in tensors
-    }
-    return tensors, present or None
-
-
-def _latents(
-    tokenizer: Tokenizer, embeddings: dict[str, Tensor], present: dict[str, Tensor] | None
-) -> Tensor:
-    if isinstance(tokenizer, RQVAE):
-        return tokenizer.latents(embeddings, present)
-    return tokenizer.latents(embeddings)
+    return load_embeddings(work.input("embed") / "embeddings.safetensors")
 
 
 def _report(work: Workspace) -> None:
     table = SidTable.load(work.input("tokenize") / "table")
     tokenizer = load_tokenizer(work.input("tokenize") / "model")
     embeddings, present = _embeddings(work)
-    latents = _latents(tokenizer, embeddings, present)
+    latents = latents_of(tokenizer, embeddings, present)
     codes = tokenizer.quantizer.encode(latents)
     report = quality_report(
         table.codes,
@@ -350,11 +339,11 @@ def _finetune(work: Workspace) -> None:
     rows = _validation_rows(sequences)
     pretrained = work.input("pretrain") / "model"
     base = str(pretrained) if pretrained.is_dir() else settings.base
+    if settings.lora_rank and base.startswith("scratch:"):
+        raise InvalidArgument("finetune.lora_rank", f"0 with {base}", settings.lora_rank)
     if is_depth_base(settings.base):
         _finetune_depth(work, table, sequences.training(), rows)
         return
-    if settings.lora_rank and base.startswith("scratch:"):
-        raise InvalidArgument("finetune.lora_rank", f"0 with {base}", settings.lora_rank)
     generator = load_generator(
         base,
         SidVocabulary(table.codebook_sizes),
@@ -503,7 +492,7 @@ def _rank_in_parts(
             )
             with atomic_path(path) as temporary:
                 frame.write_parquet(temporary)
-        parts.append(pl.read_parquet(path)["items"].to_numpy())
+        parts.append(read_parquet(path)["items"].to_numpy())
         work.progress(stop, len(users))
     return np.concatenate(parts)
 

@@ -64,3 +64,9 @@ def test_bad_numbers_are_named():
         behavior_vectors(data, dim=3)
     with pytest.raises(InvalidArgument, match="window"):
         behavior_vectors(data, dim=1, window=0)
+
+
+@pytest.mark.parametrize("histories", [[], [[0], [3], [5]]])
+def test_a_log_without_pairs_says_nothing(histories):
+    vectors, present = behavior_vectors(with_targets([*histories, [2]], 8), dim=2)
+    assert vectors.shape == (8, 2) and not vectors.any() and not present.any()

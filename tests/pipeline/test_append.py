@@ -10,10 +10,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from plum.config import load_config, resolve_config
 from plum.data import Dataset
-from plum.errors import InvalidData
+from plum.errors import InvalidArgument, InvalidData
+from plum.files import locked
 from plum.pipeline import append
 from plum.pipeline.append import append_items
 from plum.pipeline.recommender import Recommender, open_catalog
@@ -139,8 +141,17 @@ def test_what_cannot_be_appended(copied, tmp_path):
     with pytest.raises(InvalidData, match="index"):
         append_items(tmp_path / "nothing", tmp_path / "a.parquet")
     pl.DataFrame({"item_id": ["x"], "color": ["blue"]}).write_csv(tmp_path / "a.csv")
-    with pytest.raises(InvalidData, match=r"item 'x'.*text"):
+    with pytest.raises(InvalidArgument, match=r"items: expected the columns title.*got no column"):
         append_items(copied, tmp_path / "a.csv")
+    new = write_new(tmp_path / "n.parquet", copied, ["x"], [3])
+    with pytest.raises(InvalidArgument, match="images: expected none, as the run encodes no"):
+        append_items(copied, new, images=tmp_path)
+    empty = pl.read_parquet(new).with_columns(pl.exclude("item_id").str.replace_all(".", ""))
+    empty.write_parquet(new)
+    with pytest.raises(InvalidData, match=r"item 'x'.*text"):
+        append_items(copied, new)
+    with locked(copied), pytest.raises(InvalidData, match="another process"):
+        append_items(copied, new)
     assert not (copied / "appended").exists()
 
 
@@ -152,3 +163,72 @@ def test_a_suffix_that_the_generator_has_no_token_for(tmp_path, encoder):
     new = write_new(tmp_path / "n.parquet", tmp_path / "run", names, [3] * (room + 1))
     with pytest.raises(InvalidData, match=r"tokens.*policy"):
         append_items(tmp_path / "run", new)
+
+
+def test_of_new_items_rq_kmeans_too_knows_no_behavior(tmp_path, encoder):
+    folder = tmp_path / "run"
+    run(folder, encoder, "tokenize.kind=rq-kmeans", "tokenize.collisions=accept")
+    table = append_items(folder, write_new(tmp_path / "n.parquet", folder, ["x"], [3]))
+    vectors = load_file(folder / "embed" / "embeddings.safetensors")
+    inputs = {"text": vectors["text"][3:4], "behavior": torch.zeros(1, 6)}
+    codes = load_tokenizer(folder / "tokenize" / "model").encode(inputs)
+    assert table.codes[-1].tolist() == codes[0].tolist()
+    assert "x" in {item.item_id for item in recommender(folder).recommend(["x", "item-1"][:0], 61)}
+
+
+def test_settings_that_were_asked_for_and_not_run_do_not_count(copied, tmp_path, encoder):
+    new = write_new(tmp_path / "n.parquet", copied, ["x"], [3])
+    expected = append_items(shutil.copytree(copied, tmp_path / "same"), new)
+    config = resolve_config(
+        preset="demo",
+        settings=[*SETTINGS, encoder, "embed.layer=1", "finetune.max_items=1",
+                  "tokenize.collisions=suffix"],
+    )  # fmt: skip
+    run_stages(config, copied, ["data"], progress_of=lambda stage: lambda done, total: None)
+    assert load_config(copied / "config.json").embed.layer == 1
+    assert append_items(copied, new).codes.tolist() == expected.codes.tolist()
+    assert recommender(copied).config.finetune.max_items == 8
+
+
+def test_stages_of_two_runs_are_no_recommender(copied, tmp_path, encoder):
+    config = resolve_config(preset="demo", settings=[*SETTINGS, encoder, "seed=7"])
+    quiet = {"progress_of": lambda stage: lambda done, total: None}
+    run_stages(config, copied, ["tokenize"], **quiet)
+    with pytest.raises(InvalidData, match=r"index: expected outputs made from the tokenize/"):
+        recommender(copied)
+    with pytest.raises(InvalidData, match=r"finetune: expected outputs made from the tokenize/"):
+        run_stages(config, copied, ["index", "evaluate"], **quiet)
+    with pytest.raises(InvalidData, match=r"made from the tokenize/"):
+        append_items(copied, write_new(tmp_path / "n.parquet", copied, ["x"], [3]))
+
+
+def test_appended_items_that_come_into_the_catalog(finished, tmp_path, encoder):
+    items = pl.read_parquet(finished / "data" / "items.parquet")
+    pl.read_parquet(finished / "data" / "interactions.parquet").write_parquet(
+        tmp_path / "log.parquet"
+    )
+    tables = [f"data.items={tmp_path}/items.parquet", f"data.interactions={tmp_path}/log.parquet"]
+
+    def run_tables() -> None:
+        config = resolve_config(
+            preset="demo", dataset="tables", settings=[*SETTINGS, encoder, *tables]
+        )
+        names = ["data", "embed", "tokenize", "index", "finetune"]
+        quiet = {"progress_of": lambda stage: lambda done, total: None}
+        run_stages(config, tmp_path / "run", names, **quiet)
+
+    items.write_parquet(tmp_path / "items.parquet")
+    run_tables()
+    new = write_new(tmp_path / "n.parquet", finished, ["x", "y"], [3, 4])
+    append_items(tmp_path / "run", new)
+    grown = pl.concat([items, pl.read_parquet(new).select(items.columns)[:1]])
+    grown.with_columns(pl.lit("old").alias("age")).write_parquet(tmp_path / "items.parquet")
+    run_tables()
+    with pytest.raises(InvalidData, match="append them again with plum append"):
+        recommender(tmp_path / "run")
+    with pytest.raises(InvalidArgument, match="got no column 'age'"):
+        append_items(tmp_path / "run", new)
+    pl.read_parquet(new).with_columns(pl.lit("new").alias("age")).write_parquet(new)
+    table = append_items(tmp_path / "run", new)
+    assert sorted(table.item_ids) == sorted([*items["item_id"], "x", "y"])
+    assert recommender(tmp_path / "run").dataset.items["age"].to_list().count(None) == 1

@@ -368,14 +368,13 @@ def test_optional_keys_and_unfinished_stages(tmp_path: Path) -> None:
     for level in run["report/report.json"]["levels"]:
         for key in ("counts", "gini", "entropy", "dead"):
             del level[key]
-    run["report/report.json"]["training_usage"] = [1.0, 0.98, 0.9]
     del run["embed/similarity.json"]["text"]["neighbor_agreement"]
     run["evaluate.partial/manifest.json"] = {"seconds": 1e9}
     for sample in run["recommend/samples.json"]:
         del sample["target"]
     run["tokenize/history.json"] = []
     page = _Page(write(tmp_path, run))
-    assert page.rows["sids"][3][:4] == ["3", "64", "85.9%", "90.0%"]
+    assert page.rows["sids"][3][:4] == ["3", "64", "85.9%", "35.5"]
     assert "holds no counts" in page.text["sids"]
     assert "evaluate.partial" not in page.text["stages"]
     assert "target" not in page.text["samples"].partition("found.")[2]

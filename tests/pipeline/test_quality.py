@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from plum.data import Dataset
+from plum.embed import similarity_report
 from plum.errors import InvalidArgument, InvalidData
+from plum.pipeline.embedding_file import latents_of
 from plum.pipeline.quality import assess, open_table, unique_names, write_quality_page
 from plum.pipeline.tokenize_file import tokenize_parquet
-from plum.quantize import load_tokenizer
+from plum.quantize import fit_tokenizer, load_tokenizer
 from plum.sid import SidTable, quality_report, read_sids, write_sids
 
 
@@ -101,6 +103,34 @@ def test_a_run_brings_all_that_is_known(tmp_path):
     # A tokenizer with other levels says nothing about a table.
     SidTable(ids, np.zeros((200, 1), dtype=int), (4,)).save(run / "tokenize" / "table")
     assert "quantization" not in assess(open_table(run))
+
+
+@pytest.mark.parametrize("kind", ["rq-kmeans", "r-vq", "rq-vae"])
+def test_items_of_a_run_that_lack_a_modality(tmp_path, kind):
+    x, _ = write_catalog(tmp_path, 200)
+    vectors = {"text": torch.from_numpy(x), "behavior": torch.from_numpy(x[:, :5].copy())}
+    present = torch.arange(200) % 3 > 0
+    vectors["behavior"][~present] = 0
+    options = {} if kind == "rq-kmeans" else {"epochs": 2}
+    masks = {"present": {"behavior": present}} if kind == "rq-vae" else {}
+    model = fit_tokenizer(vectors, kind, codebook_sizes=(10, 8), **options, **masks)
+    model.save_pretrained(tmp_path / "tokenize" / "model")
+    latents = latents_of(model, vectors, masks.get("present"))
+    codes = model.quantizer.encode(latents)
+    SidTable([f"i{n}" for n in range(200)], codes.numpy(), (10, 8)).save(
+        tmp_path / "tokenize" / "table"
+    )
+    (tmp_path / "embed").mkdir()
+    save_file(
+        {**vectors, "behavior_present": present}, tmp_path / "embed" / "embeddings.safetensors"
+    )
+    report = assess(open_table(tmp_path))
+    assert set(report["similarity"]) == {"text", "behavior"}
+    # Rows of zeros would have a cosine of 0 with any other.
+    own = similarity_report(vectors["behavior"][present].numpy())
+    assert report["similarity"]["behavior"]["mean"] == pytest.approx(own["mean"])
+    cosine = torch.cosine_similarity(latents, model.quantizer.decode(codes), dim=1)[present].mean()
+    assert report["quantization"]["cosine"] == pytest.approx(float(cosine), abs=1e-5)
 
 
 def test_moved_codes_are_those_that_are_measured(catalog, tmp_path):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from plum.errors import InvalidData
-from plum.pipeline.stage import Stage, Workspace
+from plum.errors import InvalidArgument, InvalidData
+from plum.pipeline.stage import Stage, Workspace, check_inputs
 
 
 class Settings(BaseModel):
@@ -109,6 +109,39 @@ def test_partial_work_is_kept_for_the_same_work_and_dropped_for_other_work(tmp_p
         except InvalidData:
             continue
     assert seen == [["started.json"], ["part", "started.json"], ["started.json"], ["started.json"]]
+
+
+@pytest.mark.parametrize("name", ["first", "first.partial"])
+def test_files_of_others_stay_and_are_said(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert run(FIRST, tmp_path), "an empty folder is nobody's"
+    folder = tmp_path / "other" / name
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("precious")
+    with pytest.raises(InvalidArgument, match=f"output: expected a folder whose {name}/ is empty"):
+        run(FIRST, tmp_path / "other")
+    assert (folder / "mine.txt").read_text() == "precious"
+
+
+def test_stages_that_do_not_belong_together_are_not_combined(tmp_path):
+    third = Stage("third", ("second",), lambda work: None)
+    assert run(FIRST, tmp_path) and run(SECOND, tmp_path) and run(third, tmp_path)
+    assert run(FIRST, tmp_path, "b")
+    with pytest.raises(InvalidData, match=r"second: expected outputs made from the first/ beside"):
+        run(third, tmp_path)
+    check_inputs(tmp_path, ("first",))
+    # The same outputs again are the same inputs.
+    assert run(FIRST, tmp_path) and not run(third, tmp_path)
+    assert run(FIRST, tmp_path, "b") and run(SECOND, tmp_path) and run(third, tmp_path)
+
+
+@pytest.mark.parametrize("manifest", ["{}", "{", "[]"])
+def test_a_manifest_that_is_none_is_made_again(tmp_path, manifest):
+    run(FIRST, tmp_path)
+    (tmp_path / "first" / "manifest.json").write_text(manifest)
+    with pytest.raises(InvalidData, match="run: plum first"):
+        run(SECOND, tmp_path)
+    assert run(FIRST, tmp_path) and run(SECOND, tmp_path)
 
 
 SCRIPT = """
