@@ -122,10 +122,10 @@ def residual_quantize() -> list[str]:
     }
     rows = [["plum"] + [_number(source.get("plum cpu", shape), 1e6) for shape in shapes]]
     rows += [
-        [label, *(_fastest_of(source, "plum cpu", names, shape) for shape in shapes)]
+        [label, *(_over(source, ("plum cpu",), names, shape) for shape in shapes)]
         for label, names in peers.items()
     ]
-    over = [_fastest_of(source, "plum cpu fp32", ("torch addmm + argmin",), s) for s in shapes]
+    over = [_over(source, ("plum cpu fp32",), ("torch addmm + argmin",), s) for s in shapes]
     rows.append(["without bf16: over torch", *over])
     head = "`residual_quantize`, million rows/s, and times as fast as"
     return [_from(source), "", *_table(head, _shapes(shapes), rows)]
@@ -148,7 +148,7 @@ def residual_quantize_gpu() -> list[str]:
         ("torch `cdist`", "torch cdist"),
         ("vector-quantize-pytorch", "vector-quantize-pytorch"),
     ):
-        rows.append([label, *(_best_of(source, backends, peer, shape) for shape in shapes)])
+        rows.append([label, *(_over(source, backends, (peer,), shape) for shape in shapes)])
     head = "`residual_quantize`, ns a row, and times as fast as"
     return [_from(source), "", *_table(head, _shapes(shapes), rows)]
 
@@ -165,7 +165,7 @@ def trie_step_gpu() -> list[str]:
     ):
         times = [source.get(provider, shape, "microseconds_per_step") for shape in shapes]
         rows.append([label, *(f"{time:.0f}" for time in times if time)])
-    full = [_fastest_of(source, "plum triton", ("STATIC",), shape) for shape in shapes]
+    full = [_over(source, ("plum triton",), ("STATIC",), shape) for shape in shapes]
     rows.append(["`full` is times as fast as STATIC", *full])
     return [_from(source), "", *_table("µs a step in a CUDA graph", shapes, rows)]
 
@@ -181,7 +181,7 @@ def kmeans() -> list[str]:
         "vector-quantize-pytorch": "vector-quantize-pytorch kmeans",
     }
     rows = [
-        [label, *(_fastest_of(source, "plum KMeans", (peer,), shape) for shape in shapes)]
+        [label, *(_over(source, ("plum KMeans",), (peer,), shape) for shape in shapes)]
         for label, peer in labels.items()
     ]
     titles = ("64k rows, D=384, K=256", "64k, 384, 2048", "200k, 32, 256")
@@ -194,12 +194,61 @@ def training_step() -> list[str]:
     shapes = ("D=384 3x256", "D=384 2048+1024+512", "D=32 3x256")
     rows = [
         [f"vector-quantize-pytorch{kind}"]
-        + [_fastest_of(source, f"plum ResidualVQ{kind}", (f"vector-quantize-pytorch{kind}",), shape)
+        + [_over(source, (f"plum ResidualVQ{kind}",), (f"vector-quantize-pytorch{kind}",), shape)
            for shape in shapes]
         for kind in ("", ", expiry")
     ]  # fmt: skip
     head = "a training step of `ResidualVQ`, 8,192 rows, times as fast as"
     return _table(head, _shapes(shapes), rows)
+
+
+_BEAMS = {
+    name: name.replace("x", f" {_TIMES} ") + " rows" for name in ("1x32", "2x70", "8x64", "32x128")
+}
+
+
+def trie_mask() -> list[str]:
+    """How many times as fast masks are as the peers', over the catalogs."""
+    source = Source("trie_mask")
+    rows = []
+    for title, ours, peer in (
+        ("transformers' prefix function, in place", "plum cpu", "transformers prefix function"),
+        ("the same, a new tensor", "plum cpu new tensor", "transformers prefix function"),
+        ("MiniOneRec's processor, a new tensor", "plum cpu new tensor", "MiniOneRec processor"),
+        ("xgrammar's bitmask, in place", "plum cpu", "xgrammar bitmask"),
+    ):
+        for where, wide in (("wide nodes", True), ("deeper", False)):
+            row = [f"{title}, {where}"]
+            for name in _BEAMS:
+                found = [
+                    ratio
+                    for provider, shape in source.figures
+                    if provider == ours
+                    and f" {name} " in shape
+                    and shape.endswith("level 1") == wide
+                    and (ratio := source.times(ours, peer, shape))
+                ]
+                row.append(f"{_times(min(found))} to {_times(max(found))}" if found else "")
+            rows.append(row)
+    return _table("masks, times as fast as", tuple(_BEAMS.values()), rows)
+
+
+def trie_filter() -> list[str]:
+    """What a filter and a deny list add to a step, in how many of the cases how much."""
+    source = Source("trie_filter")
+    rows = []
+    for label, denies, asked in (("one filter", False, 1.25), ("and 1,000 denied items", True, 2)):
+        found = sorted(
+            figures["times_beside"]
+            for (provider, _), figures in source.figures.items()
+            if provider != "plum cpu" and ("deny" in provider) == denies
+        )
+        within = sum(ratio <= asked for ratio in found)
+        middle = found[len(found) // 2]
+        cells = f"{middle:.2f}", f"{found[-1]:.2f}", f"{within} of {len(found)} at most {asked}"
+        rows.append([label, *cells])
+    heads = ("median", "most", "cases")
+    return _table("times as long as the step without", heads, rows)
 
 
 def trie_decode() -> list[str]:
@@ -288,7 +337,7 @@ def _searches(op: str, what: str) -> list[str]:
     peer = "transformers generate"
     rows = [
         [f'times as fast, `score="{score}"`']
-        + [_fastest_of(source, f"plum {score}", (peer,), shape) for shape in shapes]
+        + [_over(source, (f"plum {score}",), (peer,), shape) for shape in shapes]
         for score in ("full", "valid")
     ]
     for label, key in (
@@ -331,15 +380,12 @@ def _shapes(shapes: Sequence[str]) -> tuple[str, ...]:
     return tuple(re.sub(r"(\d)x", rf"\1 {_TIMES} ", shape) for shape in spelled)
 
 
-def _fastest_of(source: Source, ours: str, peers: Sequence[str], shape: str) -> str:
-    ratios = [source.times(ours, peer, shape) for peer in peers]
-    known = [ratio for ratio in ratios if ratio is not None]
-    return _times(min(known)) if known else ""
-
-
-def _best_of(source: Source, ours: Sequence[str], peer: str, shape: str) -> str:
-    ratios = [source.times(each, peer, shape) for each in ours]
-    return _times(max(ratio for ratio in ratios if ratio is not None))
+def _over(source: Source, ours: Sequence[str], peers: Sequence[str], shape: str) -> str:
+    """How many times as fast the fastest of ours is as the fastest of the peers."""
+    rates = [
+        [rate for name in names if (rate := source.get(name, shape))] for names in (ours, peers)
+    ]
+    return _times(max(rates[0]) / max(rates[1])) if all(rates) else ""
 
 
 def _number(value: float | None, unit: float) -> str:
@@ -363,6 +409,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "kmeans": kmeans,
     "training_step": training_step,
     "trie_decode": trie_decode,
+    "trie_mask": trie_mask,
+    "trie_filter": trie_filter,
     "trie_build": trie_build,
     "trie_large": trie_large,
     "generate": generate,
