@@ -469,13 +469,13 @@ def sort_sids(
 
     Returns:
         The distinct SIDs by level, uint16 ``[L, rows]`` (columns of a wider array), the items by
-        SID, uint32 ``[N]``, and where each SID's items begin, int64 ``[rows + 1]``; or the flat
+        SID, int64 ``[N]``, and where each SID's items begin, int64 ``[rows + 1]``; or the flat
         position of a code that is out of range.
     """
     items, depth = codes.shape
     assert codes.flags.c_contiguous and len(sizes) == depth and items < 1 << 32
     columns = np.empty((depth, items), dtype=np.uint16)
-    order = np.empty(items, dtype=np.uint32)
+    order = np.empty(items, dtype=np.int64)
     item_starts = np.empty(items + 1, dtype=np.int64)
     rows = _C.sort_sids(
         codes.ctypes.data,

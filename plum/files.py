@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -117,6 +118,10 @@ def locked(folder: str | Path) -> Iterator[None]:
                     "one that another process works on",
                     "wait until it has ended",
                 ) from None
+            except OSError as error:
+                # Some network file systems have no locks.
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                    raise
         yield
 
 

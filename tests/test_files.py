@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -156,3 +158,16 @@ def test_a_folder_is_worked_on_by_one_at_a_time(tmp_path):
         command = [sys.executable, "-c", script, str(tmp_path)]
         assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 1
     assert subprocess.run(command, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("number", "works"), [(errno.ENOSYS, True), (errno.EIO, False)])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number, works):
+    fcntl = pytest.importorskip("fcntl")
+
+    def fails(*args: object) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    context = contextlib.nullcontext() if works else pytest.raises(OSError, match="no")
+    with context, locked(tmp_path):
+        pass

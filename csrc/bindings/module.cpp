@@ -238,7 +238,7 @@ int64_t sort_sids(uintptr_t codes, int type, int64_t items, const std::vector<in
   const plum::cpu::Catalog catalog{pointer<const void>(codes),
                                    static_cast<plum::cpu::CodeType>(type), items,
                                    static_cast<int64_t>(sizes.size()), sizes.data()};
-  return plum::cpu::sort_sids(catalog, pointer<uint16_t>(columns), pointer<uint32_t>(order),
+  return plum::cpu::sort_sids(catalog, pointer<uint16_t>(columns), pointer<int64_t>(order),
                               pointer<int64_t>(item_starts));
 }
 

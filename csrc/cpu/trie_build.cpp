@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <numeric>
 #include <utility>
 
@@ -30,12 +29,12 @@ int bits_of(int64_t count) {
 template <typename Code>
 class Sorter {
  public:
-  // `item_starts` is room for the entries until it is written: new pages cost more than sorting.
-  Sorter(const Catalog& catalog, int64_t* item_starts)
+  // `order` and `item_starts` hold the entries until they are written: new pages would cost more
+  // than sorting does.
+  Sorter(const Catalog& catalog, int64_t* order, int64_t* item_starts)
       : codes_(static_cast<const Code*>(catalog.codes)),
         catalog_(catalog),
-        room_(new uint64_t[catalog.items]),
-        entries_(room_.get()),
+        entries_(reinterpret_cast<uint64_t*>(order)),
         other_entries_(reinterpret_cast<uint64_t*>(item_starts)),
         item_bits_(bits_of(catalog.items)) {
     for (int64_t l = 0; l < catalog.depth; ++l) {
@@ -62,7 +61,7 @@ class Sorter {
     return -1;
   }
 
-  int64_t write(uint16_t* columns, uint32_t* order, int64_t* item_starts) const {
+  int64_t write(uint16_t* columns, int64_t* order, int64_t* item_starts) const {
     const int64_t items = catalog_.items, depth = catalog_.depth;
     int64_t rows = 0;
     uint64_t before = 0;
@@ -73,9 +72,9 @@ class Sorter {
         __builtin_prefetch(ahead + depth - 1);
       }
       const uint64_t entry = entries_[i], last = std::exchange(before, entry);
+      // Here and at `rows`, which is not beyond, no entry is read again.
       order[i] = item(entry);
       if (i > 0 && (entry ^ last) >> item_bits_ == 0 && equal_rest(entry, last)) continue;
-      // At most where this entry was, and nothing reads it again.
       item_starts[rows] = i;
       int shift = item_bits_ + sid_bits_;
       for (int64_t l = 0; l < whole_; ++l) {
@@ -93,8 +92,8 @@ class Sorter {
   }
 
  private:
-  uint32_t item(uint64_t entry) const {
-    return static_cast<uint32_t>(entry & ((uint64_t{1} << item_bits_) - 1));
+  int64_t item(uint64_t entry) const {
+    return static_cast<int64_t>(entry & ((uint64_t{1} << item_bits_) - 1));
   }
 
   const Code* row(uint64_t entry) const { return codes_ + item(entry) * catalog_.depth; }
@@ -168,8 +167,6 @@ class Sorter {
 
   const Code* codes_;
   const Catalog& catalog_;
-  // Not a vector: it would be filled with zeros first.
-  std::unique_ptr<uint64_t[]> room_;
   uint64_t *entries_, *other_entries_;
   std::vector<int64_t> counts_;
   int item_bits_;
@@ -180,8 +177,8 @@ class Sorter {
 };
 
 template <typename Code>
-int64_t sort_as(const Catalog& catalog, uint16_t* columns, uint32_t* order, int64_t* item_starts) {
-  Sorter<Code> sorter(catalog, item_starts);
+int64_t sort_as(const Catalog& catalog, uint16_t* columns, int64_t* order, int64_t* item_starts) {
+  Sorter<Code> sorter(catalog, order, item_starts);
   const int64_t bad = sorter.sort();
   return bad >= 0 ? -1 - bad : sorter.write(columns, order, item_starts);
 }
@@ -190,8 +187,7 @@ void set_bit(uint64_t* bits, int64_t at) { bits[at / 64] |= uint64_t{1} << (at %
 
 }  // namespace
 
-int64_t sort_sids(const Catalog& catalog, uint16_t* columns, uint32_t* order,
-                  int64_t* item_starts) {
+int64_t sort_sids(const Catalog& catalog, uint16_t* columns, int64_t* order, int64_t* item_starts) {
   switch (catalog.type) {
     case CodeType::kInt64:
       return sort_as<int64_t>(catalog, columns, order, item_starts);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,7 +34,8 @@ def behavior_vectors(
 
     Returns:
         fp32 ``[num_items, dim]``, and bool ``[num_items]``, which items have one; the rows of the
-        others, which nothing is known of, are zero. In a log without pairs those are all.
+        others, which nothing is known of, are zero. In a log without pairs, which is warned of,
+        those are all.
 
     Raises:
         InvalidArgument: a number is out of range.
@@ -50,6 +53,12 @@ def behavior_vectors(
         raise MissingDependency("scipy", "pipeline", "vectors of behavior") from None
     keys, counts, _ = count_pairs(sequences, window)
     if not len(keys):
+        warnings.warn(
+            "the log says nothing of behavior: no user has two different items that may be trained"
+            " on, behind which come the items of validation and test",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return np.zeros((total, dim), dtype=np.float32), np.zeros(total, dtype=bool)
     low, high = np.divmod(keys, total)
     rows, columns = np.concatenate([low, high]), np.concatenate([high, low])

@@ -101,12 +101,25 @@ def as_trained(config: Config, run_dir: Path) -> Config:
     """Returns a configuration with what the stages of a run were made with.
 
     ``config.json`` says what was asked for last, which need not have been made yet.
+
+    Raises:
+        InvalidData: a stage was made with settings that this version does not know.
     """
     made: dict[str, Any] = {}
     for name in ("embed", "tokenize", "finetune"):
         manifest = read_manifest(run_dir, name)
-        if manifest is not None and "settings" in manifest:
+        if manifest is None:
+            continue
+        try:
             made[name] = type(getattr(config, name)).model_validate(manifest["settings"])
+        except ValueError as error:
+            raise InvalidData(
+                run_dir / name / "manifest.json",
+                "settings of this version of plum",
+                " ".join(str(error).split()),
+                f"run: plum run --output {run_dir}",
+            ) from None
+        made["seed"] = manifest["seed"]
     return config.model_copy(update=made)
 
 

@@ -109,13 +109,10 @@ class Stage:
             InvalidArgument: a folder that it writes to holds files that no stage has put there.
         """
         final, partial = _folders(run_dir, self.name)
-        whole = (partial / "manifest.json").exists()
+        if _is_mark(partial / "manifest.json"):
+            return  # Whole outputs, which a kill has kept from taking their place.
         for folder, mark in ((final, "manifest.json"), (partial, _STARTED)):
-            if whole or (folder / mark).exists():
-                continue
-            # A temporary file is what a try that was killed at once has left.
-            files = (path for path in folder.rglob("*") if not path.is_dir())
-            if any(not path.name.startswith(f".{Path(_STARTED).stem}.") for path in files):
+            if not _is_mark(folder / mark) and _holds_files(folder):
                 raise InvalidArgument(
                     "output",
                     f"a folder whose {folder.name}/ is empty or was written by plum",
@@ -133,15 +130,17 @@ class Stage:
         final, partial = _folders(run_dir, self.name)
         _finish_swap(final, partial)
         fingerprint = self.fingerprint(run_dir, settings, seed)
+        digests = _digests(run_dir, (*self.inputs, *self.optional))
         if self.is_current(run_dir, fingerprint):
+            manifest = read_manifest(run_dir, self.name) or {}
+            if "inputs" not in manifest:
+                # Of an older version; that the fingerprint is the same says what they were.
+                write_json(final / "manifest.json", {**manifest, "inputs": digests})
             return False
         started = partial / _STARTED
-        if partial.exists() and not (
-            started.exists() and read_json(started)["fingerprint"] == fingerprint
-        ):
-            shutil.rmtree(partial)
+        if partial.exists() and _content(started).get("fingerprint") != fingerprint:
+            _clear(partial)
         write_json(started, {"fingerprint": fingerprint})
-        digests = _digests(run_dir, (*self.inputs, *self.optional))
         begin = time.monotonic()
         self.run(Workspace(run_dir, partial, settings, seed, progress))
         outputs = {
@@ -170,33 +169,69 @@ def _plain(settings: Any) -> dict[str, Any]:
 
 def read_manifest(run_dir: Path, stage: str) -> dict[str, Any] | None:
     """Returns the manifest of a stage, or None where it has none that is whole."""
-    path = run_dir / stage / "manifest.json"
-    try:
-        content = read_json(path)
-    except InvalidData:
-        return None
-    whole = isinstance(content, dict) and isinstance(content.get("outputs"), dict)
-    return content if whole else None
+    content = _content(run_dir / stage / "manifest.json")
+    return content if {"fingerprint", "outputs", "settings", "seed"} <= set(content) else None
 
 
 def check_inputs(run_dir: Path, stages: Iterable[str]) -> None:
     """Checks that stages were made from what the stages before them hold now.
 
     Raises:
-        InvalidData: an input of one of them has been made anew since.
+        InvalidData: one of them that was run has no manifest or one of an older version, or an
+            input of it has been made anew since.
     """
+    hint = f"run: plum run --output {run_dir}"
     for name in stages:
-        manifest = read_manifest(run_dir, name) or {}
-        made_from = manifest.get("inputs", {})
-        now = _digests(run_dir, made_from)
-        for source, digest in made_from.items():
+        if not (run_dir / name).exists():
+            continue
+        manifest = read_manifest(run_dir, name)
+        if manifest is None:
+            raise InvalidData(run_dir / name, "outputs with a manifest", "no manifest", hint)
+        if "inputs" not in manifest:
+            expected = "outputs that say what they were made from"
+            raise InvalidData(run_dir / name, expected, "those of an older version of plum", hint)
+        now = _digests(run_dir, manifest["inputs"])
+        for source, digest in manifest["inputs"].items():
             if now.get(source) != digest:
                 raise InvalidData(
                     run_dir / name,
                     f"outputs made from the {source}/ beside it",
                     "those of an earlier one",
-                    f"run: plum run --output {run_dir}",
+                    hint,
                 )
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Returns what a manifest says; nothing where it is absent or damaged."""
+    try:
+        content = read_json(path)
+    except InvalidData:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_mark(path: Path) -> bool:
+    """Tells whether a file is a manifest of ours, be it damaged, and not that of another tool."""
+    content = _content(path)
+    return path.is_file() and (not content or "fingerprint" in content)
+
+
+def _holds_files(folder: Path) -> bool:
+    """Tells whether a folder holds more than a try that was killed at once has left."""
+    unfinished = f".{Path(_STARTED).stem}."
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return folder.is_file() or any(not path.name.startswith(unfinished) for path in files)
+
+
+def _clear(partial: Path) -> None:
+    """Empties the folder of a try but for its mark, so that a kill leaves no folder without."""
+    for path in partial.iterdir():
+        if path.name == _STARTED:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _digests(run_dir: Path, stages: Iterable[str]) -> dict[str, str]:

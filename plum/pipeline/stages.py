@@ -175,11 +175,14 @@ def _embed(work: Workspace) -> None:
     if settings.behavior is not None:
         sequences = sequences_of(dataset)
         if sequences.num_items < 2:
-            raise InvalidArgument("embed.behavior", "null for a catalog of one item", "a width")
+            expected = "null for a catalog of one item"
+            hint = "add --set embed.behavior=null"
+            raise InvalidArgument("embed.behavior", expected, settings.behavior, hint)
         dim = min(settings.behavior, sequences.num_items - 1)
-        vectors["behavior"], present["behavior"] = behavior_vectors(
-            sequences, dim=dim, seed=work.seed
-        )
+        rows, known = behavior_vectors(sequences, dim=dim, seed=work.seed)
+        # A modality that no item has would be nothing to fit a tokenizer on.
+        if known.any():
+            vectors["behavior"], present["behavior"] = rows, known
     tensors = {name: torch.from_numpy(rows) for name, rows in vectors.items()}
     for name, mask in present.items():
         if not mask.all():

@@ -122,7 +122,10 @@ class SidTrie:
             raise InvalidData(f"codes row {row}, level {level}", expected, table[row, level])
         roots = (0, found.columns.shape[1])
         index = build_index(found.columns, sizes, roots)
-        placed = ItemIds.from_list(found.order) if ids is None else ids.select(found.order)
+        if ids is None:
+            placed = ItemIds.from_arrays({"item_ids": found.order}, "item_ids", check=False)
+        else:
+            placed = ids.select(found.order)
         return cls(index, sizes, token_offsets, roots, found.item_starts, placed)
 
     @classmethod

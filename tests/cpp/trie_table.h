@@ -64,7 +64,7 @@ struct TrieTable {
     const auto items = static_cast<int64_t>(all.size());
     const std::vector<int64_t> sizes(depth, size);
     columns.assign(depth * items, 0);
-    std::vector<uint32_t> order(items);
+    std::vector<int64_t> order(items);
     std::vector<int64_t> starts_of_items(items + 1);
     const plum::cpu::Catalog input{catalog.data(), plum::cpu::CodeType::kInt32, items, depth,
                                    sizes.data()};

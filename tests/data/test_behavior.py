@@ -68,5 +68,6 @@ def test_bad_numbers_are_named():
 
 @pytest.mark.parametrize("histories", [[], [[0], [3], [5]]])
 def test_a_log_without_pairs_says_nothing(histories):
-    vectors, present = behavior_vectors(with_targets([*histories, [2]], 8), dim=2)
+    with pytest.warns(RuntimeWarning, match="no user has two different items"):
+        vectors, present = behavior_vectors(with_targets([*histories, [2]], 8), dim=2)
     assert vectors.shape == (8, 2) and not vectors.any() and not present.any()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from plum.config import load_config, resolve_config
 from plum.data import Dataset
 from plum.errors import InvalidArgument, InvalidData
-from plum.files import locked
+from plum.files import locked, read_json, write_json
 from plum.pipeline import append
 from plum.pipeline.append import append_items
 from plum.pipeline.recommender import Recommender, open_catalog
@@ -182,12 +182,17 @@ def test_settings_that_were_asked_for_and_not_run_do_not_count(copied, tmp_path,
     config = resolve_config(
         preset="demo",
         settings=[*SETTINGS, encoder, "embed.layer=1", "finetune.max_items=1",
-                  "tokenize.collisions=suffix"],
+                  "tokenize.collisions=suffix", "seed=7"],
     )  # fmt: skip
-    run_stages(config, copied, ["data"], progress_of=lambda stage: lambda done, total: None)
-    assert load_config(copied / "config.json").embed.layer == 1
+    write_json(copied / "config.json", config.model_dump(mode="json"))
     assert append_items(copied, new).codes.tolist() == expected.codes.tolist()
-    assert recommender(copied).config.finetune.max_items == 8
+    found = recommender(copied).config
+    assert (found.finetune.max_items, found.embed.layer, found.seed) == (8, None, 0)
+    manifest = read_json(copied / "embed" / "manifest.json")
+    manifest["settings"]["no_more"] = 1
+    write_json(copied / "embed" / "manifest.json", manifest)
+    with pytest.raises(InvalidData, match=r"manifest\.json: expected settings of this .*no_more"):
+        recommender(copied)
 
 
 def test_stages_of_two_runs_are_no_recommender(copied, tmp_path, encoder):

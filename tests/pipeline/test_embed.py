@@ -177,3 +177,27 @@ def test_movielens_brings_its_posters(shared_data: Path, tmp_path: Path) -> None
     have = [item in posters for item in items["item_id"]]
     present = tensors.get("image_present")
     assert (present is None and all(have)) or present.tolist() == have
+
+
+def test_behavior_of_small_logs(catalog: list[str], encoder: Path, tmp_path: Path) -> None:
+    settings = [
+        *catalog,
+        f"embed.encoder={json.dumps(str(encoder))}",
+        "embed.template='{title}'",
+        "embed.behavior=4",
+    ]
+    # Behind the first item of every user come those of validation and test.
+    users = [word for word in WORDS[::3] for _ in range(3)][: len(WORDS)]
+    log = {"user_id": users, "item_id": list(WORDS), "timestamp": list(range(20))}
+    pl.DataFrame(log).write_parquet(tmp_path / "log.parquet")
+    with pytest.warns(RuntimeWarning, match="says nothing of behavior"):
+        run(tmp_path / "run", settings)
+    assert set(load_file(tmp_path / "run/embed/embeddings.safetensors")) == {"text"}
+    for name in ("items", "log"):
+        pl.read_parquet(tmp_path / f"{name}.parquet")[:1].write_parquet(
+            tmp_path / f"{name}.parquet"
+        )
+    with pytest.raises(
+        InvalidArgument, match=r"embed\.behavior: expected null .* got 4; add --set"
+    ):
+        run(tmp_path / "one", settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,9 +119,45 @@ def test_files_of_others_stay_and_are_said(tmp_path, name):
     folder = tmp_path / "other" / name
     folder.mkdir(parents=True)
     (folder / "mine.txt").write_text("precious")
-    with pytest.raises(InvalidArgument, match=f"output: expected a folder whose {name}/ is empty"):
+    refused = f"output: expected a folder whose {name}/ is empty"
+    with pytest.raises(InvalidArgument, match=refused):
+        run(FIRST, tmp_path / "other")
+    for mark in ("manifest.json", "started.json"):
+        (folder / mark).write_text('{"name": "of another tool"}')
+    with pytest.raises(InvalidArgument, match=refused):
         run(FIRST, tmp_path / "other")
     assert (folder / "mine.txt").read_text() == "precious"
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / name).write_text("mine")
+    with pytest.raises(InvalidArgument, match=refused):
+        run(FIRST, tmp_path / "file")
+
+
+def test_cut_off_while_other_work_is_dropped_the_folder_is_still_known(tmp_path, monkeypatch):
+    def fails(work: Workspace) -> None:
+        for name in "ab":
+            (work.folder / name).mkdir()
+            (work.folder / name / "part").write_text("part")
+        raise InvalidData("x", "y", "z")
+
+    with pytest.raises(InvalidData):
+        run(Stage("first", (), fails), tmp_path, "b")
+    rmtree = shutil.rmtree
+
+    def cut(path: Path) -> None:
+        rmtree(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(FIRST, tmp_path)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "first.partial").rglob("part"))) == 1
+    assert run(FIRST, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == [
+        "manifest.json",
+        "out.txt",
+    ]
 
 
 def test_stages_that_do_not_belong_together_are_not_combined(tmp_path):
@@ -135,12 +172,30 @@ def test_stages_that_do_not_belong_together_are_not_combined(tmp_path):
     assert run(FIRST, tmp_path, "b") and run(SECOND, tmp_path) and run(third, tmp_path)
 
 
+def test_outputs_of_an_older_version_are_taken_once_they_are_known_to_be_current(tmp_path):
+    assert run(FIRST, tmp_path) and run(SECOND, tmp_path)
+    for name in ("first", "second"):
+        path = tmp_path / name / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["inputs"]
+        path.write_text(json.dumps(manifest))
+    with pytest.raises(InvalidData, match=r"first: .*those of an older version.*run: plum run"):
+        run(SECOND, tmp_path)
+    assert not run(FIRST, tmp_path) and not run(SECOND, tmp_path)
+    check_inputs(tmp_path, ("first", "second"))
+    assert run(FIRST, tmp_path, "b")
+    with pytest.raises(InvalidData, match=r"second: expected outputs made from the first/ beside"):
+        check_inputs(tmp_path, ("second",))
+
+
 @pytest.mark.parametrize("manifest", ["{}", "{", "[]"])
 def test_a_manifest_that_is_none_is_made_again(tmp_path, manifest):
     run(FIRST, tmp_path)
     (tmp_path / "first" / "manifest.json").write_text(manifest)
     with pytest.raises(InvalidData, match="run: plum first"):
         run(SECOND, tmp_path)
+    with pytest.raises(InvalidData, match="first: expected outputs with a manifest"):
+        check_inputs(tmp_path, ("first",))
     assert run(FIRST, tmp_path) and run(SECOND, tmp_path)
 
 

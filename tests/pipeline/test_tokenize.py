@@ -23,7 +23,8 @@ def prepare(run: Path) -> None:
     (run / "embed").mkdir()
     save_file({"text": x}, run / "embed" / "embeddings.safetensors")
     for name in ("data", "embed"):
-        write_json(run / name / "manifest.json", {"outputs": {}})
+        manifest = {"fingerprint": name, "settings": {}, "seed": 0, "inputs": {}, "outputs": {}}
+        write_json(run / name / "manifest.json", manifest)
 
 
 class Cut(Exception):

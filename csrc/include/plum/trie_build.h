@@ -22,7 +22,7 @@ struct Catalog {
 //   columns      [depth, items]; the distinct SIDs fill the front of each column
 //   order        [items] the items by SID, those of one SID as they came; items < 2^32
 //   item_starts  [items + 1] where the items of each SID begin in `order`, closed by their number
-int64_t sort_sids(const Catalog& catalog, uint16_t* columns, uint32_t* order, int64_t* item_starts);
+int64_t sort_sids(const Catalog& catalog, uint16_t* columns, int64_t* order, int64_t* item_starts);
 
 // A sorted table [depth, rows] of distinct SIDs, `stride` codes from column to column.
 struct SidColumns {
