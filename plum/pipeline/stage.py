@@ -212,8 +212,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _is_mark(path: Path) -> bool:
     """Tells whether a file is a manifest of ours, be it damaged, and not that of another tool."""
-    content = _content(path)
-    return path.is_file() and (not content or "fingerprint" in content)
+    return path.is_file() and "fingerprint" in (_content(path) or {"fingerprint": None})
 
 
 def _holds_files(folder: Path) -> bool:

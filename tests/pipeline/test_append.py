@@ -165,15 +165,21 @@ def test_a_suffix_that_the_generator_has_no_token_for(tmp_path, encoder):
         append_items(tmp_path / "run", new)
 
 
-def test_of_new_items_rq_kmeans_too_knows_no_behavior(tmp_path, encoder):
+@pytest.mark.parametrize("collisions", ["accept", "balanced"])
+def test_of_new_items_rq_kmeans_too_knows_no_behavior(tmp_path, encoder, collisions):
+    """With ``balanced`` and a depth generator this is the shape of the preset cpu."""
     folder = tmp_path / "run"
-    run(folder, encoder, "tokenize.kind=rq-kmeans", "tokenize.collisions=accept")
+    base = "finetune.base=scratch:depth-tiny"
+    run(folder, encoder, base, "tokenize.kind=rq-kmeans", f"tokenize.collisions={collisions}")
     table = append_items(folder, write_new(tmp_path / "n.parquet", folder, ["x"], [3]))
     vectors = load_file(folder / "embed" / "embeddings.safetensors")
     inputs = {"text": vectors["text"][3:4], "behavior": torch.zeros(1, 6)}
     codes = load_tokenizer(folder / "tokenize" / "model").encode(inputs)
-    assert table.codes[-1].tolist() == codes[0].tolist()
-    assert "x" in {item.item_id for item in recommender(folder).recommend(["x", "item-1"][:0], 61)}
+    # What balances moves an item to another code of the last level.
+    kept = 3 if collisions == "accept" else 2
+    assert table.codes[-1, :kept].tolist() == codes[0, :kept].tolist()
+    found = recommender(folder).recommend([table.item_ids[0]], 60)
+    assert len(found) == 60 and "x" in {item.item_id for item in found}
 
 
 def test_settings_that_were_asked_for_and_not_run_do_not_count(copied, tmp_path, encoder):

@@ -187,8 +187,8 @@ def test_behavior_of_small_logs(catalog: list[str], encoder: Path, tmp_path: Pat
         "embed.behavior=4",
     ]
     # Behind the first item of every user come those of validation and test.
-    users = [word for word in WORDS[::3] for _ in range(3)][: len(WORDS)]
-    log = {"user_id": users, "item_id": list(WORDS), "timestamp": list(range(20))}
+    users = [word for word in WORDS[:6] for _ in range(3)]
+    log = {"user_id": users, "item_id": list(WORDS[:18]), "timestamp": list(range(18))}
     pl.DataFrame(log).write_parquet(tmp_path / "log.parquet")
     with pytest.warns(RuntimeWarning, match="says nothing of behavior"):
         run(tmp_path / "run", settings)
