@@ -125,16 +125,16 @@ def assess(source: TableSource, *, seed: int = 0) -> dict[str, Any]:
     torch_rows = torch.from_numpy(rows)
     vectors = {name: x[torch_rows].float() for name, x in source.embeddings.items()}
     present = {name: mask[torch_rows] for name, mask in (source.present or {}).items()}
+    # What an item lacks cannot be reconstructed.
+    whole = torch.ones(len(rows), dtype=torch.bool)
+    for mask in present.values():
+        whole &= mask
     model = source.tokenizer
-    if model is not None:
+    if model is not None and whole.any():
         latents = latents_of(model, vectors, present or None)
         # Those of the table, which a collision policy may have moved.
         codes = torch.from_numpy(table.codes)[torch_rows, : len(model.quantizer.codebook_sizes)]
         decoded = model.decode(codes)
-        # What an item lacks cannot be reconstructed.
-        whole = torch.ones(len(rows), dtype=torch.bool)
-        for mask in present.values():
-            whole &= mask
         sample = quality_report(
             codes[whole],
             model.quantizer.codebook_sizes,

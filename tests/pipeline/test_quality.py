@@ -131,6 +131,13 @@ def test_items_of_a_run_that_lack_a_modality(tmp_path, kind):
     assert report["similarity"]["behavior"]["mean"] == pytest.approx(own["mean"])
     cosine = torch.cosine_similarity(latents, model.quantizer.decode(codes), dim=1)[present].mean()
     assert report["quantization"]["cosine"] == pytest.approx(float(cosine), abs=1e-5)
+    # No item has everything.
+    save_file(
+        {**vectors, "behavior_present": present, "text_present": ~present},
+        tmp_path / "embed" / "embeddings.safetensors",
+    )
+    report = assess(open_table(tmp_path))
+    assert set(report["similarity"]) == {"text", "behavior"} and "quantization" not in report
 
 
 def test_moved_codes_are_those_that_are_measured(catalog, tmp_path):
