@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from plum.config import resolve_config
 from plum.data import sequences_of
 from plum.errors import InvalidArgument, InvalidData
+from plum.files import locked
 from plum.lm import FinetuneConfig
 from plum.pipeline import stages
 from plum.pipeline.recommender import Recommender
@@ -137,6 +138,8 @@ def test_a_generator_with_one_position_per_item_takes_the_same_place(finished, e
         recommender.recommend([], 5)
     with pytest.raises(InvalidArgument, match="scratch:depth-small"):
         run(folder, encoder, "finetune.base=scratch:depth-huge")
+    with pytest.raises(InvalidArgument, match=r"finetune\.lora_rank: .* scratch:depth-tiny, got 4"):
+        run(folder, encoder, *depth, "finetune.lora_rank=4")
 
 
 def test_fine_tuning_starts_from_what_was_pre_trained(finished, encoder, tmp_path):
@@ -184,6 +187,19 @@ def test_does_only_what_changed(finished, encoder, tmp_path):
     # The samples are made with the search of evaluate.
     valid = ("recommend.num_users=2", "finetune.epochs=1", "evaluate.score=valid")
     assert run(folder, encoder, *valid) == ["evaluate", "recommend"]
+
+
+def test_what_is_not_its_own_is_refused_before_any_work(encoder, tmp_path):
+    mine = tmp_path / "evaluate" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(InvalidArgument, match=r"output: expected a folder whose evaluate/"):
+        run(tmp_path, encoder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["evaluate", "notes.txt"]
+    mine.unlink()
+    with locked(tmp_path), pytest.raises(InvalidData, match="another process works on"):
+        run(tmp_path, encoder)
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / "data").exists()
 
 
 def test_recommender_of_a_run(finished):
