@@ -237,7 +237,8 @@ class DeviceBatches:
         """
         kept = [np.asarray(history, dtype=np.int64) for history in histories if len(history) > 1]
         if not kept:
-            raise InvalidData("histories", "at least one with two items", "none")
+            hint = "the last two items of a user are held out: four are needed to train on two"
+            raise InvalidData("histories", "at least one with two items", "none", hint)
         lengths = np.array([len(history) for history in kept], dtype=np.int64)
         self._offsets = np.cumsum(lengths) - lengths
         self._items = torch.from_numpy(np.concatenate(kept)).to(device)

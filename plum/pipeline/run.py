@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plum.config import Config
-from plum.errors import InvalidData
+from plum.errors import InvalidArgument, InvalidData
 from plum.files import locked, read_json, write_json, write_text
 from plum.pipeline.html_report import write_html_report
 from plum.pipeline.stage import Progress
@@ -56,6 +56,11 @@ def run_stages(
     stages = [STAGES[name] for name in names]
     for stage in stages:
         stage.check_folders(run_dir)
+    if not (run_dir / "config.json").exists():
+        for name in ("metrics.json", "report.html"):
+            if (run_dir / name).exists():
+                expected = f"the folder of a run, or one without a {name}"
+                raise InvalidArgument("output", expected, f"{run_dir}", "take another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
     outcomes = []
     with locked(run_dir):

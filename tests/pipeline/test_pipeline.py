@@ -197,6 +197,12 @@ def test_what_is_not_its_own_is_refused_before_any_work(encoder, tmp_path):
         run(tmp_path, encoder)
     assert [path.name for path in tmp_path.rglob("*")] == ["evaluate", "notes.txt"]
     mine.unlink()
+    for name in ("metrics.json", "report.html"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(InvalidArgument, match=f"output: expected .* one without a {name}"):
+            run(tmp_path, encoder)
+        assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "config.json").exists()
+        (tmp_path / name).unlink()
     with locked(tmp_path), pytest.raises(InvalidData, match="another process works on"):
         run(tmp_path, encoder)
     assert not (tmp_path / "config.json").exists() and not (tmp_path / "data").exists()
