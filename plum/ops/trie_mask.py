@@ -34,7 +34,9 @@ def trie_mask(
 ) -> Tensor:
     """Copies logits with -inf wherever no legal child of its state is: :func:`trie_mask_`.
 
-    A new tensor costs no more than masking in place, because illegal logits are not read.
+    Illegal logits are not read, so few rows take no longer than in place. Of many the memory does:
+    Linux hands out that of a large tensor page by page, unless torch asks for large pages
+    (``THP_MEM_ALLOC_ENABLE=1`` in the environment). Mask those in place where you can.
 
     Args:
         logits: As :func:`trie_mask_` takes them; rows may share memory.
