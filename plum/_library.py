@@ -47,9 +47,16 @@ class Backend:
     missing: Callable[[], str | None]
     fits: Callable[..., bool] = lambda *arguments: True
 
+    def missing_on(self, device: torch.device | None) -> str | None:
+        """Returns what :attr:`missing` says with a GPU as the current device."""
+        if device is None or device.type != "cuda":
+            return self.missing()
+        with torch.cuda.device(device):
+            return self.missing()
+
     def why_not(self, device: torch.device | None = None) -> str | None:
         """Returns why the automatic choice leaves it out on a device of its type, or None."""
-        reason = self.missing()
+        reason = self.missing_on(device)
         if reason is not None or self.device == "cpu":
             return reason
         setting = os.environ.get(GPU_KERNELS, "auto")
@@ -108,7 +115,7 @@ class Op:
         if backend not in self.backends:
             have = ", ".join(["reference", *self.backends])
             raise BackendUnavailable(f"{self.name} has no backend {backend!r}; it has: {have}")
-        reason = self.backends[backend].missing()
+        reason = self.backends[backend].missing_on(args[0].device)
         if reason is not None:
             raise BackendUnavailable(f"{self.name}: backend {backend!r} cannot run here: {reason}")
         return _on_its_device(self.backends[backend])(*args)

@@ -393,8 +393,6 @@ def _resolve(
         if not (isinstance(base, dict) and {"seed", "data"} <= base.keys()):
             hint = "choose another folder, as a run keeps its own there"
             raise InvalidData(saved, "the configuration of a run", "a file of something else", hint)
-    if dataset is not None:
-        base = None
     return resolve_config(preset=preset, dataset=dataset, file=file, settings=settings, base=base)
 
 

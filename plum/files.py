@@ -70,6 +70,9 @@ def _take_place(temporary: Path, path: Path, replace: bool) -> None:
     """Renames a folder to ``path``; what is there, and must not have files, steps aside first."""
     while True:
         if replace and path.exists():
+            # What an earlier kill has left must not be put back in its place.
+            for leftover in _leftovers(path, "old"):
+                shutil.rmtree(leftover)
             os.replace(path, temporary.with_suffix(".old"))
         try:
             os.replace(temporary, path)
@@ -107,22 +110,29 @@ def locked(folder: str | Path) -> Iterator[None]:
     Raises:
         InvalidData: another process works on the folder.
     """
-    with open(Path(folder) / ".lock", "a", encoding="utf-8") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InvalidData(
-                    folder,
-                    "a folder that nothing else writes to",
-                    "one that another process works on",
-                    "wait until it has ended",
-                ) from None
-            except OSError as error:
-                # Some network file systems have no locks.
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                    raise
+    if fcntl is None:
         yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InvalidData(
+            folder,
+            "a folder that nothing else writes to",
+            "one that another process works on",
+            "wait until it has ended",
+        ) from None
+    except OSError as error:
+        # Some network file systems have no locks, or none of folders.
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EBADF):
+            os.close(descriptor)
+            raise
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -149,6 +149,28 @@ def test_a_writer_that_was_faster_than_a_reader(tmp_path, monkeypatch):
     assert (target / "w").read_text() == "2"
 
 
+def test_after_two_kills_the_newest_whole_folder_is_put_back(tmp_path, monkeypatch):
+    target, replace = tmp_path / "model", os.replace
+    for version in ("1", "2"):
+        with atomic_folder(target) as folder:
+            (folder / "w").write_text(version)
+    # What a kill behind the swap has left.
+    (tmp_path / ".model.00000000.old").mkdir()
+    (tmp_path / ".model.00000000.old" / "w").write_text("1")
+
+    def killed(source, to):
+        if str(to) == str(target):
+            raise KeyboardInterrupt
+        replace(source, to)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as folder:
+        (folder / "w").write_text("3")
+    monkeypatch.undo()
+    settle_folder(target)
+    assert (target / "w").read_text() == "2"
+
+
 def test_a_folder_is_worked_on_by_one_at_a_time(tmp_path):
     pytest.importorskip("fcntl")
     with locked(tmp_path):

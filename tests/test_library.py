@@ -120,3 +120,27 @@ def test_cuda_code_runs_on_its_own_major_version_and_ptx_on_later_ones(
     architectures, capability, runs
 ):
     assert _native.runs_on(architectures, capability) is runs
+
+
+def test_a_backend_is_asked_about_the_gpu_of_the_tensors(monkeypatch):
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(torch.device(index).index)
+        yield
+        current.pop()
+
+    only_on_one = Backend(
+        "cuda", "cuda", lambda tensor: "cuda", lambda: None if current[-1] == 1 else "too old"
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setenv("PLUM_GPU_KERNELS", "on")
+    run = _library._on_a_gpu("an_op", [only_on_one], lambda tensor: "reference")
+    first, second = (
+        SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)) for index in (0, 1)
+    )
+    assert run(second) == "cuda"
+    with pytest.warns(match="too old"):
+        assert run(first) == "reference"

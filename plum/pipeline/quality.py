@@ -21,6 +21,7 @@ from plum.ops import dead_codes
 from plum.pipeline import report_plots
 from plum.pipeline.embedding_file import EmbeddingFile, latents_of, load_embeddings
 from plum.pipeline.html_report import page_template
+from plum.pipeline.stage import check_inputs, read_manifest
 from plum.quantize import RQVAE, Tokenizer, load_tokenizer
 from plum.sid import SidTable, quality_report, read_sids
 
@@ -85,6 +86,8 @@ def open_table(
         run = None
     else:
         run = path if (path / "tokenize" / "table").is_dir() else None
+        if run is not None and read_manifest(run, "tokenize") is not None:
+            check_inputs(run, ("tokenize",))
         table = SidTable.load(path / "tokenize" / "table" if run else path)
         if codebook_sizes is not None and tuple(codebook_sizes) != table.codebook_sizes:
             expected = f"{list(table.codebook_sizes)}, as {path} says"

@@ -211,8 +211,8 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _is_mark(path: Path) -> bool:
-    """Tells whether a file is a manifest of ours, be it damaged, and not that of another tool."""
-    return path.is_file() and "fingerprint" in (_content(path) or {"fingerprint": None})
+    """Tells whether a file is a manifest of ours, and not that of another tool."""
+    return path.is_file() and "fingerprint" in _content(path)
 
 
 def _holds_files(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import polars as pl
 import torch
 
 from plum.errors import InvalidArgument
-from plum.files import atomic_folder, atomic_path, read_json, write_json
+from plum.files import atomic_folder, atomic_path, locked, read_json, write_json
 from plum.pipeline.embedding_file import ROWS_PER_CHUNK, EmbeddingFile
 from plum.quantize import Tokenizer, fit_tokenizer, load_tokenizer
 from plum.quantize.inputs import check_seed
@@ -64,7 +65,8 @@ def tokenize_parquet(
     Raises:
         InvalidArgument: an argument is out of range, or ``output`` holds the table of another call
             or files that no such call wrote.
-        InvalidData: the file is not as above, or an id is in it twice.
+        InvalidData: the file is not as above, an id is in it twice, or another process works on
+            ``output``.
     """
     sizes = [int(size) for size in codebook_sizes]
     if not sizes or min(sizes) < 1:
@@ -91,40 +93,43 @@ def tokenize_parquet(
         "seed": seed,
         **options,
     }
-    started = {"settings": settings, "embeddings": _identity(file.path)}
-    if _is_done(output, started):
-        if _begun(output / _PARTIAL) == started:
-            _discard(output / _PARTIAL)
-        return SidTable.load(output)
-    _check_model(output, tokenizer)
-    file.check_ids()
-    partial = _resume(output, started)
-    if not (partial / _MODEL / "config.json").exists():
-        if tokenizer is None:
-            rows = max(65536, 256 * max(sizes)) if sample_rows is None else sample_rows
-            fitted = fit_tokenizer(
-                file.sample(rows, seed),
-                kind,
-                codebook_sizes=sizes,
-                latent_dim=latent_dim,
-                seed=seed,
-                progress=progress_of("fit"),
-                **options,
-            )
-        else:
-            fitted = load_tokenizer(tokenizer)
-        fitted.save_pretrained(partial / _MODEL)
-    model = load_tokenizer(partial / _MODEL)
-    ids, codes = _encode(file, model, partial, set(), progress_of("encode"))
-    codes, sizes_now = _resolve(file, model, ids, codes, collisions)
-    table = SidTable(ids, codes, sizes_now)
-    # The settings come first: they say that a model beside them is of such a call.
-    write_json(output / _SETTINGS, started)
-    with atomic_folder(output / _MODEL) as fresh:
-        model.save_pretrained(fresh)
-    table.save_generation(output)
-    _discard(partial)
-    return table
+    # As they are read back: a tuple among the options becomes a list.
+    started = json.loads(json.dumps({"settings": settings, "embeddings": _identity(file.path)}))
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        if _is_done(output, started):
+            if _begun(output / _PARTIAL) == started:
+                _discard(output / _PARTIAL)
+            return SidTable.load(output)
+        _check_model(output, tokenizer)
+        file.check_ids()
+        partial = _resume(output, started)
+        if not (partial / _MODEL / "config.json").exists():
+            if tokenizer is None:
+                rows = max(65536, 256 * max(sizes)) if sample_rows is None else sample_rows
+                fitted = fit_tokenizer(
+                    file.sample(rows, seed),
+                    kind,
+                    codebook_sizes=sizes,
+                    latent_dim=latent_dim,
+                    seed=seed,
+                    progress=progress_of("fit"),
+                    **options,
+                )
+            else:
+                fitted = load_tokenizer(tokenizer)
+            fitted.save_pretrained(partial / _MODEL)
+        model = load_tokenizer(partial / _MODEL)
+        ids, codes = _encode(file, model, partial, set(), progress_of("encode"))
+        codes, sizes_now = _resolve(file, model, ids, codes, collisions)
+        table = SidTable(ids, codes, sizes_now)
+        # The settings come first: they say that a model beside them is of such a call.
+        write_json(output / _SETTINGS, started)
+        with atomic_folder(output / _MODEL) as fresh:
+            model.save_pretrained(fresh)
+        table.save_generation(output)
+        _discard(partial)
+        return table
 
 
 def append_parquet(
@@ -148,28 +153,30 @@ def append_parquet(
 
     Raises:
         InvalidArgument: ``output`` is no such folder.
-        InvalidData: the file is not as above, or an id is in it twice.
+        InvalidData: the file is not as above, an id is in it twice, or another process works on
+            ``output``.
     """
     output = _folder(output)
     if not (output / _SETTINGS).exists() or not list(output.glob("generation-*")):
         raise InvalidArgument(
             "output", "a folder with a table to append to", output, "run it without append first"
         )
-    settings = read_json(output / _SETTINGS)["settings"]
-    parent = SidTable.load(output)
-    model = load_tokenizer(output / _MODEL)
-    file = EmbeddingFile(embeddings, settings["modalities"])
-    file.check_ids()
-    started = {"parent": parent.digest, "embeddings": _identity(file.path)}
-    partial = _resume(output, started)
-    ids, codes = _encode(file, model, partial, set(parent.item_ids), progress_of("encode"))
-    table = parent
-    if ids:
-        codes, sizes = _resolve(file, model, ids, codes, settings["collisions"], parent)
-        table = parent.extended(ids, codes, sizes)
-        table.save_generation(output)
-    _discard(partial)
-    return table
+    with locked(output):
+        settings = read_json(output / _SETTINGS)["settings"]
+        parent = SidTable.load(output)
+        model = load_tokenizer(output / _MODEL)
+        file = EmbeddingFile(embeddings, settings["modalities"])
+        file.check_ids()
+        started = {"parent": parent.digest, "embeddings": _identity(file.path)}
+        partial = _resume(output, started)
+        ids, codes = _encode(file, model, partial, set(parent.item_ids), progress_of("encode"))
+        table = parent
+        if ids:
+            codes, sizes = _resolve(file, model, ids, codes, settings["collisions"], parent)
+            table = parent.extended(ids, codes, sizes)
+            table.save_generation(output)
+        _discard(partial)
+        return table
 
 
 def _folder(path: str | Path) -> Path:

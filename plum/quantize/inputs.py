@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ def check_seed(seed: int) -> None:
     Raises:
         InvalidArgument: it is no int in [0, 2^63).
     """
-    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise InvalidArgument("seed", "an int in [0, 2^63)", repr(seed))
 
 

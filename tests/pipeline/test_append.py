@@ -18,6 +18,7 @@ from plum.errors import InvalidArgument, InvalidData
 from plum.files import locked, read_json, write_json
 from plum.pipeline import append
 from plum.pipeline.append import append_items
+from plum.pipeline.quality import open_table
 from plum.pipeline.recommender import Recommender, open_catalog
 from plum.pipeline.run import run_stages
 from plum.quantize import load_tokenizer
@@ -243,3 +244,12 @@ def test_appended_items_that_come_into_the_catalog(finished, tmp_path, encoder):
     table = append_items(tmp_path / "run", new)
     assert sorted(table.item_ids) == sorted([*items["item_id"], "x", "y"])
     assert recommender(tmp_path / "run").dataset.items["age"].to_list().count(None) == 1
+
+
+def test_a_table_is_not_measured_by_the_embeddings_of_another(copied, encoder):
+    open_table(copied)
+    config = resolve_config(preset="demo", settings=[*SETTINGS, encoder, "seed=7"])
+    quiet = {"progress_of": lambda stage: lambda done, total: None}
+    run_stages(config, copied, ["data", "embed"], **quiet)
+    with pytest.raises(InvalidData, match=r"tokenize: expected outputs made from the data/"):
+        open_table(copied)

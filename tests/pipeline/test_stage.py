@@ -188,15 +188,17 @@ def test_outputs_of_an_older_version_are_taken_once_they_are_known_to_be_current
         check_inputs(tmp_path, ("second",))
 
 
-@pytest.mark.parametrize("manifest", ["{}", "{", "[]"])
-def test_a_manifest_that_is_none_is_made_again(tmp_path, manifest):
+@pytest.mark.parametrize("manifest", ["{}", "{", "[]", '{"text": "a"}\n{"text": "b"}'])
+def test_a_manifest_that_is_none_keeps_what_is_beside_it(tmp_path, manifest):
     run(FIRST, tmp_path)
     (tmp_path / "first" / "manifest.json").write_text(manifest)
     with pytest.raises(InvalidData, match="run: plum first"):
         run(SECOND, tmp_path)
     with pytest.raises(InvalidData, match="first: expected outputs with a manifest"):
         check_inputs(tmp_path, ("first",))
-    assert run(FIRST, tmp_path) and run(SECOND, tmp_path)
+    with pytest.raises(InvalidArgument, match=r"or was written by plum, got files of others"):
+        run(FIRST, tmp_path)
+    assert (tmp_path / "first" / "out.txt").read_text() == "a"
 
 
 SCRIPT = """

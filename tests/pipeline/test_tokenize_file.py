@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from plum.errors import InvalidArgument, InvalidData, PlumError
-from plum.files import read_json
+from plum.files import locked, read_json
 from plum.pipeline import embedding_file
 from plum.pipeline.embedding_file import EmbeddingFile
 from plum.pipeline.tokenize_file import append_parquet, tokenize_parquet
@@ -424,3 +424,23 @@ def test_append_names_what_is_wrong(tmp_path):
         append_parquet(path, tmp_path / "t")
     assert read_json(tmp_path / "t" / "tokenize.json")["settings"]["kind"] == "rq-kmeans"
     assert SidTable.load(tmp_path / "t").generation == 0
+
+
+def test_one_call_at_a_time_works_on_a_table(tmp_path):
+    write_items(tmp_path / "e.parquet", IDS)
+    tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", **SMALL)
+    write_items(tmp_path / "more.parquet", ["x", "y"])
+    with locked(tmp_path / "t"):
+        for call in (append_parquet, tokenize_parquet):
+            with pytest.raises(InvalidData, match="another process works on"):
+                call(tmp_path / "more.parquet", tmp_path / "t")
+    assert append_parquet(tmp_path / "more.parquet", tmp_path / "t").item_ids[-2:] == ["x", "y"]
+
+
+def test_the_same_call_is_known_by_options_that_json_writes_otherwise(tmp_path):
+    write_items(tmp_path / "e.parquet", IDS)
+    options = {"kind": "rq-vae", "hidden_dims": (8,), "epochs": 1, **SMALL}
+    first = tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", **options)
+    assert (
+        tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", **options).digest == first.digest
+    )
