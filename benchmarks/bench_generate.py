@@ -62,13 +62,18 @@ class Case:
     tokens: Tensor
 
 
-@functools.lru_cache(maxsize=1)
-def make_case(levels: int, full: bool) -> Case:
+def make_catalog(words: int, levels: int) -> tuple[SidTrie, Tensor]:
+    """The trie of random SIDs, with tokens behind a vocabulary of words, and its SIDs as tokens."""
     random = np.random.default_rng(levels)
     codes = (CODES * random.random((ITEMS, levels)) ** 2).astype(np.int64)
-    offsets = [WORDS + CODES * level for level in range(levels)]
+    offsets = [words + CODES * level for level in range(levels)]
     trie = SidTrie.from_codes(codes, codebook_sizes=[CODES] * levels, token_offsets=offsets)
-    tokens = trie.codes_at(torch.arange(trie.num_sids)) + torch.tensor(offsets)
+    return trie, trie.codes_at(torch.arange(trie.num_sids)) + torch.tensor(offsets)
+
+
+@functools.lru_cache(maxsize=1)
+def make_case(levels: int, full: bool) -> Case:
+    trie, tokens = make_catalog(WORDS, levels)
     layers, width = (12, 768) if full else (4, 256)
     torch.manual_seed(0)
     # Wider than GPT-2's 0.02, whose first logits are nearly equal.

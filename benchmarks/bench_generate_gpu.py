@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,19 +19,18 @@ from torch.nn import functional
 
 from benchmarks.bench_generate import (
     CODES,
-    ITEMS,
     PEER,
     PROVIDERS,
     SEARCHES,
     WORDS,
     Case,
+    make_catalog,
     share_equal,
 )
 from benchmarks.ceilings import ceiling
 from benchmarks.measure import measure, record
 from benchmarks.peers import generate_ours
 from benchmarks.worker import Job
-from plum.trie import SidTrie
 
 transformers = pytest.importorskip("transformers")
 
@@ -73,11 +71,7 @@ def make_config(kind: str, vocabulary: int) -> Any:
 def make_case(kind: str, levels: int) -> Case:
     """A model in fp32 and the trie, on the GPU."""
     words = WORDS if kind == "gpt2" else QWEN_WORDS
-    random = np.random.default_rng(levels)
-    codes = (CODES * random.random((ITEMS, levels)) ** 2).astype(np.int64)
-    offsets = [words + CODES * level for level in range(levels)]
-    trie = SidTrie.from_codes(codes, codebook_sizes=[CODES] * levels, token_offsets=offsets)
-    tokens = trie.codes_at(torch.arange(trie.num_sids)) + torch.tensor(offsets)
+    trie, tokens = make_catalog(words, levels)
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(

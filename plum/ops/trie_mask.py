@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -195,17 +195,15 @@ _op = Op(
 )
 
 
-def _copy_reference(
-    logits: Tensor,
-    states: Tensor,
-    index: Sequence[Tensor],
-    level: int,
-    levels: Tensor | None,
-    columns: Sequence[int],
-) -> Tensor:
-    masked = logits.clone(memory_format=torch.contiguous_format)
-    _reference(masked, states, index, level, levels, columns)
-    return masked
+def _copied(mask: Callable[..., None]) -> Callable[..., Tensor]:
+    """Returns what masks a copy in place."""
+
+    def copy_op(logits: Tensor, *rest: Any) -> Tensor:
+        masked = logits.clone(memory_format=torch.contiguous_format)
+        mask(masked, *rest)
+        return masked
+
+    return copy_op
 
 
 def _copy_cpu(
@@ -223,19 +221,6 @@ def _copy_cpu(
     return masked
 
 
-def _copy_triton(
-    logits: Tensor,
-    states: Tensor,
-    index: Sequence[Tensor],
-    level: int,
-    levels: Tensor | None,
-    columns: Sequence[int],
-) -> Tensor:
-    masked = logits.clone(memory_format=torch.contiguous_format)
-    _triton(masked, states, index, level, levels, columns)
-    return masked
-
-
 def _copy_fake(
     logits: Tensor,
     states: Tensor,
@@ -250,10 +235,10 @@ def _copy_fake(
 _copy_op = Op(
     "trie_mask(Tensor logits, Tensor states, Tensor[] index, int level, Tensor? levels,"
     " int[] columns) -> Tensor",
-    reference=_copy_reference,
+    reference=_copied(_reference),
     fake=_copy_fake,
     backends=[
         Backend("cpu", "cpu", _copy_cpu, _native.missing),
-        Backend("triton", "cuda", _copy_triton, _native.missing_triton),
+        Backend("triton", "cuda", _copied(_triton), _native.missing_triton),
     ],
 )

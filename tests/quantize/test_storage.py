@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from plum.errors import InvalidData
 from plum.quantize import ResidualQuantizer, load_tokenizer, storage
 
+from .test_residual_quantizer import fitted
+
 NEW = "save the module again, or delete config.json"
 
 
@@ -77,3 +79,25 @@ def test_a_broken_configuration_in_the_weights_is_named(tmp_path):
     save_file(load_file(weights), weights, metadata={"config": "{"})
     with pytest.raises(InvalidData, match=r"model\.safetensors: expected a safetensors file"):
         ResidualQuantizer.from_pretrained(tmp_path)
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    with pytest.raises(InvalidData, match="no such folder"):
+        ResidualQuantizer.from_pretrained(tmp_path / "absent")
+    model = fitted()
+    model.save_pretrained(tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InvalidData, match=r"model\.safetensors"):
+        ResidualQuantizer.from_pretrained(tmp_path / "m")
+    weights.unlink()
+    with pytest.raises(InvalidData, match="no such file"):
+        ResidualQuantizer.from_pretrained(tmp_path / "m")
+    ResidualQuantizer(12, (4,)).save_pretrained(tmp_path / "small")
+    weights.write_bytes((tmp_path / "small" / "model.safetensors").read_bytes())
+    with pytest.raises(InvalidData, match="was saved with"):
+        ResidualQuantizer.from_pretrained(tmp_path / "m")
+    save_file(load_file(weights), weights)
+    with pytest.raises(InvalidData, match=r"fit config\.json"):
+        ResidualQuantizer.from_pretrained(tmp_path / "m")
