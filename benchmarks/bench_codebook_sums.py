@@ -1,7 +1,8 @@
 """Throughput of codebook_sums beside torch's index_add and the product with one-hot codes.
 
-plum's sums are asserted to be those of the reference bit for bit; the peers sum in fp32 and have to
-come close. A row costs D additions a level; the floor is moving the rows in and the sums out.
+plum's sums are asserted to be those of the reference, in C++ bit for bit; the peers sum in fp32 and
+have to come close. A row costs D additions a level; the floor is moving the rows in and the sums
+out.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def _measure(benchmark, job, budget, provider, shape, inputs, group, **options) 
     x, codes, books, expected = inputs
 
     def check(sums: Tensor) -> None:
-        if provider.startswith("plum"):
+        if provider == "plum triton":  # adds in another order
+            torch.testing.assert_close(sums.cpu(), expected, rtol=1e-12, atol=1e-9)
+        elif provider.startswith("plum"):
             assert torch.equal(sums.cpu(), expected)
         else:
             torch.testing.assert_close(sums.cpu().double(), expected, rtol=1e-3, atol=1e-3)

@@ -39,6 +39,7 @@ class Backend:
         missing: Returns why it cannot run on this machine, or None when it can.
         fits: Says whether it takes these arguments; the automatic choice passes it by where it
             does not.
+        proven: Major compute capabilities on which the automatic choice takes it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Backend:
     run: Callable[..., Any]
     missing: Callable[[], str | None]
     fits: Callable[..., bool] = lambda *arguments: True
+    proven: Sequence[int] = PROVEN
 
     def missing_on(self, device: torch.device | None) -> str | None:
         """Returns what :attr:`missing` says with a GPU as the current device."""
@@ -71,7 +73,7 @@ class Backend:
         if torch.version.hip is not None:
             return f"it has not run on ROCm yet; {GPU_KERNELS}=on takes it"
         major, minor = torch.cuda.get_device_capability(device)
-        if major in PROVEN:
+        if major in self.proven:
             return None
         return (
             f"it has not run on compute capability {major}.{minor} yet; {GPU_KERNELS}=on takes it"

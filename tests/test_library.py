@@ -90,6 +90,13 @@ def test_gpus_that_no_kernel_has_run_on_take_the_reference(
         assert run(2) == taken, "the warning comes once"
 
 
+def test_a_kernel_that_no_gpu_has_run_is_no_default(monkeypatch):
+    new = Backend("triton", "cuda", lambda *args: "triton", lambda: None, proven=())
+    with pytest.warns(match="has not run on compute capability 9.0 yet"):
+        assert gpu(monkeypatch, (9, 0), "auto", new)(1) == "reference"
+    assert gpu(monkeypatch, (9, 0), "on", new)(1) == "triton"
+
+
 def test_other_settings_and_rocm(monkeypatch):
     with pytest.raises(InvalidArgument, match="PLUM_GPU_KERNELS: expected auto, on or off, got"):
         gpu(monkeypatch, (9, 0), "yes", backend("triton"))(1)

@@ -45,7 +45,7 @@ def codebook_sums(
         codebooks: ``L`` tensors ``[K_l, D]``, or one packed ``[ΣK, D]`` with ``sizes``: those that
             the codes were found with.
         sizes: ``K_l`` of a packed ``codebooks``.
-        backend: ``"reference"`` or ``"cpu"`` forces one.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"`` forces one.
 
     Returns:
         fp64 ``[ΣK, D]``, level by level; zero rows for codes that no row is on.
@@ -109,9 +109,21 @@ def _cpu(x: Tensor, codes: Tensor, codebooks: Tensor, sizes: Sequence[int]) -> T
     return sums
 
 
+def _triton(x: Tensor, codes: Tensor, codebooks: Tensor, sizes: Sequence[int]) -> Tensor:
+    from plum.kernels.codebook_sums import codebook_sums as kernel
+
+    sums, bad = kernel(x.contiguous(), codes, codebooks.contiguous(), sizes)
+    if int(bad):
+        _check_range(codes, sizes)
+    return sums
+
+
 _op: Any = Op(
     "codebook_sums(Tensor x, Tensor codes, Tensor codebooks, SymInt[] sizes) -> Tensor",
     reference=_reference,
     fake=_fake,
-    backends=[Backend("cpu", "cpu", _cpu, _native.missing)],
+    backends=[
+        Backend("cpu", "cpu", _cpu, _native.missing),
+        Backend("triton", "cuda", _triton, _native.missing_triton, proven=()),
+    ],
 )

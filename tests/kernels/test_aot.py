@@ -33,6 +33,26 @@ def code_usage(architecture: int) -> list[Variant]:
     ]
 
 
+def codebook_sums(architecture: int) -> list[Variant]:
+    types = {
+        **dict.fromkeys(("p_residual", "p_codewords"), "*fp32"),
+        **dict.fromkeys(("p_order", "p_starts", "p_firsts", "p_owners"), "*i64"),
+        **dict.fromkeys(("p_parts", "p_sums"), "*fp64"),
+        **dict.fromkeys(("width", "num_codes"), "i32"),
+    }
+    constants = {"PIECE": 256, "ROWS": 16, "COLUMNS": 128}
+    alone = {name: kind for name, kind in types.items() if name != "p_residual"}
+    narrow = {name: kind for name, kind in types.items() if name != "width"}
+    return [
+        ("_pieces_kernel", {"p_rows": "*fp32", **types}, constants, {}),
+        ("_pieces_kernel", {"p_rows": "*bf16", **types}, constants, {}),
+        ("_pieces_kernel", {"p_rows": "*fp16", **alone}, {**constants, "p_residual": None}, {}),
+        # A launch makes a constant of a width of 1.
+        ("_pieces_kernel", {"p_rows": "*fp32", **narrow}, {**constants, "width": 1}, {}),
+        ("_parts_kernel", types, {"COLUMNS": 128}, {}),
+    ]
+
+
 def residual_quantize(architecture: int) -> list[Variant]:
     kernel = importlib.import_module("plum.kernels.residual_quantize")
     types = {
@@ -193,6 +213,7 @@ def trie_merge(architecture: int) -> list[Variant]:
 
 VARIANTS = {
     "code_usage": code_usage,
+    "codebook_sums": codebook_sums,
     "forced_tail": forced_tail,
     "residual_quantize": residual_quantize,
     "trie_advance": trie_advance,
@@ -274,5 +295,5 @@ def test_compiles_ahead_of_time(module, architecture, record_property):
         )
         assert report["shared"] <= SHARED[architecture]
         # The search adds rounded fp64 squares, and residuals may be denormal.
-        if module == "residual_quantize":
+        if module in ("residual_quantize", "codebook_sums"):
             assert not report["fused_fp64"] and not report["flushed"]

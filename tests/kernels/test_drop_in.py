@@ -22,6 +22,10 @@ from residual_quantize import pack_codebooks, residual_quantize
 codebooks = torch.tensor([[0.0, 0.0], [4.0, 4.0], [0.0, 1.0], [1.0, 0.0]], device=device)
 x = torch.tensor([[4.0, 5.2], [1.0, 0.4]], device=device)
 assert residual_quantize(x, pack_codebooks(codebooks, [2, 2])).codes.tolist() == [[1, 0], [0, 1]]
+from codebook_sums import codebook_sums
+ones = torch.tensor([[1, 0], [0, 1]], device=device)
+sums, bad = codebook_sums(x, ones, codebooks, [2, 2])
+assert sums[:2].tolist() == x.double().flip(0).tolist() and not bad
 from forced_tail import forced_tail
 from trie_advance import trie_advance
 from trie_beam_step import trie_beam_step

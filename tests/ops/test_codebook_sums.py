@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from fractions import Fraction
 
 import pytest
@@ -11,6 +12,15 @@ from plum.errors import BackendUnavailable, InvalidArgument
 from plum.ops import codebook_sums
 
 from ..isas import every_isa
+
+BACKENDS = ["reference", "cpu", "triton"]
+
+
+def run(x, codes, books, backend, **options):
+    """The sums by a backend, on the CPU."""
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    books = [book.to(device) for book in books] if isinstance(books, list) else books.to(device)
+    return codebook_sums(x.to(device), codes.to(device), books, backend=backend, **options).cpu()
 
 
 def draw(rows: int, width: int, sizes: list[int], dtype: torch.dtype = torch.float32):
@@ -23,7 +33,7 @@ def draw(rows: int, width: int, sizes: list[int], dtype: torch.dtype = torch.flo
     return x, codes, books
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sums_equal_a_plain_loop(dtype, backend):
     x, codes, books = draw(120, 5, [9, 1, 4], dtype)
@@ -37,11 +47,11 @@ def test_sums_equal_a_plain_loop(dtype, backend):
                 total[d] += Fraction(float(r[d]))
             r = r - books[level][code]
     exact = torch.tensor([[float(value) for value in row] for row in expected], dtype=torch.float64)
-    got = codebook_sums(x, codes, books, backend=backend)
+    got = run(x, codes, books, backend)
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, exact, rtol=0, atol=1e-12)
-    assert torch.equal(got, codebook_sums(x, codes.int(), books, backend=backend))
-    packed = codebook_sums(x, codes, torch.cat(books), sizes=[9, 1, 4], backend=backend)
+    assert torch.equal(got, run(x, codes.int(), books, backend))
+    packed = run(x, codes, torch.cat(books), backend, sizes=[9, 1, 4])
     assert torch.equal(got, packed)
 
 
@@ -62,6 +72,25 @@ def test_kernels_give_the_bits_of_the_reference(rows, width, sizes, dtype):
                 assert torch.equal(codebook_sums(x, codes, books, backend="cpu"), expected), isa
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mostly", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "width", "sizes"), [(1500, 33, [300, 5, 7]), (700, 1, [2] * 4), (600, 200, [1])]
+)
+def test_triton_adds_pieces_of_codes(monkeypatch, rows, width, sizes, mostly, dtype):
+    """Also of codes that most rows are on, and of more rows than are sorted at a time."""
+    kernel = importlib.import_module("plum.kernels.codebook_sums")
+    monkeypatch.setattr(kernel, "_CHUNK", 1100)
+    x, codes, books = draw(rows, width, sizes, dtype)
+    if mostly:
+        codes[: rows // 10 * 9] = 0
+    expected = codebook_sums(x, codes, books, backend="reference")
+    got = run(x, codes, books, "triton")
+    # Each of up to 1500 values is rounded to fp64 as often as it is added.
+    torch.testing.assert_close(got, expected, rtol=0, atol=1500**2 * 5 * 2**-53)
+    assert torch.equal(got, run(x, codes, books, "triton"))
 
 
 def test_strides_and_gradients_do_not_matter():
@@ -96,8 +125,8 @@ def test_no_rows():
 
 def test_backend_that_is_not_there():
     x, codes, books = draw(1, 1, [1])
-    with pytest.raises(BackendUnavailable, match="has no backend 'triton'"):
-        codebook_sums(x, codes, books, backend="triton")
+    with pytest.raises(BackendUnavailable, match="has no backend 'cuda'"):
+        codebook_sums(x, codes, books, backend="cuda")
 
 
 @pytest.mark.parametrize(
@@ -121,18 +150,18 @@ def test_backend_that_is_not_there():
         (torch.ones(2, 2).long(), torch.tensor([[0], [1]]), "x: expected fp32"),
     ],
 )
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_arguments(x, codes, name, backend):
     with pytest.raises(InvalidArgument, match=name):
         codebook_sums(x, codes, [torch.ones(3, 2)], backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_first_code_out_of_range_is_named(backend):
     x, codes, books = draw(90_000, 2, [4, 3])
     codes[[50_001, 80_000], [1, 0]] = torch.tensor([2**32, -7])
     with pytest.raises(InvalidArgument, match=r"codes\[50001, 1\]: .* \[0, 3\), got 4294967296"):
-        codebook_sums(x, codes, books, backend=backend)
+        run(x, codes, books, backend)
 
 
 def test_opcheck():
