@@ -3,9 +3,10 @@
 A block of ``python`` or ``bash`` is run. One of ``bash`` may stand below an HTML comment
 ``<!-- run small: COMMAND + ARGUMENTS -->``: then these arguments are added to its lines that begin
 with the command, and it finds the files of ``doc_files.py``; ``run small in a checkout`` runs it in
-a copy of this repository. One of ``python`` may stand below ``<!-- run with: REPOSITORY -->``: then
-it is run where there is a checkout of that. Anything else a page shows is ``text`` or another
-language that is not run. Blocks of a page share a folder, and those of Python their names.
+a copy of this repository. One of ``python`` may stand below ``<!-- run with: NAME -->``: then it is
+run where there is a checkout of that repository, or the package of that name is installed. Anything
+else a page shows is ``text`` or another language that is not run. Blocks of a page share a folder,
+and those of Python their names.
 """
 
 from __future__ import annotations
@@ -69,12 +70,17 @@ def blocks_of(page: Path) -> list[Block]:
     return found
 
 
-def run_page(page: Path, folder: Path, *, path: list[Path] | None = None) -> None:
-    """Runs what is to be run of a page in ``folder``; fails with the output of the block."""
+def run_page(
+    page: Path, folder: Path, *, path: list[Path] | None = None, packages: tuple[str, ...] = ()
+) -> None:
+    """Runs what is to be run of a page in ``folder``; fails with the output of the block.
+
+    Blocks that need one of ``packages`` are run too.
+    """
     blocks = [
         (block.language, f"{page.name}:{block.line}", block.code)
         for block in blocks_of(page)
-        if block.language in ("python", "bash") and block.repository is None
+        if block.language in ("python", "bash") and block.repository in (None, *packages)
     ]
     if any(block.startswith(f"cd {CHECKOUT}\n") for _, _, block in blocks):
         _copy_checkout(folder / CHECKOUT)

@@ -95,5 +95,6 @@ def write_text_base(folder: Path) -> None:
 FILES = {
     "README.md": (write_encoder, write_shop, write_vectors, write_letter, write_movielens),
     "docs/howto/own_encoder.md": (write_encoder, write_movielens, write_posters),
+    "docs/howto/vllm.md": (write_encoder, write_shop),
     "docs/howto/pretrain.md": (write_encoder, write_text_base, write_movielens),
 }

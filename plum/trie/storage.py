@@ -36,6 +36,9 @@ def read_trie(path: str | Path, format: str) -> tuple[dict[str, Tensor], dict[st
     from safetensors import SafetensorError, safe_open
 
     expected = "a trie written by SidTrie.save"
+    if Path(path).is_dir():
+        hint = "name the file, as trie.safetensors of a run's folder index"
+        raise InvalidData(path, expected, "a folder", hint)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
