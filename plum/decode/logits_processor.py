@@ -84,36 +84,31 @@ class SidLogitsProcessor:
                 than ``prompt_length``.
         """
         trie, depth, width = self.trie, self.trie.depth, input_ids.shape[1]
+        level: int | Tensor
         if self.prompt_length is not None:
             if width < self.prompt_length:
                 expected = f"at least {self.prompt_length} tokens a row, the prompt_length"
                 raise InvalidArgument("input_ids", expected, width)
+            generated = width - self.prompt_length
             begin = torch.full_like(input_ids[:, 0], self.prompt_length)
             taken = (width - begin).clamp(max=depth)
-            levels = [min(width - self.prompt_length, depth)]
+            level = generated if generated < depth else taken
         else:
             after = torch.arange(1, width + 1, device=input_ids.device)
             begin = ((input_ids == self.begin_token_id) * after).amax(dim=1)
             taken = width - begin
             taken[(begin == 0) | (taken > depth)] = -1
-            levels = [level for level in taken.unique().tolist() if level >= 0]
+            level = taken
 
         states = trie_walk(self._codes(input_ids, begin, taken), trie)
-        if self.prompt_length is not None and levels[0] < depth:
-            masked = trie_mask(scores, states, trie, levels[0])
-        else:
-            masked = scores.clone()
-            for level in levels:
-                rows = taken == level
-                masked[rows] = (
-                    float("-inf")
-                    if level == depth
-                    else trie_mask(scores[rows], states[rows], trie, level)
-                )
+        # A row past the last level, or outside of a SID, becomes -inf throughout at first.
+        masked = trie_mask(scores, states, trie, level)
         ends = (taken == depth) | (states[:, 0] == states[:, 1])
         end = self.end_token_id
         masked[:, end] = torch.where(ends, scores[:, end], masked[:, end])
-        return masked
+        if self.prompt_length is not None:
+            return masked
+        return scores.where((taken < 0).unsqueeze(1), masked)
 
     def beam_arguments(self, num_beams: int) -> dict[str, Any]:
         """Gives arguments of ``generate`` for the beam search that ``SidBeamSearch`` does.
