@@ -62,8 +62,10 @@ def runs_on(architectures: str, capability: int) -> bool:
         if not digits.isdecimal():
             return True
         built = int(digits)
-        if number != digits:  # for this one version, or its family
+        if number.endswith("a"):  # for this one version
             fits = built == capability
+        elif number.endswith("f"):  # for its family
+            fits = built <= capability and built // 10 == capability // 10
         else:
             fits = built <= capability and (kind != "real" or built // 10 == capability // 10)
         if fits:

@@ -75,7 +75,7 @@ def test_the_first_gpu_backend_that_runs_and_fits_is_taken(monkeypatch):
         ((9, 0), "auto", "triton", None),
         ((8, 0), "auto", "reference", "has not run on compute capability 8.0 yet"),
         ((8, 0), "on", "triton", None),
-        ((9, 0), "off", "reference", "PLUM_GPU_KERNELS=off"),
+        ((9, 0), "off", "reference", None),  # as asked for
     ],
 )
 def test_gpus_that_no_kernel_has_run_on_take_the_reference(
@@ -117,6 +117,9 @@ def test_other_settings_and_rocm(monkeypatch):
         ("90-real", 80, False),
         ("90a-real", 90, True),
         ("90a", 100, False),
+        ("100f-real", 103, True),
+        ("100f", 120, False),
+        ("103f", 100, False),
         ("100-virtual", 120, True),
         ("100-virtual", 90, False),
         ("native", 90, True),
