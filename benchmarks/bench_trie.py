@@ -57,7 +57,7 @@ DENIED = 1000
 DECODE_PROVIDERS = ("plum cpu", "plum cpu valid", "STATIC")
 STEP_PROVIDERS = (*DECODE_PROVIDERS, "plum reference", "transformers prefix function")
 MASK_PROVIDERS = (
-    *("plum cpu", "plum cpu new tensor", "plum reference"),
+    *("plum cpu", "plum cpu new tensor", "plum reference", "torch fill_"),
     *("transformers prefix function", "MiniOneRec processor", "xgrammar bitmask"),
 )
 
@@ -201,6 +201,8 @@ def bench_trie_mask_cpu(benchmark, prepare, full, budget, threads, provider, sha
     if provider.startswith("plum"):
         form = "mask_copy" if provider.endswith("new tensor") else "mask"
         job = prepare(f"trie_ours:{form}", trie, level, states, flat, provider.split()[1])
+    elif provider == "torch fill_":
+        job = prepare("trie_ours:fill", flat)
     elif provider.startswith("xgrammar"):
         job = prepare("xgrammar_mask:mask", expected > -torch.inf, flat)
     elif provider.startswith("MiniOneRec"):
@@ -209,6 +211,9 @@ def bench_trie_mask_cpu(benchmark, prepare, full, budget, threads, provider, sha
         job = prepare("transformers_prefix:mask", catalog.sids, at.prefixes, flat)
 
     def check(masked: Tensor) -> None:
+        if provider == "torch fill_":
+            assert (masked == -torch.inf).all()
+            return
         if not provider.startswith("MiniOneRec"):
             assert torch.equal(masked, expected)
             return
@@ -218,6 +223,8 @@ def bench_trie_mask_cpu(benchmark, prepare, full, budget, threads, provider, sha
 
     measure(benchmark, job, budget, check)
     _record(benchmark, len(at.prefixes), at.logits.nbytes, provider)
+    if provider == "torch fill_":  # a floor, no peer
+        benchmark.extra_info["against"] = {"plum cpu": None, "plum cpu new tensor": None}
     # xgrammar masks in place, the others into a new tensor: plum does the same.
     at_512 = beams == "8x64"
     if provider.startswith("xgrammar"):

@@ -58,6 +58,7 @@ class Source:
                 where = f"one thread of {facts['cpu']} ({facts['isa']})"
                 if device == "gpu":
                     where = f"one {facts['gpu']}"
+                self.ceilings = results["ceilings"]
                 self.place = f"`benchmarks/results/{path.name}`: {where}, torch {facts['torch']}"
                 return
         raise LookupError(f"no result of {op} at size {size} in {RESULTS}")
@@ -127,6 +128,11 @@ def residual_quantize() -> list[str]:
     ]
     over = [_over(source, ("plum cpu fp32",), ("torch addmm + argmin",), s) for s in shapes]
     rows.append(["without bf16: over torch", *over])
+    best, share = source.ceilings["1 thread(s)"]["fp32"], []
+    for shape in shapes:
+        rate = source.get("plum cpu fp32", shape) or 0
+        share.append(f"{rate * 2 * _products(shape) / best:.0%}")
+    rows.append(["without bf16: of the fastest fp32 product here", *share])
     head = "`residual_quantize`, million rows/s, and times as fast as"
     return [_from(source), "", *_table(head, _shapes(shapes), rows)]
 
@@ -230,6 +236,15 @@ def trie_mask() -> list[str]:
                 ]
                 row.append(f"{_times(min(found))} to {_times(max(found))}" if found else "")
             rows.append(row)
+    row = ["share of the time in place that `fill_` of the rows takes"]
+    for name in _BEAMS:
+        shares = [
+            1 / source.times("plum cpu", "torch fill_", shape)
+            for provider, shape in source.figures
+            if provider == "torch fill_" and f" {name} " in shape
+        ]
+        row.append(f"{min(shares):.0%} to {max(shares):.0%}" if shares else "")
+    rows += [row] if any(row[1:]) else []
     return _table("masks, times as fast as", tuple(_BEAMS.values()), rows)
 
 
@@ -378,6 +393,13 @@ def _from(source: Source) -> str:
 def _shapes(shapes: Sequence[str]) -> tuple[str, ...]:
     spelled = (shape.replace(" ", ", ", 1) for shape in shapes)
     return tuple(re.sub(r"(\d)x", rf"\1 {_TIMES} ", shape) for shape in spelled)
+
+
+def _products(shape: str) -> int:
+    """Multiplications a row, as 384 times 768 of ``D=384 3x256``."""
+    width, books = re.fullmatch(r"D=(\d+) (\S+)", shape).groups()
+    parts = [part.rpartition("x") for part in books.split("+")]
+    return int(width) * sum(int(times or 1) * int(size) for times, _, size in parts)
 
 
 def _over(source: Source, ours: Sequence[str], peers: Sequence[str], shape: str) -> str:

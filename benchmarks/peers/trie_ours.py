@@ -111,6 +111,12 @@ def mask(
     return lambda: trie_mask_(logits, states, trie, level, backend=backend)
 
 
+def fill(logits: Tensor) -> Callable[[], Tensor]:
+    """Writes a copy of all rows, the least that a mask of them does."""
+    logits = logits.clone()
+    return lambda: logits.fill_(-torch.inf)
+
+
 def mask_copy(
     trie: SidTrie, level: int, states: Tensor, logits: Tensor, backend: str
 ) -> Callable[[], Tensor]:
