@@ -270,6 +270,22 @@ def append(
 
 
 @app.command()
+def export(
+    run_dir: Annotated[Path, typer.Option("--run", help="Folder of a finished run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Writes a run's model, trie and catalog for serving engines: vLLM, or one of your own."""
+    from plum.pipeline.export import export_run
+
+    engine = export_run(run_dir, output)
+    if as_json:
+        print(json.dumps(engine, indent=2))
+        return
+    out.print(f"model, trie and catalog are in {escape(str(output))}", soft_wrap=True)
+
+
+@app.command()
 def report(
     paths: Annotated[
         list[Path],
