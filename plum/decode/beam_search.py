@@ -20,6 +20,7 @@ from plum.decode.model_step import (
     check_masks,
     check_window,
     head_can_be_split,
+    heeds_padding,
 )
 from plum.errors import InvalidArgument, InvalidData
 from plum.ops.forced_tail import forced_tail
@@ -119,6 +120,8 @@ class SidBeamSearch:
         """
         if score not in SCORES:
             raise InvalidArgument("score", "'full' or 'valid'", repr(score))
+        if not (hasattr(model, "config") and hasattr(model, "get_input_embeddings")):
+            raise InvalidArgument("model", "a language model of transformers", type(model).__name__)
         fitting = "rows" if model.config.is_encoder_decoder else "tree"
         attention = attention or fitting
         if attention not in (fitting, "replay"):
@@ -146,6 +149,7 @@ class SidBeamSearch:
             self._run = Runner(model, split_head=self.splits_head)
             if attention != "replay":
                 check_attention(attention, self._run, probe)
+            self._heeds_padding = heeds_padding(self._run, probe)
 
     @torch.no_grad()
     def search(
@@ -352,6 +356,9 @@ class SidBeamSearch:
             expected = "zeros, then ones, in each row"
             hint = "pad on the left (tokenizer.padding_side = 'left'); no prompt may be empty"
             raise InvalidArgument("attention_mask", expected, "another order", hint)
+        if not self._heeds_padding and not mask.all():
+            expected = f"prompts of one length, as {type(self.model).__name__} reads padding too"
+            raise InvalidArgument("attention_mask", expected, "padding", "search one by one")
         length = int(mask.sum(dim=1).max())
         length = max(length, self.trie.depth) if encoder else length + self.trie.depth - 1
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

@@ -262,6 +262,8 @@ def head_can_be_split(model: PreTrainedModel, tokens: Tensor) -> bool:
     return same and torch.equal(seen["given"].to(logits.dtype), logits)
 
 
+# What a model raises that cannot be run in some way.
+_UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
 # Relative to the largest logit; rounding alone stays well below, a wrong mask does not.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _HINT = "use SidBeamSearch(..., attention='replay')"
@@ -305,12 +307,43 @@ def check_attention(attention: str, run: Runner, tokens: Tensor) -> None:
             chosen = tokens[(beam.unsqueeze(2) * 5 + place) % len(tokens)]
             found = run.logits(step.advance(chosen, beam))
             error = max(error, _difference(found, replay.advance(chosen, beam)))
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as reason:
-        got = f"{type(model).__name__}: {type(reason).__name__}: {reason}".split("\n")[0]
-        raise InvalidArgument("model", expected, got, _HINT) from reason
-    if not error <= _TOLERANCE.get(model.dtype, 1e-4):
+    except _UNFIT as reason:
+        raise InvalidArgument("model", expected, _said(model, reason), _HINT) from reason
+    if error != error:
+        raise InvalidArgument("model", "logits", f"{type(model).__name__}, whose logits are NaN")
+    if error > _TOLERANCE.get(model.dtype, 1e-4):
         got = f"{type(model).__name__}, whose logits then differ by {error:.1e} of the largest"
         raise InvalidArgument("model", expected, got, _HINT)
+
+
+@torch.no_grad()
+def heeds_padding(run: Runner, tokens: Tensor) -> bool:
+    """Says whether a causal model gives a prompt the same logits with padding before it.
+
+    Args:
+        run: The language model, in evaluation mode.
+        tokens: int64 ``[n]``, n at least 1, token ids to make the probe from.
+
+    Raises:
+        InvalidArgument: the model cannot be run at all.
+    """
+    model = run.model
+    prompt = tokens[torch.arange(6, device=tokens.device) % len(tokens)].unsqueeze(0)
+    mask = torch.ones_like(prompt)
+    try:
+        alone = run.logits(ReplayStep(run, prompt, mask).outputs)
+        if model.config.is_encoder_decoder:
+            return True  # Which side it was trained with is the caller's to know.
+        before = [functional.pad(rows, (2, 0)) for rows in (prompt, mask)]
+        error = _difference(run.logits(ReplayStep(run, *before).outputs), alone)
+    except _UNFIT as reason:
+        expected = "a causal or encoder-decoder model whose forward gives logits"
+        raise InvalidArgument("model", expected, _said(model, reason)) from reason
+    return error <= _TOLERANCE.get(model.dtype, 1e-4)
+
+
+def _said(model: PreTrainedModel, reason: Exception) -> str:
+    return f"{type(model).__name__}: {type(reason).__name__}: {reason}".split("\n")[0]
 
 
 def check_window(model: PreTrainedModel, length: int) -> None:
