@@ -120,7 +120,7 @@ def _read_csv(path: Path) -> pl.DataFrame:
 
 
 def _id(path: str | Path, column: pl.Series) -> pl.Series:
-    if not (column.dtype == pl.String or column.dtype.is_integer()):
+    if not (column.dtype in (pl.String, pl.Categorical, pl.Enum) or column.dtype.is_integer()):
         expected = "strings or whole numbers"
         raise InvalidData(f"{path}, column {column.name!r}", expected, column.dtype)
     return column.cast(pl.String)
@@ -130,7 +130,8 @@ def _text(path: str | Path, column: pl.Series) -> pl.Series:
     dtype = column.dtype
     if dtype == pl.List(pl.String):
         return column.list.drop_nulls().list.join(", ")
-    usable = (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Date, pl.Null)
+    times = (pl.Date, pl.Datetime, pl.Time)
+    usable = (pl.String, pl.Categorical, pl.Enum, pl.Boolean, *times, pl.Null)
     if dtype.is_numeric() or dtype in usable:
         return column.cast(pl.String)
     expected = "text, numbers or lists of strings"
@@ -150,7 +151,7 @@ def _seconds(path: str | Path, column: pl.Series) -> pl.Series:
             seconds = _parse_iso(column)
     elif dtype in (pl.Date, pl.Datetime):
         seconds = column.dt.epoch("us").cast(pl.Float64) / 1e6
-    elif dtype.is_float():
+    elif dtype.is_numeric():
         seconds = column.cast(pl.Float64)
     else:
         raise InvalidData(where, "seconds, dates or ISO 8601 times", dtype)

@@ -54,7 +54,7 @@ class EmbeddingFile:
         if "item_id" not in schema:
             raise InvalidData(self.path, "a column 'item_id'", ", ".join(schema) or "none")
         ids = schema["item_id"]
-        if not (ids == pl.String or ids.is_integer()):
+        if not (ids in (pl.String, pl.Categorical, pl.Enum) or ids.is_integer()):
             raise InvalidData(f"{self.path}, column 'item_id'", "strings or whole numbers", ids)
         found = [name for name, dtype in schema.items() if _is_vector(dtype)]
         if not found:

@@ -72,14 +72,28 @@ def test_parquet_types_become_text(tmp_path) -> None:
             "tags": [["a", None, "b"], []],
             "stars": [4.5, 3.0],
             "day": [dt.date(2024, 1, 31), None],
+            "hour": [dt.time(12, 30), None],
         }
     )
     log = pl.DataFrame({"user_id": [1, 2], "item_id": [8, 7], "timestamp": [3, 4], "x": [0, 0]})
     items.write_parquet(tmp_path / "items.parquet")
     log.write_parquet(tmp_path / "log.parquet")
     dataset = read_tables(tmp_path / "items.parquet", tmp_path / "log.parquet")
-    assert dataset.texts() == ["a, b | 4.5 | 2024-01-31", "3.0"]
+    assert dataset.texts() == ["a, b | 4.5 | 2024-01-31 | 12:30:00", "3.0"]
     assert dataset.interactions.rows() == [("1", "8", 3), ("2", "7", 4)]
+
+
+@pytest.mark.parametrize("dtype", [pl.Categorical(), pl.Enum(["a", "b", "u"])])
+def test_ids_of_a_dictionary_are_strings(tmp_path, dtype) -> None:
+    pl.DataFrame(
+        {"item_id": pl.Series(["a", "b"], dtype=dtype), "title": ["x", "y"]}
+    ).write_parquet(tmp_path / "items.parquet")
+    columns = {name: pl.Series([value], dtype=dtype) for name, value in
+               (("user_id", "u"), ("item_id", "b"))}  # fmt: skip
+    pl.DataFrame({**columns, "timestamp": [3]}).write_parquet(tmp_path / "log.parquet")
+    dataset = read_tables(tmp_path / "items.parquet", tmp_path / "log.parquet")
+    assert dataset.items["item_id"].to_list() == ["a", "b"]
+    assert dataset.interactions.rows() == [("u", "b", 3)]
 
 
 NOON = 1_706_702_400
@@ -110,6 +124,7 @@ def test_csv_timestamps(tmp_path, values: list[str], seconds: list[int]) -> None
         (pl.Datetime("ms"), NOON),
         (pl.Datetime("ns", "Asia/Tokyo"), NOON),
         (pl.Date, NOON - 43200),
+        (pl.Decimal(16, 2), NOON),
     ],
 )
 def test_parquet_timestamps(tmp_path, dtype: pl.DataType, seconds: int) -> None:
@@ -117,6 +132,8 @@ def test_parquet_timestamps(tmp_path, dtype: pl.DataType, seconds: int) -> None:
     times = pl.Series([dt.datetime(2024, 1, 31, 12)])
     if isinstance(dtype, pl.Datetime) and dtype.time_zone:
         times = times.dt.replace_time_zone("UTC").dt.convert_time_zone(dtype.time_zone)
+    if dtype.is_numeric():
+        times = times.dt.epoch("s")
     log = pl.DataFrame({"user_id": ["u"], "item_id": ["8"], "timestamp": times.cast(dtype)})
     log.write_parquet(tmp_path / "log.parquet")
     rows = read_tables(items, tmp_path / "log.parquet").interactions.rows()
