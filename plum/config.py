@@ -6,10 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from plum.errors import InvalidConfig
 from plum.files import read_json
+
+# Whole, for a run may be gone on with from another folder.
+_Place = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
 class _Section(BaseModel):
@@ -20,9 +30,9 @@ class DataConfig(_Section):
     """Which catalog and log to read."""
 
     dataset: str = "synthetic"
-    data_dir: Path | None = None
-    items: Path | None = None
-    interactions: Path | None = None
+    data_dir: _Place | None = None
+    items: _Place | None = None
+    interactions: _Place | None = None
     num_items: int = Field(default=1200, ge=1, description="of the synthetic catalog")
     num_users: int = Field(default=3000, ge=1, description="of the synthetic log")
     min_user_interactions: int = Field(default=5, ge=1)
@@ -38,7 +48,7 @@ class EmbedConfig(_Section):
         default=None, description="columns in braces, or naive, enriched, plots or abstracts"
     )
     image: str | None = Field(default=None, description="image encoder; none without it")
-    images: Path | None = Field(
+    images: _Place | None = Field(
         default=None, description="folder or tar of <item id>.jpg; the data set's own without it"
     )
     corrupt_images: Literal["raise", "missing"] = "raise"
@@ -103,7 +113,7 @@ class PretrainConfig(_Section):
         description="columns that stand in a history; genres or categories without it",
     )
     held_out_items: float = Field(default=0.05, ge=0, lt=1)
-    general_text: Path | None = Field(
+    general_text: _Place | None = Field(
         default=None, description="a text whose loss is watched; it is not trained on"
     )
     eval_every_steps: int | None = Field(default=None, ge=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from plum.config import load_config, resolve_config
@@ -63,7 +65,14 @@ def test_a_preset_over_a_run_keeps_its_data_and_seed_only():
     config = resolve_config(preset="gpu", base=SAVED).model_dump(mode="json")
     fresh = resolve_config(preset="gpu", dataset="tables").model_dump(mode="json")
     assert {**config, **{key: fresh[key] for key in ("seed", "data")}} == fresh
-    assert (config["seed"], config["data"]["items"]) == (7, "i.csv")
+    assert (config["seed"], config["data"]["items"]) == (7, str(Path("i.csv").absolute()))
+
+
+def test_a_run_finds_its_data_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ["data.items=i.csv", "data.interactions=~/l.csv", "data.dataset=tables"]
+    data = resolve_config(settings=settings).data
+    assert (data.items, data.interactions) == (tmp_path / "i.csv", Path.home() / "l.csv")
 
 
 def test_a_file_over_a_run_keeps_what_it_does_not_say(tmp_path):
@@ -78,7 +87,7 @@ def test_another_data_set_over_a_run_keeps_nothing_of_the_data():
     assert (config.data.items, config.data.min_user_interactions) == (None, 5)
     assert (config.seed, config.finetune.epochs) == (7, 3)
     same = resolve_config(settings=["data.dataset=tables"], base=SAVED)
-    assert str(same.data.items) == "i.csv"
+    assert same.data.items == Path("i.csv").absolute()
 
 
 @pytest.mark.parametrize(
