@@ -247,12 +247,12 @@ void fill_trie(const SidColumns& table, const uint8_t* changes, const TrieArrays
       count_ranks(begins, table.rows, arrays.ranks + at[3]);
     }
     if (at[4] >= 0) {
-      auto* mask = arrays.masks + at[4] - at[5];
+      int64_t mask = at[4] - at[5];
       for (int64_t r = 0; r < table.rows; ++r) {
         // A node begins where a level before changes, and at the first row. A code that comes again
         // sets its bit again: to see that it does would take longer.
         if (changes[r] < l || r == 0) mask += at[5];
-        set_bit(mask, column[r]);
+        set_bit(arrays.masks + mask, column[r]);
       }
     }
   }
