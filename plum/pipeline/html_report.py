@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from plum.errors import InvalidData, MissingDependency
 from plum.files import read_json, write_text
 from plum.pipeline import report_plots
+from plum.pipeline.stage import is_stale
 
 if TYPE_CHECKING:
     import jinja2
@@ -38,8 +39,9 @@ def write_html_report(run_dir: Path) -> Path:
 
     Read are ``config.json``, ``metrics.json``, ``data/dataset.json``, ``embed/similarity.json``,
     ``tokenize/history.json``, ``report/report.json``, ``finetune/history.json``,
-    ``recommend/samples.json`` and each stage's ``manifest.json``. A file that is not there is
-    named in the place of what it would have shown. The same files give the same bytes.
+    ``recommend/samples.json`` and each stage's ``manifest.json``. A file that is not there, or of
+    a stage whose inputs have been made anew since, is named in the place of what it would have
+    shown. The same files give the same bytes.
 
     Args:
         run_dir: Folder of the run.
@@ -68,11 +70,14 @@ def write_html_report(run_dir: Path) -> Path:
             ("recommend/samples", list[_Sample]),
         )
     }
+    stale = [name for name in files if "/" in name and is_stale(run_dir, name.split("/")[0])]
+    files.update(dict.fromkeys(stale))
     summary = files["data/dataset"]
     context = {
         "run_name": run_dir.resolve().name,
         "name": (summary or {}).get("name") or run_dir.resolve().name,
         "summary": summary,
+        "stale": [f"{name}.json" for name in stale],
         "stages": _stages(run_dir),
         "config": _config(files["config"]),
         "metrics": _metrics(files["metrics"]),

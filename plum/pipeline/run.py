@@ -79,11 +79,15 @@ def finish(run_dir: Path) -> dict[str, dict[str, float]]:
 
     Returns:
         The metrics of the generator and of each baseline.
+
+    Raises:
+        InvalidData: the run is not evaluated, or another process works on it.
     """
     path = run_dir / "evaluate" / "metrics.json"
     if not path.exists():
         raise InvalidData(run_dir, "an evaluated run", "no evaluate/metrics.json", "run: plum run")
-    metrics = read_json(path)
-    write_json(run_dir / "metrics.json", metrics)
-    write_html_report(run_dir)
+    with locked(run_dir):
+        metrics = read_json(path)
+        write_json(run_dir / "metrics.json", metrics)
+        write_html_report(run_dir)
     return metrics

@@ -201,6 +201,12 @@ def check_inputs(run_dir: Path, stages: Iterable[str]) -> None:
                 )
 
 
+def is_stale(run_dir: Path, stage: str) -> bool:
+    """Tells whether a stage was made from outputs that have been made anew since."""
+    inputs = (read_manifest(run_dir, stage) or {}).get("inputs", {})
+    return inputs != _digests(run_dir, inputs)
+
+
 def _content(path: Path) -> dict[str, Any]:
     """Returns what a manifest says; nothing where it is absent or damaged."""
     try:

@@ -208,6 +208,25 @@ def test_what_is_not_its_own_is_refused_before_any_work(encoder, tmp_path):
     assert not (tmp_path / "config.json").exists() and not (tmp_path / "data").exists()
 
 
+def test_the_page_shows_nothing_of_an_earlier_model(finished, encoder, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    page = (folder / "report.html").read_text()
+    assert "Made from earlier outputs" not in page
+    config = resolve_config(base=json.loads((folder / "config.json").read_text()))
+    # As the verbs plum finetune and plum evaluate do.
+    shorter = config.finetune.model_copy(update={"epochs": 1})
+    quiet = {"progress_of": lambda stage: lambda done, total: None}
+    run_stages(
+        config.model_copy(update={"finetune": shorter}), folder, ["finetune", "evaluate"], **quiet
+    )
+    finish(folder)
+    page = (folder / "report.html").read_text()
+    left_out = "Made from earlier outputs, plum run makes it anew: <code>recommend/samples.json"
+    assert page.count("Made from earlier outputs") == 1 and left_out in page
+    with locked(folder), pytest.raises(InvalidData, match="another process works on"):
+        finish(folder)
+
+
 def test_recommender_of_a_run(finished):
     config = resolve_config(base=json.loads((finished / "config.json").read_text()))
     recommender = Recommender.load(finished, config)
