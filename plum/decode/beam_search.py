@@ -140,7 +140,7 @@ class SidBeamSearch:
         self.model, self.trie = model, trie.to(model.device)
         self.score, self.attention, self.forced_tails = score, attention, forced_tails
         self._offsets = torch.tensor(offsets, device=model.device)
-        self._tokens = tokens
+        self._tokens, self._prefixes = tokens, trie.num_prefixes
         probe = torch.arange(trie.codebook_sizes[0], device=model.device) + self._offsets[0]
         if attention == "tree":
             check_masks(model)
@@ -202,12 +202,14 @@ class SidBeamSearch:
         keys = torch.zeros_like(scores, dtype=torch.float64)
         broken = torch.zeros(batch, dtype=torch.bool, device=trie.device)
         level, model_steps = 0, 1
+        # Beams that no prefix is left for would run through the model for nothing.
+        widths = [min(num_beams, count) for count in self._prefixes]
         with _evaluating(self.model):
             steps = ATTENTION[self.attention](self._run, input_ids, attention_mask)
             ahead = steps.outputs
             best: BeamStep | SampleStep
             while True:
-                chosen = (level, num_beams, items, broken)
+                chosen = (level, widths[level], items, broken)
                 if draws is None:
                     best = self._choose(ahead[:, :, 0], scores, states, *chosen)
                 else:
@@ -219,7 +221,7 @@ class SidBeamSearch:
                 for outputs in ahead.unbind(2)[1:]:
                     outputs = outputs.take_along_dim(place.unsqueeze(2), dim=1)
                     last = best.scores, best.states
-                    best = self._choose(outputs, *last, level, num_beams, items, broken)
+                    best = self._choose(outputs, *last, level, widths[level], items, broken)
                     place, level = place.gather(1, best.parents), level + 1
                 states, scores = best.states, best.scores
                 if level == trie.depth:
@@ -236,6 +238,9 @@ class SidBeamSearch:
         if broken.any():
             request = int(broken.nonzero()[0])
             raise InvalidData("model", "numbers as logits", f"NaN in request {request}")
+        missing = num_beams - scores.shape[1]
+        states = torch.nn.functional.pad(states, (0, 0, 0, missing))
+        scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
         dead = (states[..., 0] == states[..., 1]).unsqueeze(-1)
         sids = trie.codes_at(states[..., 0]).masked_fill(dead, -1)
         return SearchResult(items.expand(states), sids, scores, states, model_steps)

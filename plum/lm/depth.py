@@ -283,6 +283,8 @@ class DepthGenerator(NextItemModel):
         self.trie = self.trie.to(device)
         rows = np.full((len(histories), num_beams), -1, dtype=np.int64)
         scores = np.full((len(histories), num_beams), -np.inf, dtype=np.float32)
+        # Beams that no prefix is left for would run through the model for nothing.
+        widths = [min(num_beams, count) for count in self.trie.num_prefixes]
         # Histories of one length share a batch.
         order = np.argsort([len(history) for history in histories], kind="stable")
         for low in range(0, len(order), batch_size):
@@ -295,15 +297,17 @@ class DepthGenerator(NextItemModel):
             sums = torch.zeros(len(part), 1, device=device)
             for level in range(len(self.sizes)):
                 logits = self.logits(x, level)
+                k = widths[level]
                 step = trie_beam_step(
-                    logits, sums, states, self.trie, level, k=num_beams, score="valid", deny=deny
+                    logits, sums, states, self.trie, level, k=k, score="valid", deny=deny
                 )
                 sums, states = step.scores, step.states
                 if level + 1 < len(self.sizes):
                     x = x.take_along_dim(step.parents[..., None], 1)
                     x = x + functional.embedding(step.tokens.clamp(min=0), self.before[level])
             found = states[..., 0].masked_fill(sums.isneginf(), -1)
-            rows[part], scores[part] = found.cpu().numpy(), sums.cpu().numpy()
+            rows[part, : widths[-1]] = found.cpu().numpy()
+            scores[part, : widths[-1]] = sums.cpu().numpy()
         return rows, scores
 
     def _seen_rows(self, histories: Sequence[np.ndarray]) -> Tensor:

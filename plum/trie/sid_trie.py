@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.files import atomic_path
-from plum.ops._trie_index import TrieIndex, check_device
+from plum.ops._trie_index import EDGES, TrieIndex, check_device
 from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_deny import trie_deny
 from plum.trie.build import build_index, read_column, sort_sids
@@ -172,6 +172,11 @@ class SidTrie:
     def num_sids(self) -> int:
         """The number of distinct SIDs."""
         return len(self.item_starts) - 1
+
+    @property
+    def num_prefixes(self) -> list[int]:
+        """The numbers of distinct prefixes of 1 to L codes: a beam search has no more beams."""
+        return [int(count) for count in self.index.table[:, EDGES]]
 
     @property
     def num_items(self) -> int:

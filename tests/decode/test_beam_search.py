@@ -343,3 +343,29 @@ def test_draws_follow_the_scores_and_repeat():
         search.search(ids, mask, 2, seeds=[1, 2])
     with pytest.raises(InvalidArgument, match="seeds: expected a search by the scores of legal"):
         SidBeamSearch(model, trie).search(ids, mask, 2, seeds=[1])
+
+
+@pytest.mark.parametrize("how", ["full", "valid"])
+def test_no_more_beams_run_than_there_are_prefixes(how):
+    """A beam wider than the catalog: as many results as asked for, and no work for the others."""
+    model, trie = tiny("gpt2").eval(), catalog(20)
+    counts = trie.num_prefixes
+    codes = trie.codes_at(torch.arange(trie.num_sids))
+    assert counts == [len(codes[:, : n + 1].unique(dim=0)) for n in range(trie.depth)]
+    search = SidBeamSearch(model, trie, score=how, forced_tails=False)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"].shape), with_kwargs=True
+    )
+    model.transformer.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"].shape), with_kwargs=True
+    )
+    prompt = torch.tensor([[5, 6, 7]])
+    found = search.search(prompt, num_beams=100_000)
+    assert max(shape.numel() for shape in seen) <= max(counts)
+    assert found.scores.shape == (1, 100_000) and found.sids.shape == (1, 100_000, trie.depth)
+    assert found.scores[0].isfinite().sum() == trie.num_sids
+    assert (found.sids[0, trie.num_sids :] == -1).all()
+    exact = search.search(prompt, num_beams=trie.num_sids)
+    assert torch.equal(found.sids[:, : trie.num_sids], exact.sids)
+    assert torch.equal(found.scores[:, : trie.num_sids], exact.scores)
