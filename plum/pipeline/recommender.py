@@ -266,6 +266,7 @@ class Recommender:
                     "the ids are in data/items.parquet of the run",
                 )
         rows = np.array([self._index[item] for item in history], dtype=np.int32)
+        k = min(k, len(self.table))
         items, scores = self.rank([rows], k, filter_seen=self.config.recommend.filter_seen)
         return [
             self.describe(int(item), float(score))
