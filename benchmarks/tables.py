@@ -38,7 +38,9 @@ class Source:
         Raises:
             LookupError: no file has it.
         """
-        files = sorted(RESULTS.glob("*.json"), key=lambda path: path.stem[-10:], reverse=True)
+        files = sorted(
+            RESULTS.glob("*.json"), key=lambda path: (path.stem[-10:], path.stem), reverse=True
+        )
         for path in files:
             results = json.loads(path.read_text(encoding="utf-8"))
             # Sweeps have another form.
@@ -239,13 +241,13 @@ def trie_mask() -> list[str]:
     row = ["share of the time in place that `fill_` of the rows takes"]
     for name in _BEAMS:
         shares = [
-            1 / source.times("plum cpu", "torch fill_", shape)
+            share
             for provider, shape in source.figures
             if provider == "torch fill_" and f" {name} " in shape
+            if (share := source.times("plum cpu", provider, shape))
         ]
         row.append(f"{min(shares):.0%} to {max(shares):.0%}" if shares else "")
-    rows += [row] if any(row[1:]) else []
-    return _table("masks, times as fast as", tuple(_BEAMS.values()), rows)
+    return _table("masks, times as fast as", tuple(_BEAMS.values()), [*rows, row])
 
 
 def trie_filter() -> list[str]:
