@@ -46,6 +46,7 @@ SHAPES = {
 }
 HEADS = {"full head": False, "plum, the level's rows": True}
 HEAD_ROWS, HEAD_WIDTH = 4096, 1024
+HEAD = f"V={QWEN_WORDS:,}, {HEAD_ROWS:,} rows"
 
 
 def make_config(kind: str, vocabulary: int) -> Any:
@@ -128,8 +129,9 @@ def bench_generate_gpu(benchmark, prepare, budget, provider, shape):
         benchmark.extra_info["target_over"] = [PEER, 8]
 
 
+@pytest.mark.parametrize("shape", [HEAD])
 @pytest.mark.parametrize("provider", HEADS)
-def bench_generate_head_gpu(benchmark, budget, provider):
+def bench_generate_head_gpu(benchmark, budget, provider, shape):
     """The logits of a level from its rows of the head, and from the whole head."""
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -142,7 +144,7 @@ def bench_generate_head_gpu(benchmark, budget, provider):
     def check(found: Tensor) -> None:
         torch.testing.assert_close(found[:, -CODES:], expected, rtol=2e-2, atol=0.5)
 
-    benchmark.group = f"generate head, V={QWEN_WORDS:,}, {HEAD_ROWS:,} rows, GPU"
+    benchmark.group = f"generate head, {shape}, GPU"
     measure(benchmark, Job(lambda: functional.linear(hidden, read)), budget, check, warmups=2)
     operations = 2.0 * HEAD_ROWS * read.numel()
     record(benchmark, HEAD_ROWS, operations=operations, nbytes=read.nbytes, ceiling=ceiling("cuda"))

@@ -30,10 +30,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCTOR = "import json; from plum.doctor import diagnose; print(json.dumps(diagnose(), indent=2))"
-# Small inputs and the tiles in use: random cases by the hundred take minutes in a sanitizer.
-SANITIZED = [
-    *("tests/ops/test_code_usage.py", "tests/kernels/test_residual_quantize.py"),
-    *("tests/kernels/test_trie_search.py", "tests/kernels/test_trie_beam_step.py", "-k"),
+# Small inputs and the tiles in use: random cases by the hundred take minutes in a sanitizer. Each
+# part runs by itself, side by side with the others.
+SANITIZED = {
+    "sums": ["tests/ops/test_code_usage.py", "tests/ops/test_codebook_sums.py"],
+    "search": ["tests/kernels/test_residual_quantize.py"],
+    "trie": ["tests/kernels/test_trie_search.py", "tests/kernels/test_trie_beam_step.py"],
+}
+SELECTED = [
+    "-k",
     "(triton or cuda or adversarial and default or shapes or half or usage_counts or first_bad"
     " or joined or whole_search or ties and 70) and not random and not ten_million",
 ]
@@ -149,7 +154,7 @@ def main() -> int:
                 print(step.output[-4000:], flush=True)
             if step.name == "doctor" and not step.failed:
                 (results / "doctor.json").write_text(step.output)
-            file = "sanitizer.txt" if step.name in TOOLS else "log.txt"
+            file = "sanitizer.txt" if step.name.startswith(TOOLS) else "log.txt"
             logs[file] += f"##### {step.name}: {step.status}\n{step.output}\n"
     for name, text in logs.items():
         (results / name).write_text(text[-KEPT:])
@@ -175,23 +180,25 @@ def plan(results: Path, *, build: bool, cpu: bool) -> list[list[Step]]:
     workers = ["-n", str(min(14, os.cpu_count() or 1))] if has("xdist") else []
     install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     bench = [*pytest, "-q", "benchmarks", "--benchmark-columns=min,rounds"]
+    sanitizer = "compute-sanitizer"
     if not gpu:
         no_sanitizer = "no CUDA device"
-    elif shutil.which("compute-sanitizer") is None:
-        no_sanitizer = "compute-sanitizer is not on the path"
+    elif shutil.which(sanitizer) is None:
+        no_sanitizer = f"{sanitizer} is not on the path"
     else:
         no_sanitizer = None
     no_gpu = None if gpu else "no CUDA device"
     sanitizers = [
         Step(
-            tool,
-            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests, *SANITIZED],
+            f"{tool} {part}",
+            [*(sanitizer, "--tool", tool, "--error-exitcode", "9"), *tests, *files, *SELECTED],
             math.inf,
             # Each tensor is an allocation of its own, so that its bounds are known.
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             skip=no_sanitizer,
         )
         for tool in TOOLS
+        for part, files in SANITIZED.items()
     ]
     build_step = Step("build", install, 150, skip=None if build else "--no-build")
     build_step.environment["PLUM_CUDA"] = "ON" if gpu else "AUTO"

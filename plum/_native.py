@@ -77,6 +77,8 @@ def missing_triton() -> str | None:
     """Returns why the Triton kernels cannot run here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; run: pip install -e '.[triton]' in the checkout of plum"
+    if importlib.util.find_spec("plum.kernels") is None:
+        return "plum is on the path but not installed; run: pip install -e . in its checkout"
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -446,14 +447,29 @@ def test_a_launch_is_left_out(monkeypatch):
     assert calls == [((3,), (1,), {"LISTED": False})]
 
 
+def test_every_benchmark_has_a_place_in_the_report():
+    files = sorted((gpu_run.ROOT / "benchmarks").glob("bench_*.py"))
+    modules = [importlib.import_module(f"benchmarks.{path.stem}") for path in files]
+    found = [
+        (name, inspect.signature(timed).parameters)
+        for module in modules
+        for name, timed in vars(module).items()
+        if name.startswith("bench_")
+    ]
+    assert len(found) > len(files)
+    assert [name for name, taken in found if not {"provider", "shape"} <= set(taken)] == []
+
+
 def test_the_gpu_run_covers_ops_and_kernels():
     assert {"tests/ops", "tests/kernels"} <= set(gpu_run.tests_to_run())
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *gpu_run.SANITIZED]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *gpu_run.SELECTED]
+    command += [path for paths in gpu_run.SANITIZED.values() for path in paths]
     found = subprocess.run(command, cwd=gpu_run.ROOT, capture_output=True, text=True).stdout
     # The Triton kernels of both ops; where a file or a test is renamed, this says so.
     counts = [line for line in found.splitlines() if "test_counts_equal_a_plain_loop" in line]
     assert counts and all("triton" in line or "cuda" in line for line in counts)
     assert "test_residual_quantize.py::test_the_shapes_of_use" in found
+    assert "test_codebook_sums.py::" in found and "test_trie_beam_step.py::" in found
     assert "random" not in found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import warnings
 from types import SimpleNamespace
 
@@ -52,6 +53,15 @@ def gpu(monkeypatch, capability, setting="auto", *backends):
     run = _library._on_a_gpu("an_op", backends, lambda tensor, number: "reference")
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"))
     return lambda number: run(tensor, number)
+
+
+def test_kernels_that_are_not_installed_are_named(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "plum.kernels" else find(name)
+    )
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "pip install -e" in _native.missing_triton()
 
 
 def backend(name, missing=None, most=100):
