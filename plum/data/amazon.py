@@ -47,18 +47,23 @@ def _read_items(path: Path) -> pl.DataFrame:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        # A ValueError, too, is what Python says of a number of thousands of digits.
+        except (ValueError, RecursionError) as error:
             raise InvalidData(where, "a JSON object", str(error)) from None
         if not isinstance(record, dict) or not isinstance(record.get("id"), int | str):
             raise InvalidData(where, "a JSON object with an id", line[:80])
-        rows.append(
-            {
-                "item_id": str(record["id"]),
-                "title": _text(where, record, "title"),
-                "categories": _paths(where, record.get("categories") or []),
-                "asin": _text(where, record, "asin"),
-            }
-        )
+        row = {
+            "item_id": str(record["id"]),
+            "title": _text(where, record, "title"),
+            "categories": _paths(where, record.get("categories") or []),
+            "asin": _text(where, record, "asin"),
+        }
+        try:
+            "".join(value or "" for value in row.values()).encode()
+        except UnicodeEncodeError as error:
+            # Half of a surrogate pair, as where a title was cut off within an emoji.
+            raise InvalidData(where, "valid Unicode", repr(error.object[:80])) from None
+        rows.append(row)
     columns = ("item_id", "title", "categories", "asin")
     return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.String))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import numpy as np
@@ -30,7 +31,7 @@ def behavior_vectors(
         sequences: The items of all users in time order.
         dim: Width of the vectors, below the number of items.
         window: Largest distance in positions, >= 1.
-        seed: Seed of the vector that the iteration starts from.
+        seed: Seed of the vector that the iteration starts from, at least 0.
 
     Returns:
         fp32 ``[num_items, dim]``, and bool ``[num_items]``, which items have one; the rows of the
@@ -46,9 +47,11 @@ def behavior_vectors(
         raise InvalidArgument("dim", f"1 to {total - 1}, below the number of items", dim)
     if window < 1:
         raise InvalidArgument("window", "at least 1", window)
+    if seed < 0:
+        raise InvalidArgument("seed", "at least 0", seed)
     try:
         from scipy import sparse
-        from scipy.sparse.linalg import svds
+        from scipy.sparse.linalg import eigsh
     except ImportError:
         raise MissingDependency("scipy", "pipeline", "vectors of behavior") from None
     keys, counts, _ = count_pairs(sequences, window)
@@ -69,8 +72,15 @@ def behavior_vectors(
     matrix = sparse.csr_array(
         (information[kept], (rows[kept], columns[kept])), shape=(total, total)
     )
-    start = np.random.default_rng(seed).standard_normal(total)
-    left, values, _ = svds(matrix, k=dim, v0=start)
+    draw = np.random.default_rng(seed)
+    start = draw.standard_normal(total)
+    # Where the iteration ends early it goes on from a random vector, which SciPy from 1.17 on takes
+    # from the system unless it is given a generator; svds does not pass one on.
+    options = {"rng": draw} if "rng" in inspect.signature(eigsh).parameters else {}
+    # The matrix is symmetric: its singular values are the sizes of its eigenvalues.
+    values, left = eigsh(matrix, k=dim, v0=start, **options)
+    order = np.argsort(np.abs(values), kind="stable")
+    values, left = np.abs(values[order]), left[:, order]
     # A singular vector has no sign of its own; its largest entry is made positive.
     largest = np.take_along_axis(left, np.abs(left).argmax(axis=0)[None], axis=0)
     vectors = left * np.sign(largest) * np.sqrt(values)

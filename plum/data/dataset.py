@@ -199,14 +199,15 @@ def read_parquet(path: str | Path) -> pl.DataFrame:
     """Reads a Parquet file.
 
     Raises:
-        InvalidData: The file is absent, cut off or not Parquet.
+        InvalidData: The file is absent, damaged or not Parquet.
     """
     path = Path(path)
     if not path.is_file():
         raise InvalidData(path, "a Parquet file", "no such file")
     try:
         return pl.read_parquet(path, glob=False)
-    except (pl.exceptions.PolarsError, OSError) as error:
+    # On some damaged bytes polars panics.
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidData(path, "a whole Parquet file", reason, "write it again") from None
 
@@ -255,7 +256,9 @@ def check_interactions(where: str, interactions: pl.DataFrame, items: pl.DataFra
 def _fingerprint(path: Path) -> str:
     """Returns a digest of names, sizes and times of a file or of all files in a folder."""
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+    # A symbolic link to nothing holds no image.
+    files = [file for file in sorted(path.rglob("*")) if file.exists()]
+    for file in [path] if path.is_file() else files:
         status = file.stat()
         digest.update(f"{file.relative_to(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -240,12 +240,16 @@ def _read_extra(path: Path) -> pl.DataFrame:
 def _read_abstracts(path: Path) -> pl.DataFrame:
     try:
         abstracts = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    # A ValueError, too, is what Python says of a number of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise InvalidData(path, "a JSON object", str(error), "copy it again") from None
     if not isinstance(abstracts, dict) or not all(isinstance(v, str) for v in abstracts.values()):
         raise InvalidData(path, "an object of movie ids and texts", "something else")
     texts = {"item_id": list(abstracts), "abstract": [text or None for text in abstracts.values()]}
-    return pl.DataFrame(texts, schema=dict.fromkeys(texts, pl.String))
+    try:
+        return pl.DataFrame(texts, schema=dict.fromkeys(texts, pl.String))
+    except UnicodeEncodeError as error:
+        raise InvalidData(path, "valid Unicode", repr(error.object[:80])) from None
 
 
 def _find_posters(folder: Path) -> Path | None:

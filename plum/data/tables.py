@@ -32,8 +32,8 @@ def read_tables(
     """Reads a catalog and a log from Parquet (.parquet) or UTF-8 CSV (.csv, also .gz, .xz, .bz2).
 
     Args:
-        items_path: Table with item_id and at least one more column. Numbers become text, lists of
-            strings are joined by ", ".
+        items_path: Table with item_id and at least one more column. Numbers become text, NaN is
+            a missing value, lists of strings are joined by ", ".
         interactions_path: Table with user_id, item_id and timestamp. Timestamps are seconds
             (whole or not), dates or ISO 8601 times; they are kept in whole seconds, the order
             within a second stays. Times without a zone count as UTC.
@@ -130,6 +130,8 @@ def _text(path: str | Path, column: pl.Series) -> pl.Series:
     dtype = column.dtype
     if dtype == pl.List(pl.String):
         return column.list.drop_nulls().list.join(", ")
+    if dtype.is_float():
+        column = column.fill_nan(None)
     times = (pl.Date, pl.Datetime, pl.Time)
     usable = (pl.String, pl.Categorical, pl.Enum, pl.Boolean, *times, pl.Null)
     if dtype.is_numeric() or dtype in usable:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 NAME = "colors-and-textures"
 # Part of the cache's name: raised when the same image would get another vector.
-VERSION = 1
+VERSION = 2
 
 # Width and height, divisible by the grids below.
 _SIZE = (64, 96)

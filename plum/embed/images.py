@@ -31,7 +31,8 @@ class ImageFiles:
 
         Args:
             path: The folder or tar. Files are taken by suffix (jpg, jpeg, png, webp, gif, bmp);
-                what is before it is the item id.
+                what is before it is the item id. A symbolic link counts in a folder; in a tar it
+                does not, tar -h stores the file itself.
 
         Raises:
             InvalidData: there is no such folder or tar, it is compressed or damaged, or an item
@@ -47,9 +48,13 @@ class ImageFiles:
         elif self.path.is_file():
             try:
                 with tarfile.open(self.path, "r:") as archive:
+                    stored: dict[str, tarfile.TarInfo] = {}
                     for member in archive:
-                        if member.isfile():
-                            self._add(member.name, member.offset_data, member.size)
+                        # A file with two names is stored once; the second is a hard link.
+                        held = stored.get(member.linkname, member) if member.islnk() else member
+                        stored[member.name] = held
+                        if held.isfile():
+                            self._add(member.name, held.offset_data, held.size)
             except tarfile.TarError as error:
                 hint = "images gain nothing from compression; make it with tar -cf"
                 raise InvalidData(self.path, "an uncompressed tar", first_line(error), hint) from (
@@ -74,17 +79,27 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._files)
 
+    def _file(self, item_id: str) -> tuple[str, int, int]:
+        if item_id not in self._files:
+            raise InvalidArgument("item_id", f"an item with an image in {self.path}", repr(item_id))
+        return self._files[item_id]
+
     def where(self, item_id: str) -> str:
-        """Returns what a message calls the image of an item."""
-        return f"{self.path}/{self._files[item_id][0]}"
+        """Returns what a message calls the image of an item.
+
+        Raises:
+            InvalidArgument: it has none.
+        """
+        return f"{self.path}/{self._file(item_id)[0]}"
 
     def read(self, item_id: str) -> bytes:
         """Returns the bytes of an item's image file.
 
         Raises:
+            InvalidArgument: it has none.
             InvalidData: they cannot be read.
         """
-        name, offset, size = self._files[item_id]
+        name, offset, size = self._file(item_id)
         try:
             if self.path.is_dir():
                 return (self.path / name).read_bytes()
@@ -103,6 +118,7 @@ class ImageFiles:
         """Returns an item's image, upright and in RGB, on white where it is transparent.
 
         Raises:
+            InvalidArgument: it has none.
             InvalidData: it is cut off, is no image or is far too large.
             MissingDependency: Pillow is not installed.
         """
@@ -117,6 +133,12 @@ class ImageFiles:
                 image: Image.Image = Image.open(io.BytesIO(data))
                 image.load()
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                # 16 bits of gray, which Pillow would clip to 8.
+                values = np.asarray(image)
+                gray = (values >> 8).clip(0, 255).astype(np.uint8)
+                gray[values == image.info.get("transparency", -1)] = 255
+                image = Image.fromarray(gray)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -267,6 +289,7 @@ def _encoder(name: str, device: str | None) -> tuple[Callable[[list[Image]], np.
 def _load(folder: Path, device: str | None) -> tuple[Any, Any, bool]:
     """Returns model, image processor, and whether the model's pooling is in the checkpoint."""
     import torch
+    from safetensors import SafetensorError
 
     try:
         from transformers import AutoImageProcessor, AutoModel
@@ -283,7 +306,7 @@ def _load(folder: Path, device: str | None) -> tuple[Any, Any, bool]:
             model, info = AutoModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise InvalidArgument(
             "encoder",
             "a vision model with an image processor that transformers loads",

@@ -145,10 +145,10 @@ def _check_layer(layer: int, folder: Path) -> None:
 
     # The first module of a sentence-transformers model is the transformer, often the folder itself.
     modules = folder / "modules.json"
-    where = folder / json.loads(modules.read_text())[0]["path"] if modules.is_file() else folder
     try:
+        where = folder / json.loads(modules.read_text())[0]["path"] if modules.is_file() else folder
         count = AutoConfig.from_pretrained(where, local_files_only=True).num_hidden_layers
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
         expected = "an encoder that says how many layers it has, as layer= needs"
         raise InvalidArgument("encoder", expected, f"{str(folder)!r} ({first_line(error)})") from (
             error
@@ -162,6 +162,8 @@ def _cache_name(folder: Path, layer: int | None) -> str:
 
 
 def _load(folder: Path, layer: int | None, device: str | None) -> Any:
+    from safetensors import SafetensorError
+
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
@@ -176,7 +178,7 @@ def _load(folder: Path, layer: int | None, device: str | None) -> Any:
                 config_kwargs=None if layer is None else {"num_hidden_layers": layer},
             )
             return model if layer is None else _mean_pooled(model)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InvalidArgument(
             "encoder",
             "a model that sentence-transformers loads",

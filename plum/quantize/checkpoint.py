@@ -18,6 +18,7 @@ from plum.errors import InvalidData
 from plum.files import atomic_folder, read_json, settle_folder, write_json
 
 _STATE, _TENSORS = "state.json", "state.safetensors"
+_REACHED = ("epoch", "best_rank", "history")
 
 
 @dataclasses.dataclass
@@ -67,7 +68,7 @@ def save_checkpoint(
         tensors |= {f"optimizer/{index}/{name}": value for name, value in slots.items()}
     with atomic_folder(folder) as temporary:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary / _TENSORS)
-        reached = {name: getattr(state, name) for name in ("epoch", "best_rank", "history")}
+        reached = {name: getattr(state, name) for name in _REACHED}
         write_json(temporary / _STATE, {"stamp": stamp, **reached})
 
 
@@ -85,14 +86,20 @@ def load_checkpoint(
     settle_folder(folder)
     if not folder.exists():
         return TrainingState()
+    if not folder.is_dir():
+        raise InvalidData(folder, "the folder of a checkpoint", "a file")
     state = read_json(folder / _STATE)
-    if not isinstance(state, dict) or state.get("stamp") != stamp:
+    different = _difference(state.get("stamp") if isinstance(state, dict) else None, stamp)
+    if different:
         raise InvalidData(
             folder,
             "a checkpoint of this training",
-            _difference(state.get("stamp") if isinstance(state, dict) else None, stamp),
+            different,
             "continue with the same arguments and inputs, or name another folder",
         )
+    lost = [name for name in _REACHED if name not in state]
+    if lost:
+        raise InvalidData(folder / _STATE, "what a training has reached", f"no {', '.join(lost)}")
     device = next(model.parameters()).device
     try:
         tensors = load_file(folder / _TENSORS, device=str(device))
@@ -116,11 +123,14 @@ def load_checkpoint(
 
 
 def _difference(found: Any, stamp: Mapping[str, Any]) -> str:
-    """Names what is not the same in two stamps."""
+    """Names what is not the same in two stamps, in content or in order; "" where all is."""
     if not isinstance(found, dict):
         return "no stamp"
     names = []
     for part in ("settings", "inputs"):
         theirs, ours = found.get(part) or {}, stamp[part]
-        names += [n for n in sorted({*theirs, *ours}) if theirs.get(n) != ours.get(n)]
-    return f"one with another {', '.join(names)}"
+        for name in sorted({*theirs, *ours}):
+            # As text: dicts are equal in any order, but weights are laid out by that of input_dims.
+            if json.dumps(theirs.get(name)) != json.dumps(ours.get(name)):
+                names.append(name)
+    return f"one with another {', '.join(names)}" if names else ""

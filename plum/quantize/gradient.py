@@ -85,11 +85,13 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        x, q = (saved.detach() for saved in ctx.saved_tensors)
-        g = grads[0]
+        saved = [part.detach() for part in ctx.saved_tensors]
+        # Squares of halves overflow, and their rounding hides which rows are opposite.
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
+        x, q, g = (part.to(wide) for part in (*saved, grads[0]))
         pairs = ((x, x), (q, q), (x, q), (x, g), (q, g))
         on_g, on_x, on_q = rotation(*((a * b).sum(dim=-1, keepdim=True) for a, b in pairs))
-        return on_g * g + on_x * x + on_q * q, None
+        return (on_g * g + on_x * x + on_q * q).to(saved[0].dtype), None
 
 
 def _reciprocal(norm: Tensor) -> Tensor:

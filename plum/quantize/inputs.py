@@ -66,15 +66,15 @@ def check_embeddings(
         if not x.numel():
             raise InvalidArgument(where, "at least one value", list(x.shape))
         # The sum is finite only if every value is; it is read many times as fast.
-        if not x.sum().isfinite():
-            bad = torch.nonzero(~x.isfinite().all(dim=1)).flatten().tolist()
+        if not x.sum(dtype=torch.float32).isfinite():
+            bad = torch.nonzero(~searchable(x).isfinite().all(dim=1)).flatten().tolist()
         else:
             bad = []
         if bad:
             rows = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" * (len(bad) > 5))
             raise InvalidArgument(
                 where,
-                "finite values",
+                "values that are finite in fp32",
                 f"NaN or infinity in rows {rows}",
                 "embed these items again or leave them out",
             )

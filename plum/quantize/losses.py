@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from plum.errors import InvalidArgument
 from plum.ops import ResidualCodes, code_usage, codebook_sums
 from plum.ops.residual_quantize import pack_codebooks
+from plum.quantize.inputs import searchable
 
 
 class QuantizationLosses(NamedTuple):
@@ -138,7 +139,7 @@ class _QuantizationLosses(torch.autograd.Function):
             later = later.add_(residual, alpha=codes.shape[1])
             to_x = later.mul_(scale * grads[0]).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            sums = codebook_sums(x, codes, packed, sizes=ctx.sizes)
+            sums = codebook_sums(searchable(x), codes, packed, sizes=ctx.sizes)
             usage = code_usage(codes, ctx.sizes, validate=False)
             to_packed = ((usage[:, None] * packed.double() - sums) * (scale * grads[1])).to(
                 packed.dtype

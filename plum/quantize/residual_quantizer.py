@@ -90,7 +90,8 @@ class ResidualQuantizer(nn.Module):
     codeword of a residual r is the one of the largest r·c, so the search is the cosine search at
     every level; but a codeword then has the norm 1 at deep levels too, where residuals are short.
 
-    Rows may be of any floating-point type; fp64 is rounded to fp32 at the entrance.
+    Rows may be of any floating-point type; fp64 is rounded to fp32 at the entrance. So may the
+    model: codewords are searched in fp32, and the moving averages stay fp32.
 
     Randomness is a function of ``seed``, the number of training steps and the rows. Steps and
     reservoir are part of the ``state_dict``: a run that is resumed from one continues bit for bit.
@@ -238,9 +239,14 @@ class ResidualQuantizer(nn.Module):
                 batch_size=batch_size,
                 seed=_mixed(self.seed, _INIT, level),
             ).fit(self._scaled(residual))
-            codebook.copy_(self._scaled(kmeans.centroids))
+            centroids = self._scaled(kmeans.centroids)
+            if self.metric == "cosine":
+                # Rows that cancel have no direction: their codeword stays as it is.
+                away = (centroids != 0).any(dim=1, keepdim=True)
+                centroids = torch.where(away, centroids, self._scaled(codebook))
+            codebook.copy_(centroids)
             code = residual_quantize(residual, [codebook]).codes[:, 0]
-            residual = residual - codebook[code.long()]
+            residual = residual - codebook[code.long()].float()
             if progress is not None:
                 progress(level + 1, self.num_levels)
         copy_from_first(list(self.codebooks), self.process_group)
@@ -427,7 +433,9 @@ class ResidualQuantizer(nn.Module):
         """Returns the reservoir, on the device of the model."""
         device = self.usage_ema.device
         if self._reservoir is None:
-            self._reservoir = empty_reservoir(self.codebook_sizes, self.dim, device=device)
+            # Written to in later steps, which need not be in inference mode.
+            with torch.inference_mode(False):
+                self._reservoir = empty_reservoir(self.codebook_sizes, self.dim, device=device)
         self._reservoir = Reservoir(*(part.to(device) for part in self._reservoir))
         return self._reservoir
 
@@ -511,6 +519,12 @@ class ResidualQuantizer(nn.Module):
             self._reservoir = blank
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidualQuantizer:
+        super()._apply(fn, recurse)
+        # In half precision a moving average stands still.
+        self.usage_ema, self.sum_ema = self.usage_ema.float(), self.sum_ema.float()
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other parameters than the optimizer, and a weak reference cannot be pickled.
         return {**self.__dict__, "_optimizer": None}
@@ -523,7 +537,12 @@ def memory_for(steps: int, batch_size: int, codebook_sizes: Sequence[int]) -> di
     used falls below a tenth of its share after ``2.3 M`` steps, so M is at most a tenth of the
     training, and 100. It is at least 10, and as many as bring a code of the largest level ten rows,
     so that chance does not make a living code look dead.
+
+    Raises:
+        InvalidArgument: there is no level.
     """
+    if not codebook_sizes:
+        raise InvalidArgument("codebook_sizes", "sizes of at least 1", list(codebook_sizes))
     memory = max(min(100, steps // 10), 10, -(-10 * max(codebook_sizes) // batch_size))
     return {"decay": 1 - 1 / memory, "revive_every": memory}
 

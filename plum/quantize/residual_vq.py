@@ -283,7 +283,7 @@ class ResidualVQ(nn.Module):
             self._init_codebooks(rows.detach().float())
         levels = self._draw_levels(rand_quantize_dropout_fixed_seed, x.device)
         sizes = self.codebook_sizes[:levels]
-        packed = torch.cat([book.embed[0] for book in self._books()[:levels]])
+        packed = torch.cat([book.embed[0] for book in self._books()[:levels]]).float()
         searched = searchable(rows.detach())
         codes, norms, usage = self._search(searched, packed.detach(), sizes)
         quantized, losses = residual_sum(
@@ -305,8 +305,11 @@ class ResidualVQ(nn.Module):
         out = self.project_out(quantized.to(rows.dtype))
         codes = F.pad(codes.long(), (0, self.num_quantizers - levels), value=-1)
         if mask is not None:
-            whole = torch.zeros_like(x) if self.return_zeros_for_masked_padding else x
-            out = whole.flatten(0, -2).index_put((mask.flatten(),), out)
+            # Under autocast the projection's output is of another type than x.
+            zeros = self.return_zeros_for_masked_padding
+            whole = torch.zeros_like(x, dtype=out.dtype) if zeros else x
+            wide = torch.promote_types(whole.dtype, out.dtype)
+            out = whole.to(wide).flatten(0, -2).index_put((mask.flatten(),), out.to(wide))
             codes = codes.new_full((mask.numel(), self.num_quantizers), -1).index_put(
                 (mask.flatten(),), codes
             )
@@ -374,8 +377,8 @@ class ResidualVQ(nn.Module):
         sums, usage = sum_over_ranks([sums, usage], None)
         books = self._books()[: len(sizes)]
         for book, count, total in zip(books, usage.split(sizes), sums.split(sizes), strict=True):
-            book.cluster_size[0].lerp_(count.float(), 1 - self.decay)
-            book.embed_avg[0].lerp_(total.float(), 1 - self.decay)
+            book.cluster_size[0].lerp_(count.to(book.cluster_size), 1 - self.decay)
+            book.embed_avg[0].lerp_(total.to(book.embed_avg), 1 - self.decay)
         for level, book in enumerate(books[:1] if self.shared_codebook else books):
             if self.ema_update:
                 book.follow_averages(self.eps)
@@ -399,6 +402,7 @@ class ResidualVQ(nn.Module):
             fresh = torch.stack(list(inputs))[levels, torch.arange(len(row), device=x.device)]
         else:
             fresh = next(islice(inputs, level, None))
+        fresh = fresh.to(book.embed)
         book.embed[0].index_copy_(0, slots, fresh)
         book.cluster_size[0].index_fill_(0, slots, self.reset_cluster_size)
         book.embed_avg[0].index_copy_(0, slots, fresh * self.reset_cluster_size)
@@ -424,7 +428,8 @@ class ResidualVQ(nn.Module):
                 book.follow_averages(self.eps)
                 book.initted.fill_(True)
                 book.synchronize()
-            x = x - book.embed[0][residual_quantize(r, [book.embed[0]]).codes[:, 0].long()]
+            code = residual_quantize(r, [book.embed[0]]).codes[:, 0].long()
+            x = x - book.embed[0][code].float()
 
 
 class _Layer(nn.Module):

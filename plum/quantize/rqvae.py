@@ -93,7 +93,7 @@ class RQVAEConfig:
         for name, weight in weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise InvalidArgument(name, "a number of at least 0", weight)
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise InvalidArgument("temperature", "a positive number", self.temperature)
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
         object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))

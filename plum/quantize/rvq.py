@@ -25,6 +25,7 @@ class RVQ(ProjectedQuantizer):
     """
 
 
+@torch.inference_mode(False)
 def fit_rvq(
     embeddings: Mapping[str, Tensor],
     codebook_sizes: Sequence[int],

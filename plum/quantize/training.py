@@ -37,6 +37,7 @@ _FULL_USAGE = 0.95
 _EPOCH, _SAMPLE = range(100, 102)
 
 
+@torch.inference_mode(False)
 def fit_rqvae(
     embeddings: Mapping[str, Tensor],
     config: RQVAEConfig,
@@ -115,6 +116,8 @@ def fit_rqvae(
     """
     count = check_embeddings(embeddings, config.input_dims)
     check_present(present, embeddings, count)
+    # Whatever made them is not trained.
+    embeddings = {name: x.detach() for name, x in embeddings.items()}
     if epochs < 1:
         raise InvalidArgument("epochs", "at least 1", epochs)
     if warmup_epochs is None:
@@ -302,7 +305,8 @@ def _stalled(history: Sequence[Mapping[str, Any]], patience: int | None) -> bool
 def _weights(model: RQVAE) -> dict[str, Tensor]:
     """Returns a copy of the state without the sample for revival, which only training needs."""
     state = model.state_dict()
-    return {name: value.clone() for name, value in state.items() if ".reservoir_" not in name}
+    sample = "quantizer.reservoir_"
+    return {name: value.clone() for name, value in state.items() if not name.startswith(sample)}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from plum.errors import InvalidArgument
 
 Codes = npt.NDArray[np.int32]
 # Codes are int32.
-_MAX_SIZE = 1 << 31
+MAX_SIZE = 1 << 31
 
 
 class SidGroups(NamedTuple):
@@ -44,7 +44,7 @@ def as_sizes(codebook_sizes: Sequence[int]) -> tuple[int, ...]:
         sizes = tuple(operator.index(size) for size in codebook_sizes)
     except TypeError:
         sizes = ()
-    if not sizes or not all(1 <= size <= _MAX_SIZE for size in sizes):
+    if not sizes or not all(1 <= size <= MAX_SIZE for size in sizes):
         expected = "at least one size, and sizes of at least 1 and at most 2^31"
         raise InvalidArgument("codebook_sizes", expected, codebook_sizes)
     return sizes

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from plum.errors import InvalidArgument, InvalidData, MissingDependency
-from plum.sid.codes import Codes, as_array, as_codes, as_sizes, group_by_sid
+from plum.sid.codes import MAX_SIZE, Codes, as_array, as_codes, as_sizes, group_by_sid
 
 POLICIES = ("accept", "suffix", "nearest_free", "balanced")
 Rows = npt.NDArray[np.int64]
@@ -42,8 +42,9 @@ def resolve_collisions(
       the last level anew, at most ``⌈n / K⌉`` on one, so that the sum of their squared distances
       is least. Every item gets a SID of its own while no prefix has more than ``K``.
 
-    The last two read the residuals of the last level and its codebook. Distances are fp64, ties go
-    to the lowest code and the lowest key.
+    The last two read the residuals of the last level and its codebook. Distances are fp64. In
+    ``"nearest_free"`` ties go to the lowest code and the lowest key; which of several least sums
+    ``"balanced"`` takes is for ``assign`` to say.
 
     Args:
         codes: Integers ``[N, L]``.
@@ -70,7 +71,7 @@ def resolve_collisions(
         MissingDependency: ``"balanced"`` without ``assign``, and SciPy is not installed.
     """
     table, sizes = as_codes(codes, codebook_sizes), as_sizes(codebook_sizes)
-    for row, key in enumerate(keys or ()):
+    for row, key in enumerate(() if keys is None else keys):
         if not isinstance(key, str):
             raise InvalidArgument(f"keys[{row}]", "a string", repr(key))
     if keys is not None and (len(keys), len(set(keys))) != (len(table), len(table)):
@@ -100,8 +101,8 @@ def _suffix(
 ) -> tuple[Codes, tuple[int, ...]]:
     before = np.zeros((0, len(sizes) + 1), dtype=np.int32)
     if taken is not None:
-        numbers = as_array("taken", taken)
-        before = as_codes(numbers, (*sizes, int(np.max(numbers, initial=0)) + 1), "taken")
+        # Behind the numbers that are taken, those of the new rows are int32 too.
+        before = as_codes(taken, (*sizes, MAX_SIZE - len(table)), "taken")
     both = np.vstack([before, np.hstack([table, np.zeros((len(table), 1), dtype=np.int32)])])
     # Rows that have their number already come first on their SID, then the others by key.
     by_key = np.append(np.arange(len(before)), len(before) + np.argsort(rank))

@@ -218,7 +218,8 @@ def _read_parquet(path: Path) -> tuple[list[str], Wide]:
     polars = _polars("reading Parquet")
     try:
         frame = polars.read_parquet(path, glob=False)
-    except (polars.exceptions.PolarsError, OSError) as error:
+    # On some damaged bytes polars panics.
+    except (polars.exceptions.PolarsError, polars.exceptions.PanicException, OSError) as error:
         raise InvalidData(path, "a whole Parquet file", str(error).splitlines()[0]) from None
     names = [name for name in ("item_id", "pid") if name in frame.columns]
     if not names or "codes" not in frame.columns:
@@ -265,9 +266,10 @@ def _read_safetensors(path: Path) -> tuple[list[str], Wide]:
 
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+    # The last two are of types that NumPy has not, bf16 and fp8.
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise InvalidData(path, "a whole safetensors file", reason) from None
+        raise InvalidData(path, "a whole safetensors file of integers", reason) from None
     if len(tensors) != 1:
         raise InvalidData(path, "one tensor of SIDs", f"{sorted(tensors)[:5]}")
     return _from_grid(path, next(iter(tensors.values())))
@@ -315,7 +317,11 @@ def _write_index(table: SidTable, path: Path, template: str) -> None:
 
 def _write_csv(table: SidTable, path: Path, _: str) -> None:
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    # Unless everything is quoted, Python leaves a carriage return bare, and does not read it back.
+    bare = any("\r" in item_id for item_id in table.item_ids)
+    writer = csv.writer(
+        buffer, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL
+    )
     writer.writerow(["item_id", *(f"code_{level + 1}" for level in range(table.codes.shape[1]))])
     rows = zip(table.item_ids, table.codes.tolist(), strict=True)
     writer.writerows([item_id, *codes] for item_id, codes in rows)

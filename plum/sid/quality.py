@@ -171,7 +171,9 @@ def _quantization(x: Tensor, quantized: Tensor) -> dict[str, float | None]:
 
 def _reconstruction(x: Tensor, decoded: Tensor) -> dict[str, float | None]:
     error = _squared_error(x, decoded)
-    center = torch.stack([part.sum(dim=0) for (part,) in _chunks(x)]).sum(dim=0) / len(x)
+    # From the first row on, so that rows that are all equal have no variance to the last bit.
+    first = x[0].cpu().double()
+    center = first + sum((part - first).sum(dim=0) for (part,) in _chunks(x)) / len(x)
     variance = sum(float((part - center).square().sum()) for (part,) in _chunks(x)) / len(x)
     return {
         "mse": _finite(error / x.shape[1]),

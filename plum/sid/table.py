@@ -54,7 +54,8 @@ class SidTable:
             parent: SHA-256 of the manifest of the last of them.
 
         Raises:
-            InvalidArgument: an id is repeated or not a string, or the codes do not fit.
+            InvalidArgument: an id is repeated, not a string or not valid Unicode, or the codes do
+                not fit.
         """
         self.codebook_sizes = as_sizes(codebook_sizes)
         self.codes: Codes = as_codes(codes, self.codebook_sizes)
@@ -67,6 +68,10 @@ class SidTable:
         for row, item_id in enumerate(self.item_ids):
             if not isinstance(item_id, str):
                 raise InvalidArgument(f"item_ids[{row}]", "a string", repr(item_id))
+            try:
+                item_id.encode()
+            except UnicodeEncodeError:
+                raise InvalidArgument(f"item_ids[{row}]", "valid Unicode", repr(item_id)) from None
         self._index = {item_id: row for row, item_id in enumerate(self.item_ids)}
         if len(self._index) != len(self.item_ids):
             seen: dict[str, int] = {}
@@ -298,7 +303,7 @@ class SidTable:
             counts = (manifest["num_items"], manifest["num_sids"])
             number, parent = int(manifest["generation"]), manifest["parent"]
             hashes = {name: manifest["files"][name]["sha256"] for name in (_ITEMS, _SIDS)}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InvalidData(path, "the manifest of a SID table", f"{error!r}") from None
         if version != _FORMAT:
             raise InvalidData(path, f"format {_FORMAT}", version, "write the table again")

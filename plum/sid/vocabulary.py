@@ -48,7 +48,10 @@ class SidVocabulary:
         sizes = as_sizes(codebook_sizes)
         if len(sizes) > len(string.ascii_lowercase):
             raise InvalidArgument("codebook_sizes", "at most 26 sizes", len(sizes))
-        if template.count("{level}") != 1 or template.count("{code}") != 1:
+        holds = isinstance(template, str) and all(
+            template.count(place) == 1 for place in ("{level}", "{code}")
+        )
+        if not holds:
             raise InvalidArgument("template", "{level} and {code}, once each", repr(template))
         self.codebook_sizes = sizes
         self.template = template
@@ -165,4 +168,5 @@ class SidVocabulary:
         before, after = self.template.split("{code}")
         letter = string.ascii_lowercase[level]
         before, after = (re.escape(part.replace("{level}", letter)) for part in (before, after))
-        return f"{before}(0|[1-9][0-9]*){after}"
+        # No code has more than ten digits, and int() refuses thousands of them.
+        return f"{before}(0|[1-9][0-9]{{0,9}}){after}"

@@ -50,6 +50,15 @@ def test_held_out_items_do_not_matter_and_runs_repeat():
     np.testing.assert_allclose(other, first, atol=1e-5)
 
 
+@pytest.mark.parametrize("dim", [1, 3, 6])
+def test_runs_repeat_where_axes_are_free(dim):
+    # Pairs that touch nothing else all have the same singular value, and twice.
+    data = with_targets([[2 * pair, 2 * pair + 1] for pair in range(4)], 12, target=11)
+    first, _ = behavior_vectors(data, dim=dim)
+    for _ in range(5):
+        assert np.array_equal(behavior_vectors(data, dim=dim)[0], first)
+
+
 def test_items_of_which_nothing_is_known_have_no_vector():
     histories = [[0, 1, 2], [1, 2, 3], [0, 3], [4]]
     vectors, present = behavior_vectors(with_targets(histories, 7, target=6), dim=3)
@@ -64,6 +73,8 @@ def test_bad_numbers_are_named():
         behavior_vectors(data, dim=3)
     with pytest.raises(InvalidArgument, match="window"):
         behavior_vectors(data, dim=1, window=0)
+    with pytest.raises(InvalidArgument, match="seed"):
+        behavior_vectors(data, dim=1, seed=-1)
 
 
 @pytest.mark.parametrize("histories", [[], [[0], [3], [5]]])

@@ -195,6 +195,23 @@ def test_load_names_a_file_that_is_cut_off_or_missing(tmp_path, name: str) -> No
         Dataset.load(tmp_path)
 
 
+def test_a_panic_of_polars_is_a_damaged_file(tmp_path, monkeypatch) -> None:
+    def panic(*_: object, **__: object) -> None:
+        raise pl.exceptions.PanicException("assertion failed\nbacktrace")
+
+    dataset().save(tmp_path)
+    monkeypatch.setattr(pl, "read_parquet", panic)
+    with pytest.raises(InvalidData, match=r"items\.parquet: .*got assertion failed; "):
+        Dataset.load(tmp_path)
+
+
+def test_a_link_to_nothing_among_the_images_does_no_harm(tmp_path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").symlink_to(tmp_path / "gone.png")
+    replace(dataset(), images=tmp_path / "images").save(tmp_path / "data")
+    assert Dataset.load(tmp_path / "data").images == tmp_path / "images"
+
+
 def test_load_refuses_a_summary_without_a_template(tmp_path) -> None:
     dataset().save(tmp_path)
     (tmp_path / "dataset.json").write_text('{"name": "shop"}')

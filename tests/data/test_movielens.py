@@ -265,8 +265,12 @@ def test_abstracts_and_posters_are_found_beside_the_ratings(tmp_path) -> None:
     (tmp_path / "dbpedia_abstracts.json").write_text('{"9": ["A film."]}')
     with pytest.raises(InvalidData, match=r"dbpedia_abstracts\.json: expected an object"):
         read_movielens("ml-1m", tmp_path)
-    (tmp_path / "dbpedia_abstracts.json").write_text('{"9": ')
-    with pytest.raises(InvalidData, match=r"dbpedia_abstracts\.json: expected a JSON object"):
+    for damaged in ('{"9": ', '{"9": ' + "1" * 5000 + "}", "[" * 100_000):
+        (tmp_path / "dbpedia_abstracts.json").write_text(damaged)
+        with pytest.raises(InvalidData, match=r"dbpedia_abstracts\.json: expected a JSON object"):
+            read_movielens("ml-1m", tmp_path)
+    (tmp_path / "dbpedia_abstracts.json").write_text('{"9": "A film \\ud83e"}')
+    with pytest.raises(InvalidData, match=r"dbpedia_abstracts\.json: expected valid Unicode"):
         read_movielens("ml-1m", tmp_path)
 
 

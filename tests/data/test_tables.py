@@ -4,6 +4,7 @@ import datetime as dt
 import gzip
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -234,6 +235,14 @@ def test_timestamps_beyond_whole_seconds_are_named(tmp_path, times: pl.Series) -
     log.write_parquet(tmp_path / "log.parquet")
     with pytest.raises(InvalidData, match=r"'timestamp', row 1: expected seconds below 2\^63"):
         read_tables(items, tmp_path / "log.parquet")
+
+
+def test_a_number_that_is_none_is_missing(tmp_path) -> None:
+    _, log = write(tmp_path)
+    items = pl.DataFrame({"item_id": ["007", "8"], "title": ["A", "B"], "year": [1.5, np.nan]})
+    items.write_parquet(tmp_path / "items.parquet")
+    dataset = read_tables(tmp_path / "items.parquet", log, text_template="{title} ({year})")
+    assert dataset.texts() == ["A (1.5)", "B"]
 
 
 def test_odd_column_names_do_where_a_template_names_others(tmp_path) -> None:

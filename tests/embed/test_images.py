@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,32 @@ def test_pictures_are_turned_upright_and_put_on_white(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got[0], got[1])
 
 
+@pytest.mark.parametrize("clear", [None, 0])
+def test_sixteen_bits_of_gray_are_not_clipped(tmp_path: Path, clear: int | None) -> None:
+    from PIL import Image
+
+    values = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    path = tmp_path / "deep.png"
+    Image.fromarray(values).save(path)
+    if clear is not None:
+        data = path.read_bytes()
+        chunk = b"tRNS" + clear.to_bytes(2, "big")
+        chunk = (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+        at = data.index(b"IDAT") - 4
+        path.write_bytes(data[:at] + chunk + data[at:])
+    expected = values >> 8
+    if clear is not None:
+        expected[values == clear] = 255
+    got = np.asarray(ImageFiles(tmp_path).open("deep"))
+    np.testing.assert_array_equal(got, np.stack([expected] * 3, axis=-1))
+
+
+def test_a_second_name_of_a_file_in_a_tar_counts(folder: Path, tmp_path: Path) -> None:
+    (folder / "twin.png").hardlink_to(folder / "item-3.png")
+    files = ImageFiles(pack(folder, tmp_path / "images.tar"))
+    assert len(files) == 11 and files.read("twin") == files.read("item-3") == picture(3)
+
+
 def test_sources_that_are_none(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidData, match=r"no-such: expected a folder or a tar"):
         ImageFiles(tmp_path / "no-such")
@@ -240,6 +267,10 @@ def test_sources_that_are_none(folder: Path, tmp_path: Path) -> None:
     tar.write_bytes(tar.read_bytes()[:2000])
     with pytest.raises(InvalidData, match=r"images\.tar"):
         run(tar)
+    files = ImageFiles(folder)
+    for method in (files.where, files.read, files.open):
+        with pytest.raises(InvalidArgument, match=r"^item_id: expected an item with .*got 'zz'"):
+            method("zz")
     (folder / "item-1.jpg").write_bytes(picture(1))
     with pytest.raises(InvalidData, match=r"one image per item, got item-1\.jpg and item-1\.png"):
         ImageFiles(folder)
@@ -273,3 +304,11 @@ def test_posters_of_movielens(shared_data: Path) -> None:
     agreement = similarity_report(got[present], labels=chosen)["neighbor_agreement"]
     # Posters tell genres badly, but better than chance: of all, 0.198 against 0.163.
     assert agreement["neighbors"] > agreement["random"] + 0.01
+
+
+def test_a_model_that_is_cut_off_is_named(folder: Path, tmp_path: Path) -> None:
+    model = build_vit(tmp_path / "vit")
+    weights = next(model.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InvalidArgument, match=r"^encoder: .*SafetensorError"):
+        run(folder, encoder=model)

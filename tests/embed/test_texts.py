@@ -266,3 +266,21 @@ def test_an_encoder_that_does_not_tell_its_layers(tiny_encoder: Path, tmp_path: 
     (folder / "config.json").write_text("{}")
     with pytest.raises(InvalidArgument, match="how many layers it has"):
         run(folder, None, ["moon"], layer=1)
+
+
+def test_a_model_that_is_cut_off_is_named(tiny_encoder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_encoder, tmp_path / "model")
+    weights = next(model.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InvalidArgument, match=r"^encoder: .*SafetensorError"):
+        run(model, None)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "[{}]", "[5]"])
+def test_modules_that_say_no_transformer_are_named(
+    tiny_encoder: Path, tmp_path: Path, content: str
+) -> None:
+    model = shutil.copytree(tiny_encoder, tmp_path / "model")
+    (model / "modules.json").write_text(content)
+    with pytest.raises(InvalidArgument, match=r"^encoder: expected an encoder that says how many"):
+        run(model, None, layer=1)

@@ -63,6 +63,18 @@ def test_leading_dimensions_and_precision():
     torch.testing.assert_close(gradient(rotate, *shaped), exact.float().reshape(2, 3, 4, 16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1, 100])
+def test_halves_are_rotated_in_fp32(dtype, scale):
+    x, noise, weight = rows(50, 64)
+    # Many of these angles are above 120 degrees, and none is 180.
+    x, quantized, weight = (part.to(dtype) for part in (scale * x, scale * (noise / 2 - x), weight))
+    found = gradient(rotate, x, quantized, weight)
+    assert found.dtype == dtype
+    exact = gradient(rotate, x.double(), quantized.double(), weight.double())
+    assert (found.double() - exact).norm() < 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_without_a_rotation_have_a_finite_gradient(dtype):
     x, _, weight = (t.to(dtype) for t in rows(5, 6))

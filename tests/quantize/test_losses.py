@@ -19,6 +19,17 @@ def test_quantization_losses():
         quantization_losses(x, found._replace(residual=None), books)
 
 
+def test_quantization_losses_of_fp64_rows_reach_the_codebooks():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 3, generator=draw)
+    books = [torch.randn(4, 3, generator=draw).requires_grad_() for _ in range(2)]
+    found = residual_quantize(x, books, return_residual=True)
+    (expected,) = torch.autograd.grad(quantization_losses(x, found, books).codebook, books[:1])
+    losses = quantization_losses(x.double().requires_grad_(), found, books)
+    (given,) = torch.autograd.grad(losses.codebook, books[:1])
+    assert expected.any() and torch.equal(given, expected)
+
+
 def test_reconstruction_loss_of_rows_that_are_present():
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     target = torch.tensor([[1.0, 3.0], [float("nan"), 0.0]])

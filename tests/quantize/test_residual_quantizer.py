@@ -192,6 +192,15 @@ def test_cosine_revives_from_no_residual_of_zero():
     assert torch.equal(model.codebooks[1], before)
 
 
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_cosine_starts_with_no_codeword_of_zero(update):
+    model = ResidualQuantizer(2, (1, 4, 3), metric="cosine", update=update)
+    # The mean of the level 0 is zero; the level 1 leaves nothing over.
+    model.init_codebooks(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]]))
+    for codebook in model.codebooks:
+        assert_close(codebook.detach().norm(dim=1), torch.ones(len(codebook)))
+
+
 def test_cosine_with_gradients_scales_where_it_is_used():
     model = fitted(metric="cosine", update="gradient").eval()
     x, codes = rows(seed=1), fitted(metric="cosine", update="gradient").encode(rows(seed=1))

@@ -168,6 +168,21 @@ def test_mask_is_that_of_the_original(name, zeros):
             torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_mask_under_autocast_is_that_of_the_original(zeros):
+    mask = torch.rand(6, 40, generator=torch.Generator().manual_seed(2)) < 0.7
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (
+            model.eval()(rows(6, 40), mask=mask)
+            for model in reversed(pair("projected", return_zeros_for_masked_padding=zeros))
+        )
+    assert found[0].dtype == expected[0].dtype
+    # The original searches in bf16, which finds other codes now and then.
+    same = (found[1] == expected[1]).all(dim=-1)
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(found[0][same], expected[0][same], rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("cutoff, multiple", [(0, 1), (1, 1), (0, 2), (2, 4)])
 def test_dropout_drops_the_levels_of_the_original(cutoff, multiple):
     CASES["dropped"] = {"num_quantizers": 5, "codebook_size": 16, "quantize_dropout": True}
@@ -383,6 +398,38 @@ def test_low_precision_rows_are_quantized_in_fp32():
     assert out.dtype == torch.bfloat16 and losses.dtype == torch.float32
     exact = ours(x.float())
     assert torch.equal(codes, exact[1]) and torch.equal(out, exact[0].bfloat16())
+
+
+@pytest.mark.parametrize("name", ["plain", "cosine", "projected", "shared", "learnable"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_any_precision_trains_as_the_original(name, dtype):
+    theirs, ours = (model.to(dtype) for model in pair(name))
+    inputs = [rows(6, 40).to(dtype).requires_grad_() for _ in range(2)]
+    results = [model(x) for model, x in zip((theirs, ours), inputs, strict=True)]
+    for result in results:
+        (result[0].float().square().mean() + result[2].sum()).backward()
+    assert results[1][0].dtype == dtype
+    # Rounding to halves makes other codes the nearest, now and then.
+    same = (results[0][1] == results[1][1]).float().mean()
+    assert same > (0.999 if dtype == torch.float64 else 0.9)
+    torch.testing.assert_close(results[1][2].double(), results[0][2].double(), rtol=0.02, atol=0.02)
+    state = ours.state_dict()
+    for key, value in theirs.state_dict().items():
+        assert state[key].dtype == value.dtype
+        if "cluster_size" in key and dtype == torch.float64:
+            torch.testing.assert_close(state[key], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cosine", [True, False])
+def test_k_means_init_and_expiry_in_any_precision(dtype, cosine):
+    torch.manual_seed(0)
+    options = {"kmeans_init": True, "threshold_ema_dead_code": 30, "use_cosine_sim": cosine}
+    model = ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=4, **options).to(dtype)
+    for step in range(3):
+        out, codes, _ = model(rows(50, seed=step).to(dtype))
+        assert out.dtype == dtype and codes.unique().tolist() == [0, 1, 2, 3]
+    assert model.codebooks.dtype == dtype and model.codebooks.isfinite().all()
 
 
 def test_same_seed_gives_the_state_of_the_original():

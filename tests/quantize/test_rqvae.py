@@ -296,6 +296,9 @@ def test_bad_inputs_are_named():
         RQVAEConfig(DIMS, latent_dim=0)
     with pytest.raises(InvalidArgument, match=r"^beta: expected a number of at least 0, got -1"):
         RQVAEConfig(DIMS, beta=-1)
+    for temperature in (0.0, float("inf"), float("nan")):
+        with pytest.raises(InvalidArgument, match=r"^temperature: expected a positive number"):
+            RQVAEConfig(DIMS, temperature=temperature)
     with pytest.raises(InvalidArgument, match=r"^seed: .*got -1"):
         RQVAEConfig(DIMS, seed=-1)
     with pytest.raises(InvalidArgument, match=r"^inputs: expected the modalities"):

@@ -244,6 +244,65 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
             fit_tokenizer(x, **loop)
 
 
+def test_a_checkpoint_of_modalities_in_another_order_is_refused(tmp_path):
+    """The fused latent joins them in the order of the configuration."""
+    x = {"text": clusters(100), "image": clusters(100, seed=1)}
+    options = {"codebook_sizes": (4,), "latent_dim": 4, "checkpoint": tmp_path / "c"}
+    options |= {"epochs": 3, "evaluate_every": 1}
+    with pytest.raises(Stop):
+        fit_tokenizer(x, progress=stop_after(1), **options)
+    with pytest.raises(InvalidData, match="another input_dims; continue with the same"):
+        fit_tokenizer(dict(reversed(x.items())), **options)
+    assert len(fit_tokenizer(x, **options).history) == 3
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    options = {"codebook_sizes": (4,), "latent_dim": 4, "epochs": 1}
+    x = {"text": clusters(100)}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidData, match="file: expected the folder of a checkpoint, got a file"):
+        fit_tokenizer(x, checkpoint=tmp_path / "file", **options)
+    fit_tokenizer(x, checkpoint=tmp_path / "c", **options)
+    state = json.loads((tmp_path / "c" / "state.json").read_text())
+    del state["epoch"]
+    (tmp_path / "c" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InvalidData, match=r"state\.json: .*got no epoch"):
+        fit_tokenizer(x, checkpoint=tmp_path / "c", **options)
+
+
+def test_a_modality_may_be_called_reservoir():
+    x = {"reservoir_levels": clusters(100)}
+    options = {"codebook_sizes": (4,), "latent_dim": 4, "hidden_dims": (8,)}
+    model = fit_tokenizer(x, epochs=3, **options)
+    renamed = fit_tokenizer({"text": x["reservoir_levels"]}, epochs=3, **options)
+    assert torch.equal(model.encode(x), renamed.encode({"text": x["reservoir_levels"]}))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind, options", [("rq-vae", {}), ("r-vq", {"update": "gradient"})])
+def test_training_needs_no_gradients_around_it(mode, kind, options):
+    options = {"codebook_sizes": (4, 4), "latent_dim": 4, "epochs": 3, **options}
+    expected = fit_tokenizer({"text": clusters(100)}, kind, **options)
+    with mode():
+        x = {"text": clusters(100)}
+        model = fit_tokenizer(x, kind, **options)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    assert not any(value.is_inference() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_made_the_embeddings_gets_no_gradient(kind):
+    weight = torch.ones(24, requires_grad=True)
+    x = {"text": torch.tanh(clusters(100) * weight)}
+    options = {"codebook_sizes": (4, 4), "latent_dim": 4}
+    options |= {} if kind == "rq-kmeans" else {"epochs": 3}
+    model = fit_tokenizer(x, kind, **options)
+    assert weight.grad is None
+    codes = fit_tokenizer({"text": x["text"].detach()}, kind, **options).encode(x)
+    assert torch.equal(model.encode(x), codes)
+
+
 def test_patience_stops_after_evaluations_without_a_better_state():
     # Equal items: no state is better than the first.
     x = {"text": torch.ones(40, 4)}
@@ -308,6 +367,12 @@ def test_bad_embeddings_name_their_rows():
     for kind in KINDS:
         with pytest.raises(InvalidArgument, match=r"text.*NaN or infinity in rows 3, 9"):
             fit_tokenizer({"text": x}, kind)
+    # Finite, and not in fp32.
+    huge = clusters().double()
+    huge[[2, 7], 0] = 1e200
+    for kind in KINDS:
+        with pytest.raises(InvalidArgument, match=r"text.*finite in fp32.* in rows 2, 7"):
+            fit_tokenizer({"text": huge}, kind)
     x[:50] = float("inf")
     with pytest.raises(InvalidArgument, match="rows 0, 1, 2, 3, 4 and 45 more"):
         fit_tokenizer({"text": x})
@@ -339,6 +404,8 @@ def test_bad_options_are_named():
     with pytest.raises(InvalidArgument, match=r"^weight_decay"):
         fit_tokenizer(x, weight_decay=-1.0)
     for kind in KINDS:
+        with pytest.raises(InvalidArgument, match=r"^codebook_sizes: .*got \[\]"):
+            fit_tokenizer(x, kind, codebook_sizes=())
         with pytest.raises(InvalidArgument, match=r"^seed: expected an int in"):
             fit_tokenizer(x, kind, seed=-1)
     with pytest.raises(InvalidArgument, match="finite"):

@@ -29,6 +29,18 @@ def test_suffix_numbers_the_items_of_a_sid():
     assert resolve_collisions(CODES[:0], (2, 2), "suffix")[0].shape == (0, 3)
 
 
+def test_keys_may_be_an_array():
+    keys = np.array(["z", "q", "m", "n", "a"])
+    codes, _ = resolve_collisions(CODES, (2, 2), "suffix", keys=keys)
+    assert codes[:, 2].tolist() == [2, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("number", [2**31 - 1, np.nan])
+def test_numbers_that_leave_no_room_for_more_are_named(number):
+    with pytest.raises(InvalidArgument, match=r"^taken"):
+        resolve_collisions(CODES, (2, 2), "suffix", taken=[[1, 0, number]])
+
+
 def test_with_keys_the_order_of_the_rows_does_not_matter():
     draw = np.random.default_rng(0)
     table = draw.integers(0, 6, (500, 3))

@@ -7,7 +7,9 @@ import lzma
 import numpy as np
 import polars
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.sid import SidTable, quality_report, read_sids, write_sids
@@ -187,6 +189,31 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, capfd, name):
         read_sids(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert "unpickled" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.json", "t.parquet"])
+def test_odd_item_ids_come_back(tmp_path, name):
+    ids = ["", "a\rb", "c\r\nd", "e\n", '"f",', " g ", "007", "7", "null", "\u2028", "\0", "日本"]
+    write_sids(SidTable(ids, [[row] for row in range(12)], (12,)), tmp_path / name)
+    read = read_sids(tmp_path / name)
+    assert (read.item_ids, read.codes[:, 0].tolist()) == (ids, list(range(12)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_numbers_that_numpy_has_not_are_named(tmp_path, dtype):
+    save_torch({"sids": torch.zeros(2, 3).to(dtype)}, tmp_path / "t.safetensors")
+    with pytest.raises(InvalidData, match=r"t\.safetensors: expected .* of integers"):
+        read_sids(tmp_path / "t.safetensors")
+
+
+def test_a_panic_of_polars_is_a_damaged_file(tmp_path, monkeypatch):
+    def panic(*_, **__):
+        raise polars.exceptions.PanicException("assertion failed\nbacktrace")
+
+    write_sids(TABLE, tmp_path / "t.parquet")
+    monkeypatch.setattr(polars, "read_parquet", panic)
+    with pytest.raises(InvalidData, match=r"t\.parquet: .*got assertion failed$"):
+        read_sids(tmp_path / "t.parquet")
 
 
 def test_what_cannot_be_written_leaves_no_file(tmp_path):

@@ -144,6 +144,15 @@ def test_shuffled_labels_are_what_small_groups_give_by_chance():
         assert prefix["purity"] == pytest.approx(prefix["shuffled"], abs=0.03)
 
 
+def test_equal_rows_have_no_variance_to_lose():
+    # The mean of three times 0.1 is not 0.1.
+    embeddings = np.full((3, 2), 0.1)
+    report = quality_report(
+        np.zeros((3, 1), int), (1,), embeddings=embeddings, reconstruction=embeddings + 1
+    )
+    assert report["reconstruction"]["unexplained_variance"] is None
+
+
 def test_training_usage_stands_beside_that_of_the_table():
     report = quality_report(CODES, (4, 2), training_usage=[0.75, 1])
     assert [level["training_usage"] for level in report["levels"]] == [0.75, 1.0]

@@ -151,8 +151,18 @@ def test_bad_tables_are_refused():
         SidTable(["a"], [[0.5]], (3,))
     with pytest.raises(InvalidArgument, match="a string"):
         SidTable([7], [[0]], (3,))
+    with pytest.raises(InvalidArgument, match=r"item_ids\[1\]: expected valid Unicode"):
+        SidTable(["a", "\ud83d"], [[0], [0]], (3,))
     with pytest.raises(InvalidArgument, match=r"item_ids\[1\].*'nope'"):
         table().codes_of(["a", "nope"])
+
+
+def test_a_size_without_end_is_no_manifest(tmp_path):
+    table().save(tmp_path / "t")
+    path = tmp_path / "t" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "codebook_sizes": [np.inf] * 3}))
+    with pytest.raises(InvalidData, match="the manifest of a SID table"):
+        SidTable.load(tmp_path / "t")
 
 
 def test_a_damaged_byte_anywhere_is_seen_or_does_no_harm(tmp_path):

@@ -48,6 +48,8 @@ def test_parse_passes_over_what_is_no_sid():
     assert words.parse(text) == [(1, 1, 3), (2, 0, 1)]
     assert words.parse("") == []
     assert SidVocabulary((20,)).parse("<s_a_19><s_a_20><s_a_3>") == [(19,), (3,)]
+    # More digits than int() takes.
+    assert SidVocabulary((20,)).parse(f"<s_a_{'1' * 5000}><s_a_3>") == [(3,)]
 
 
 def test_other_templates():
@@ -65,6 +67,9 @@ def test_dict():
         SidVocabulary.from_dict({"codebook_sizes": [2]})
     with pytest.raises(InvalidData, match=r"vocabulary: .*codebook_sizes"):
         SidVocabulary.from_dict({"codebook_sizes": [0], "template": "<{level}{code}>"})
+    for template in (None, 5, ["{level}", "{code}"]):
+        with pytest.raises(InvalidData, match=r"vocabulary: .*template"):
+            SidVocabulary.from_dict({"codebook_sizes": [2], "template": template})
 
 
 def test_bad_input_is_named():
