@@ -74,8 +74,10 @@ def main() -> None:
         code = _INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message"):
-            # A usage error of typer's own, e.g. an option that does not exist.
-            print(f"error: {error.format_message()} (plum --help)", file=sys.stderr)
+            # A usage error of typer's own, e.g. an option that does not exist; it says nothing
+            # where the help has been shown because there are no arguments.
+            if message := error.format_message():
+                print(f"error: {message} (plum --help)", file=sys.stderr)
             code = 2
         elif not debug and (refusal := _refusal(error)) is not None:
             print(f"error: {refusal}", file=sys.stderr)
@@ -343,7 +345,7 @@ def _sizes(text: str) -> list[int]:
 
 def _print_quality(title: str, quality: dict[str, Any]) -> None:
     levels = Table("level", "codes", "usage", "perplexity", "dead", title=escape(title))
-    for number, level in enumerate(quality["levels"], 1):
+    for number, level in enumerate(quality["levels"]):
         levels.add_row(
             str(number),
             str(level["size"]),
@@ -409,7 +411,11 @@ def _resolve(
         if not (isinstance(base, dict) and {"seed", "data"} <= base.keys()):
             hint = "choose another folder, as a run keeps its own there"
             raise InvalidData(saved, "the configuration of a run", "a file of something else", hint)
-    return resolve_config(preset=preset, dataset=dataset, file=file, settings=settings, base=base)
+    config = resolve_config(preset=preset, dataset=dataset, file=file, settings=settings, base=base)
+    if (items or interactions) and config.data.dataset != "tables":
+        expected = "tables, which --items and --interactions are for"
+        raise InvalidArgument("dataset", expected, config.data.dataset, "add --dataset tables")
+    return config
 
 
 def _say_page(path: Path) -> None:

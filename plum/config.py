@@ -140,7 +140,11 @@ class FinetuneConfig(_Section):
     max_items: int = Field(default=50, ge=1)
     dropout: float = Field(default=0.3, ge=0, lt=1, description="of the bases scratch:depth-*")
     patience: int | None = Field(default=None, ge=1)
-    save_every_steps: int = Field(default=200, ge=1)
+    save_every_steps: int = Field(
+        default=200,
+        ge=1,
+        description="of bases that write tokens; scratch:depth-* saves every 5 epochs",
+    )
     bf16: bool | None = None
     lora_rank: int = Field(default=0, ge=0, description="0 trains all weights")
 
@@ -334,6 +338,8 @@ def _validated(values: Mapping[str, Any]) -> Config:
         if first["type"] == "value_error":  # Of a validator above, which says it all.
             raise InvalidConfig(f"{where}: {first['ctx']['error']}") from None
         message = f"{where}: {first['msg']}, got {first['input']!r}"
+        if first["type"] == "tuple_type":
+            message += f"; a list stands in brackets: --set '{where}=[a,b]'"
         if first["type"] == "string_type" and isinstance(first["input"], Mapping):
             message += f"; braces are a mapping in YAML: --set '{where}=\"{{...}}\"'"
         raise InvalidConfig(message) from None

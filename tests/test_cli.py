@@ -55,6 +55,9 @@ def test_report_of_a_table(tmp_path):
     assert [level["dead"] for level in report["levels"]] == [2, 0]
     assert report["max_collision"] == 2
     assert report["unique_sid_ratio"] == pytest.approx(2 / 3)
+    rows = [line.split()[1] for line in plum("report", tmp_path / "table").stdout.splitlines()
+            if line.startswith("│")]  # fmt: skip
+    assert rows == ["0", "1"]
 
 
 def test_own_embeddings_become_a_table_and_a_page(tmp_path):
@@ -103,6 +106,7 @@ def test_own_embeddings_become_a_table_and_a_page(tmp_path):
         (["run", "--output", "{}", "--dataset", "amazon"], 1, "data_dir"),
         (["run", "--output", "{}", "--dataset", "tables"], 1, "items"),
         (["run", "--output", "{}", "--dataset", "ml-1m", "--data-dir", "{}/x"], 1, "{}/x"),
+        (["data", "-o", "{}", "--items", "i.csv"], 1, "dataset: expected tables, which --items"),
         (["embed", "--output", "{}"], 1, "run: plum data"),
         (["report", "{}/nothing"], 1, "{}/nothing"),
         (["report", "{}/sids.pkl"], 1, "a pickle"),
@@ -130,6 +134,12 @@ def test_errors_are_one_line_and_a_status(tmp_path, arguments, status, message):
     lines = result.stderr.strip().splitlines()
     assert lines[-1].startswith("error: ") and message.format(tmp_path) in lines[-1]
     assert "Traceback" not in result.stderr
+
+
+def test_without_arguments_there_is_help_and_no_error():
+    result = plum()
+    assert result.returncode == 2 and "Commands" in result.stdout + result.stderr
+    assert "error:" not in result.stderr
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -106,6 +106,10 @@ def test_another_data_set_over_a_run_keeps_nothing_of_the_data():
         ({"settings": ["finetune=3"]}, "finetune: .*got 3"),
         ({"settings": ["tokenize.kind=vq"]}, "tokenize.kind: .*'rq-vae', 'rq-kmeans' or 'r-vq'"),
         ({"settings": ["tokenize.codebook_sizes=[8, 0]"]}, "tokenize.codebook_sizes.1: .*got 0"),
+        (
+            {"settings": ["tokenize.codebook_sizes=8,8"]},
+            r"codebook_sizes: .*'8,8'; a list .* --set 'tokenize.codebook_sizes=\[a,b\]'",
+        ),
         ({"settings": ["pretrain.steps=5"]}, "pretrain: .*steps above 0 need a base"),
         (
             {"preset": "cpu", "settings": ["pretrain.base=x", "pretrain.steps=5"]},

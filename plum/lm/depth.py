@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -164,7 +165,7 @@ class DepthGenerator(NextItemModel):
             The model in evaluation mode, on the CPU.
 
         Raises:
-            InvalidData: there is no such model in the folder.
+            InvalidData: there is no such model in the folder, or it is damaged.
             InvalidArgument: the SIDs do not fit its codebooks.
         """
         folder = Path(folder)
@@ -173,7 +174,11 @@ class DepthGenerator(NextItemModel):
         config = read_json(folder / "config.json")
         shape = TimelineShape(**config["shape"])
         model = cls(codes, config["codebook_sizes"], shape)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        weights = folder / "model.safetensors"
+        try:
+            model.load_state_dict(load_file(weights))
+        except (OSError, SafetensorError) as error:
+            raise InvalidData(weights, "a safetensors file", " ".join(str(error).split())) from None
         return model.eval()
 
     def level_losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def finetune_depth(
         output_dir: Gets ``checkpoints/``, ``model/`` and ``history.json``.
         config: How to train.
         validation_users: At most this many validation rows are used, a seeded choice.
-        progress: Called as ``progress(epochs_done, epochs_in_all)`` after each validation.
+        progress: Called as ``progress(steps_done, steps_in_all)``.
 
     Returns:
         The records of ``history.json``, one per validation: ``epoch``, ``train_loss`` (nats per
@@ -98,12 +98,8 @@ def finetune_depth(
     if torch.cuda.is_available():
         model.to("cuda")
 
-    def show(record: dict[str, Any]) -> None:
-        if progress is not None:
-            progress(record["epoch"], config.epochs)
-
     history = train_timeline(
-        model, train, config, validate=validate, progress=show, checkpoints=checkpoints
+        model, train, config, validate=validate, checkpoints=checkpoints, on_step=progress
     )
     model.to("cpu").save_pretrained(output_dir / "model")
     write_json(output_dir / "history.json", history)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.lm.examples import SidFormat
@@ -174,7 +175,7 @@ def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int
         config = AutoConfig.from_pretrained(base)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = kind.from_pretrained(base, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidArgument(
             "base",

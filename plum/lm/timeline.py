@@ -279,6 +279,7 @@ def train_timeline(
     validate: Callable[[], Mapping[str, Any]],
     progress: Callable[[dict[str, Any]], None] | None = None,
     checkpoints: Checkpoints | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains a model in place on next-item prediction at every position of every window.
 
@@ -293,6 +294,7 @@ def train_timeline(
         checkpoints: Saved to at each validation, and resumed from. On a CPU, and without
             ``max_seconds``, a resumed run ends with the weights of an uninterrupted one, bit for
             bit.
+        on_step: Called as ``on_step(steps_done, steps_in_all)``; a run that ends early stays below.
 
     Returns:
         A record per validation: ``epoch``, ``train_loss`` (nats per item, mean since the last
@@ -302,7 +304,7 @@ def train_timeline(
         InvalidData: a history has an index outside the catalog, none has two items, or the loss
             is not finite.
     """
-    run = _Run(model, histories, config, validate, progress, checkpoints)
+    run = _Run(model, histories, config, validate, progress, checkpoints, on_step)
     if run.device.type != "cuda":
         return run.train()
     # A stream of its own, since nothing can be captured on the default one.
@@ -325,10 +327,12 @@ class _Run:
         validate: Callable[[], Mapping[str, Any]],
         progress: Callable[[dict[str, Any]], None] | None,
         checkpoints: Checkpoints | None,
+        on_step: Callable[[int, int], None] | None,
     ) -> None:
         self.start = time.monotonic()
         self.model, self.config = model, config
         self.validate, self.progress, self.checkpoints = validate, progress, checkpoints
+        self.on_step = on_step
         self.device = next(model.parameters()).device
         graphs = config.graphs and self.device.type == "cuda"
         self.batches = DeviceBatches(
@@ -372,6 +376,7 @@ class _Run:
         current = [p.data for p in self.parameters]
         average = [p.data for p in self.average]
         over = bool(self.history) and self._is_over()
+        self._show(0)
         while not over:
             share = (1 - self.done) / self._epochs_left()
             self.epoch += 1
@@ -388,6 +393,7 @@ class _Run:
                 # Young averages forget faster, so that the first weights do not stay in them.
                 keep = min(config.average, self.steps / (self.steps + 10))
                 torch._foreach_lerp_(average, current, 1 - keep)
+                self._show(number + 1 - self.batches.steps_per_epoch)
             self.done += share
             self.ends.append(self._seconds())
             over = self._is_over()
@@ -403,6 +409,12 @@ class _Run:
             self.checkpoints.load_best(self.model)
         self.model.eval()
         return self.history
+
+    def _show(self, steps: int) -> None:
+        """Reports progress: all steps of the epochs so far, and these more."""
+        if self.on_step is not None:
+            epoch = self.batches.steps_per_epoch
+            self.on_step(self.epoch * epoch + steps, self.config.epochs * epoch)
 
     def _rate(self, done: float) -> float:
         warm = min(1.0, self.steps / max(1, self.config.warmup))

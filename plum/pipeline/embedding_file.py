@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -201,8 +202,14 @@ def load_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | 
     Returns:
         Modality to fp32 ``[N, D_m]``, and to bool ``[N]``, the items that have it, of those that
         some lack; None where none does.
+
+    Raises:
+        InvalidData: the file is damaged.
     """
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise InvalidData(path, "a safetensors file", " ".join(str(error).split())) from None
     present = {
         name: tensors.pop(f"{name}_present")
         for name in sorted(tensors)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from plum.errors import InvalidData, MissingDependency
 from plum.files import read_json, write_text
 from plum.pipeline import report_plots
-from plum.pipeline.stage import is_stale
+from plum.pipeline.stage import is_stale, read_manifest
 
 if TYPE_CHECKING:
     import jinja2
@@ -81,6 +81,7 @@ def write_html_report(run_dir: Path) -> Path:
         "stages": _stages(run_dir),
         "config": _config(files["config"]),
         "metrics": _metrics(files["metrics"]),
+        "filter_seen": _filter_seen(run_dir),
         "similarity": _similarity(files["embed/similarity"]),
         "tokenizer": _tokenizer(files["tokenize/history"]),
         "sids": _sids(files["report/report"]),
@@ -256,6 +257,12 @@ def _metrics(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _filter_seen(run_dir: Path) -> bool | None:
+    """Tells whether items of the history were left out of the ranking; None if that is unknown."""
+    manifest = read_manifest(run_dir, "evaluate")
+    return None if manifest is None else manifest["settings"].get("filter_seen")
+
+
 def _cutoff(key: str) -> int:
     digits = key.partition("@")[2]
     return int(digits) if digits.isdigit() else 0
@@ -345,7 +352,7 @@ def _level_series(
     series: dict[str, list[tuple[float, float | None]]] = {}
     for i, record in enumerate(history):
         values = record.get(key)
-        for level, value in enumerate(values if isinstance(values, list) else [], start=1):
+        for level, value in enumerate(values if isinstance(values, list) else []):
             series.setdefault(f"{label} {level}", []).append((_at(record, axis, i), _number(value)))
     return series
 

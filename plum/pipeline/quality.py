@@ -182,9 +182,9 @@ def write_quality_page(reports: Sequence[dict[str, Any]], path: str | Path) -> N
         report["name"]: [
             (length, prefix["purity"] - prefix["shuffled"])
             for length, prefix in enumerate(report["prefixes"], 1)
+            if "label_majority" in report
         ]
         for report in reports
-        if "label_majority" in report
     }
     distinct = {
         report["name"]: [
@@ -199,7 +199,7 @@ def write_quality_page(reports: Sequence[dict[str, Any]], path: str | Path) -> N
         "tables": [{"report": _shown(report), **_plots(report)} for report in reports],
         "usage": report_plots.grouped_bars(
             names,
-            [f"level {level + 1}" for level in range(levels)],
+            [f"level {level}" for level in range(levels)],
             [
                 [r["levels"][level]["usage"] if level < len(r["levels"]) else None for r in reports]
                 for level in range(levels)
@@ -208,7 +208,7 @@ def write_quality_page(reports: Sequence[dict[str, Any]], path: str | Path) -> N
         ),
         "evenness": report_plots.grouped_bars(
             names,
-            [f"level {level + 1}" for level in range(levels)],
+            [f"level {level}" for level in range(levels)],
             [
                 [
                     r["levels"][level]["perplexity"] / r["levels"][level]["size"]

@@ -253,10 +253,13 @@ class Recommender:
         is false.
 
         Raises:
-            InvalidArgument: an item id is not in the catalog, or ``k`` is below 1.
+            InvalidArgument: an item id is not in the catalog, ``k`` is below 1, or the history is
+                empty and the generator is a ``DepthGenerator``, which begins at an item.
         """
         if k < 1:
             raise InvalidArgument("k", "at least 1", k)
+        if not history and isinstance(self.generator, DepthGenerator):
+            raise InvalidArgument("history", "at least one item id", "none")
         for item in history:
             if item not in self._index:
                 raise InvalidArgument(

@@ -126,7 +126,7 @@ def level_usage(usage: Sequence[float], counts: Sequence[Sequence[int] | None]) 
     with _figure(9.6, 3.1, 2 if any(counts) else 1) as (figure, axes):
         bars = axes[0]
         colors = [_SERIES[level % len(_SERIES)] for level in range(len(usage))]
-        names = [f"level {level + 1}" for level in range(len(usage))]
+        names = [f"level {level}" for level in range(len(usage))]
         bars.bar(names, usage, 0.6, color=colors)
         for level, share in enumerate(usage):
             bars.annotate(
@@ -143,7 +143,7 @@ def level_usage(usage: Sequence[float], counts: Sequence[Sequence[int] | None]) 
                 if occurrences:
                     curve.plot(
                         range(1, len(occurrences) + 1), occurrences,
-                        color=colors[level], label=names[level],
+                        label=names[level], **_stroke(level),
                     )  # fmt: skip
             curve.set_yscale("symlog", linthresh=1)
             curve.set_ylim(bottom=0)
@@ -249,11 +249,12 @@ def lines(
     with _figure(4.7, 3.1, 1) as (figure, (axis,)):
         from matplotlib.ticker import MaxNLocator
 
-        for i, (label, points) in enumerate(drawn.items()):
-            xs, ys = zip(*points, strict=True)
-            marker = "o" if len(points) <= 25 else None
-            color = _SERIES[i % len(_SERIES)]
-            axis.plot(xs, ys, label=label, color=color, marker=marker, markersize=3.5)
+        for i, label in enumerate(series):
+            # What has no points keeps its color to itself, as in the other plots of a page.
+            if points := drawn.get(label):
+                xs, ys = zip(*points, strict=True)
+                marker = "o" if len(points) <= 25 else None
+                axis.plot(xs, ys, label=label, marker=marker, markersize=3.5, **_stroke(i))
         values = [y for points in drawn.values() for _, y in points]
         if unit:
             axis.set_ylim(0, max(1.03, *values))
@@ -262,13 +263,22 @@ def lines(
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
         else:
-            axis.set_ylim(bottom=min(0, *values))
+            # Room above the highest point, wherever the others are.
+            low, high = min(0, *values), max(0, *values)
+            axis.set_ylim(low, high + 0.05 * ((high - low) or 1))
         axis.set_title(title.capitalize())
         axis.set_xlabel(x_label)
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        if len(drawn) > 1:
+        # A single record has one tick: there is no part of an epoch.
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        if len(series) > 1:
             figure.legend(loc="outside lower center", ncols=_legend_columns(list(drawn)))
         return _svg(figure, f"{title} by {x_label}")
+
+
+def _stroke(i: int) -> dict[str, Any]:
+    """Returns what tells curve i from the others: its color, and dashes once those run out."""
+    again, color = divmod(i, len(_SERIES))
+    return {"color": _SERIES[color], "linestyle": ("-", "--", ":")[again % 3]}
 
 
 def _legend_columns(labels: Sequence[str]) -> int:

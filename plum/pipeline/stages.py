@@ -51,6 +51,7 @@ from plum.lm import (
     pretrain,
     train_timeline,
 )
+from plum.lm.checkpoints import Checkpoints, fingerprint
 from plum.lm.training import has_fast_bf16
 from plum.pipeline.embedding_file import latents_of, load_embeddings
 from plum.pipeline.recommender import Recommendation, Recommender
@@ -408,7 +409,7 @@ def _evaluate(work: Workspace) -> None:
         fitted = baseline.fit(known, sequences.num_items)
         ranked[name] = fitted.recommend(known, k, exclude_seen=seen)
     if work.settings.sasrec:
-        sasrec = _trained_sasrec(sequences, work.seed)
+        sasrec = _trained_sasrec(work, sequences)
         ranked["sasrec"] = sasrec.recommend(known, k, exclude_seen=seen)
     if work.settings.tiger:
         folder = work.folder / "tiger"
@@ -416,6 +417,8 @@ def _evaluate(work: Workspace) -> None:
         parts = folder / "recommendations"
         ranked["tiger"] = _rank_in_parts(tiger, users, test.histories, k, work, parts)
         shutil.rmtree(folder / "checkpoints")
+    # Only now: a try that is cut off after it need not train it again.
+    shutil.rmtree(work.folder / "sasrec", ignore_errors=True)
     metrics = {
         name: ranking_metrics(items, test.targets, ks=DEPTHS, num_items=sequences.num_items)
         for name, items in ranked.items()
@@ -423,11 +426,11 @@ def _evaluate(work: Workspace) -> None:
     write_json(work.folder / "metrics.json", metrics)
 
 
-def _trained_sasrec(sequences: Sequences, seed: int) -> SASRec:
+def _trained_sasrec(work: Workspace, sequences: Sequences) -> SASRec:
     """Trains SASRec on what the generator is trained on, to the best validation Recall@10."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sasrec = SASRec(sequences.num_items, TimelineShape(), seed=seed).to(device)
-    validation = sequences.split("validation")
+    sasrec = SASRec(sequences.num_items, TimelineShape(), seed=work.seed)
+    training, validation = sequences.training(), sequences.split("validation")
     depth = min(10, sequences.num_items)
 
     def validate() -> dict[str, float]:
@@ -435,8 +438,19 @@ def _trained_sasrec(sequences: Sequences, seed: int) -> SASRec:
         found = ranking_metrics(ranked, validation.targets, ks=(depth,))
         return {"score": found[f"recall@{depth}"]}
 
-    config = TimelineConfig(bf16=device.type == "cuda", seed=seed)
-    train_timeline(sasrec, sequences.training(), config, validate=validate)
+    config = TimelineConfig(bf16=device.type == "cuda", seed=work.seed)
+    parts = (training, validation.histories, [validation.targets])
+    # In the folder of the try: the stage goes on with it after it was cut off.
+    folder = work.folder / "sasrec"
+    checkpoints = Checkpoints(folder, fingerprint(sasrec, asdict(config), parts))
+    train_timeline(
+        sasrec.to(device),
+        training,
+        config,
+        validate=validate,
+        checkpoints=checkpoints,
+        on_step=work.progress,
+    )
     return sasrec
 
 
@@ -515,7 +529,7 @@ def _recommend(work: Workspace) -> None:
         samples.append(
             {
                 "user_id": sequences.user_ids[test.users[row]],
-                "history": [_plain(recommender.describe(int(item))) for item in history[-10:]],
+                "history": [_plain(recommender.describe(int(item))) for item in history],
                 "target": _plain(recommender.describe(int(test.targets[row]))),
                 "recommendations": [
                     {**_plain(recommender.describe(int(item))), "score": float(score)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -147,6 +148,10 @@ def test_what_cannot_be_loaded_is_named(base, tmp_path):
     with pytest.raises(InvalidArgument, match=r"base: expected scratch.*empty"):
         (tmp_path / "empty").mkdir()
         load_generator(str(tmp_path / "empty"), VOCABULARY)
+    shutil.copytree(base, tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InvalidArgument, match=r"base: expected scratch.*torn.*header"):
+        load_generator(str(tmp_path / "torn"), VOCABULARY)
     with pytest.raises(
         InvalidArgument, match="context of at least 41 tokens, got 40; lower max_it"
     ):

@@ -380,14 +380,26 @@ def test_a_saved_generator_is_loaded_for_a_grown_catalog(codes, histories, tmp_p
     assert len(set(grown.search(histories, 30)[0][0].tolist())) == 30
     with pytest.raises(InvalidData, match="DepthGenerator"):
         DepthGenerator.from_pretrained(tmp_path, codes)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InvalidData, match=r"model\.safetensors: expected a safetensors file"):
+        DepthGenerator.from_pretrained(tmp_path / "model", codes)
 
 
 def test_finetuning_writes_its_files_and_repeats(codes, histories, tmp_path):
     config = replace(CONFIG, epochs=10)
     for name in ("one", "other"):
+        shown: list[tuple[int, int]] = []
         history = finetune_depth(
-            generator(codes), [h[:-1] for h in histories], histories, tmp_path / name, config
+            generator(codes),
+            [h[:-1] for h in histories],
+            histories,
+            tmp_path / name,
+            config,
+            progress=lambda done, total, shown=shown: shown.append((done, total)),
         )
+        # Every step of it, from the first on.
+        assert shown == [(step, shown[-1][0]) for step in range(len(shown))]
+        assert len(shown) > config.epochs
     assert history == read_json(tmp_path / "other" / "history.json")
     assert history[-1]["score"] == 1.0
     assert len(history[-1]["level_accuracy"]) == 3

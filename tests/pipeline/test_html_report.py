@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from plum.errors import InvalidData
+from plum.pipeline import report_plots
 from plum.pipeline.html_report import write_html_report
 
 _NONE = "\N{EN DASH}"
@@ -263,7 +264,7 @@ def test_levels(page: _Page) -> None:
     rows = page.rows["sids"]
     assert rows[0][:4] == ["Level", "Codes", "Usage", "Perplexity"]
     assert rows[2] == [
-        "2", "64", "95.3%", f"{levels[1]['perplexity']:.1f}", f"{levels[1]['entropy']:.3f}",
+        "1", "64", "95.3%", f"{levels[1]['perplexity']:.1f}", f"{levels[1]['entropy']:.3f}",
         "0.350", "3",
     ]  # fmt: skip
     assert "0.9473" in page.text["sids"] and "1,169" in page.text["sids"]
@@ -281,11 +282,35 @@ def test_plots_are_drawn_from_the_values(page: _Page) -> None:
         "loss by step",
         "accuracy by step",
     ]
-    for text in ("reconstruction/text", "commitment", "usage, level 3", "unique SIDs"):
+    for text in ("reconstruction/text", "commitment", "usage, level 2", "unique SIDs"):
         assert text in page.text["tokenizer"]
-    for text in ("training", "validation", "level 1", "level 2", "level 3"):
+    for text in ("training", "validation", "level 0", "level 1", "level 2"):
         assert text in page.text["generator"]
     assert "85.9%" in page.text["sids"]
+
+
+def test_a_short_history_is_drawn_whole() -> None:
+    plot = report_plots.lines({"a": [(3, 7.53)], "b": [(3, 7.56)]}, "epoch", "loss")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", str(plot))
+    # One whole epoch, and not parts of it around it.
+    assert [text for text in texts if text.startswith(("2.", "3"))] == ["3"]
+    top = float(re.findall(r'<clipPath[^>]*>\s*<rect[^>]* y="([^"]*)"', str(plot))[0])
+    drawn = [float(y) for y in re.findall(r'<use [^>]* y="([^"]*)"', str(plot))]
+    assert min(drawn) > top + 3.5  # No marker is cut off.
+
+
+def test_curves_are_told_apart() -> None:
+    def strokes(series: dict[str, list[tuple[int, float]]]) -> list[str]:
+        plot = str(report_plots.lines(series, "step", "loss"))
+        found = re.findall(r'clip-path="[^"]*" style="fill: none; ([^"]*)"', plot)
+        return [style for style in found if "--series" in style]
+
+    every = strokes({f"table {n}": [(1, n), (2, n)] for n in range(9)})
+    assert len(every) == len(set(every)) == 9
+    # A label without points keeps its color, and what is drawn is named.
+    alone: dict[str, list[tuple[int, float]]] = {"table 0": [], "table 1": [(1, 1), (2, 1)]}
+    assert strokes(alone) == [every[1]]
+    assert ">table 1</text>" in str(report_plots.lines(alone, "step", "loss"))
 
 
 def test_samples(page: _Page, html: str) -> None:
@@ -374,7 +399,7 @@ def test_optional_keys_and_unfinished_stages(tmp_path: Path) -> None:
         del sample["target"]
     run["tokenize/history.json"] = []
     page = _Page(write(tmp_path, run))
-    assert page.rows["sids"][3][:4] == ["3", "64", "85.9%", "35.5"]
+    assert page.rows["sids"][3][:4] == ["2", "64", "85.9%", "35.5"]
     assert "holds no counts" in page.text["sids"]
     assert "evaluate.partial" not in page.text["stages"]
     assert "target" not in page.text["samples"].partition("found.")[2]

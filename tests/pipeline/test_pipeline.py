@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from plum.config import resolve_config
-from plum.data import sequences_of
+from plum.data import Dataset, sequences_of
 from plum.errors import InvalidArgument, InvalidData
 from plum.files import locked
 from plum.lm import FinetuneConfig
@@ -79,12 +79,54 @@ def test_leaves_what_it_promises(finished):
         for name, output in manifest["outputs"].items():
             assert (finished / stage / name).stat().st_size == output["bytes"]
     assert not list(finished.glob("*.partial"))
+    # Samples hold whole histories; the page says how many items it leaves out.
+    sequences = sequences_of(Dataset.load(finished / "data"))
+    test = sequences.split("test")
+    lengths = {
+        sequences.user_ids[user]: len(history)
+        for user, history in zip(test.users, test.histories, strict=True)
+    }
+    samples = json.loads((finished / "recommend" / "samples.json").read_text())
+    found = [len(sample["history"]) for sample in samples]
+    assert found == [lengths[sample["user_id"]] for sample in samples] and max(found) > 10
+    earlier = f"{max(found) - 10} earlier item"
+    assert earlier in (finished / "report.html").read_text()
 
 
-def test_sasrec_is_a_baseline_when_asked_for(finished, encoder, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+def test_sasrec_is_a_baseline_when_asked_for(finished, encoder, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    # Steps of the training of SASRec that were shown, by try.
+    shown: list[list[int]] = []
+    train = stages.train_timeline
+
+    def until(stop: int | None):
+        def watched(model, histories, config, *, on_step, **options):
+            def show(done: int, total: int) -> None:
+                on_step(done, total)
+                shown[-1].append(done)
+                if done == stop:
+                    raise Killed
+
+            shown.append([])
+            return train(model, histories, replace(config, epochs=15), on_step=show, **options)
+
+        return watched
+
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    for copy in (folder, whole):
+        shutil.copytree(finished, copy)
+    monkeypatch.setattr(stages, "train_timeline", until(None))
+    run(whole, encoder, "evaluate.sasrec=true")
+    monkeypatch.setattr(stages, "train_timeline", until(shown[0][-1] // 2))
+    with pytest.raises(Killed):
+        run(folder, encoder, "evaluate.sasrec=true")
+    monkeypatch.setattr(stages, "train_timeline", until(None))
     assert "evaluate" in run(folder, encoder, "evaluate.sasrec=true")
+    assert shown[1][0] == 0 < shown[2][0] <= shown[1][-1] < shown[2][-1] == shown[0][-1]
+    assert (folder / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
+    assert not (folder / "evaluate" / "sasrec").exists()
     metrics = json.loads((folder / "metrics.json").read_text())
     before = json.loads((finished / "metrics.json").read_text())
     assert metrics["sasrec"]["recall@10"] > metrics["popularity"]["recall@10"]
@@ -127,14 +169,15 @@ def test_a_generator_with_one_position_per_item_takes_the_same_place(finished, e
     metrics = json.loads((folder / "metrics.json").read_text())["generator"]
     assert metrics["invalid_rate"] == metrics["duplicate_rate"] == 0
     assert metrics["recall@50"] > 0
-    assert "level 3" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "level 0" in page and "level 2" in page and "level 3" not in page
     config = resolve_config(base=json.loads((folder / "config.json").read_text()))
     recommender = Recommender.load(folder, config)
     history = recommender.table.item_ids[:7]
     found = [item.item_id for item in recommender.recommend(history, 20)]
     assert len(set(found)) == 20 and not set(found) & set(history)
     assert len(recommender.recommend(history, 500)) == 120 - 7
-    with pytest.raises(InvalidData, match="histories"):
+    with pytest.raises(InvalidArgument, match="history: expected at least one item id, got none"):
         recommender.recommend([], 5)
     with pytest.raises(InvalidArgument, match="scratch:depth-small"):
         run(folder, encoder, "finetune.base=scratch:depth-huge")
@@ -281,6 +324,9 @@ def test_seen_items_are_left_out_and_others_take_their_places(finished, encoder,
     shutil.copytree(finished, folder)
     changed = run(folder, encoder, "evaluate.filter_seen=true")
     assert changed == ["evaluate", "recommend"]
+    # The figures of the two cannot be compared, so the page says which they are.
+    for place, words in ((finished, "history among them"), (folder, "history left out")):
+        assert words in (place / "report.html").read_text()
     frame = pl.read_parquet(folder / "evaluate" / "recommendations" / "*.parquet")
     sequences = sequences_of(recommender.dataset)
     test = sequences.split("test")

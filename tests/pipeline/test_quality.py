@@ -100,6 +100,10 @@ def test_a_run_brings_all_that_is_known(tmp_path):
     assert report["name"] == "run" and report["prefixes"][0]["purity"] > 0.8
     assert report["quantization"]["cosine"] > 0.9
     assert report["similarity"]["text"]["neighbor_agreement"]["neighbors"] > 0.9
+    (run / "embed" / "embeddings.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InvalidData, match=r"embeddings\.safetensors: expected a safetensors file"):
+        open_table(run)
+    (run / "embed" / "embeddings.safetensors").unlink()
     # A tokenizer with other levels says nothing about a table.
     SidTable(ids, np.zeros((200, 1), dtype=int), (4,)).save(run / "tokenize" / "table")
     assert "quantization" not in assess(open_table(run))
@@ -205,6 +209,7 @@ def test_page(catalog, tmp_path):
                   f"{reports[1]['num_sids']:,}", "Embeddings: text", "embeddings are not known",
                   f"{reports[0]['quantization']['cosine']:.4f}"):  # fmt: skip
         assert words in text, words
+    assert "level 0" in text and "level 1" in text and "level 2" not in text
     assert page.tags.count("svg") == 4 + 3 + 2
     html = (tmp_path / "both.html").read_text()
     assert "http" not in html.replace("http://www.w3.org", "") and "nan" not in text.lower()
