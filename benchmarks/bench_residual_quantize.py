@@ -58,6 +58,7 @@ PROVIDERS = {
 }
 GPU_PROVIDERS = {
     "plum cuda": "ours:cuda",
+    "plum wgmma": "ours:wgmma",
     "plum triton": "ours:triton",
     "torch addmm + argmin": "torch_search:addmm",
     "torch addmm + argmin, TF32": "torch_search:addmm_tf32",

@@ -143,12 +143,17 @@ def residual_quantize_gpu() -> list[str]:
     """Nanoseconds a row on a GPU, and how many times as fast the faster backend is as each peer."""
     source = Source("residual_quantize", device="gpu")
     shapes = ("D=384 3x256", "D=384 2048+1024+512", "D=384 8x2048", "D=32 3x256")
-    backends = ("plum cuda", "plum triton")
+    backends = ("plum wgmma", "plum cuda", "plum triton")
     rows = []
     for backend in backends:
+        if source.get(backend, shapes[0]) is None:
+            continue
         rates = [source.get(backend, shape) for shape in shapes]
         rows.append(
-            [f'`backend="{backend.split()[1]}"`', *(_number(1e9 / r, 1) for r in rates if r)]
+            [
+                f'`backend="{backend.split()[1]}"`',
+                *(_number(1e9 / r, 1) if r else "" for r in rates),
+            ]
         )
     for label, peer in (
         ("torch `addmm` + `argmin` in fp32", "torch addmm + argmin"),

@@ -18,7 +18,7 @@ import torch
 
 from plum.errors import BackendUnavailable, InvalidArgument
 
-BACKENDS = ("reference", "cpu", "cuda", "triton")
+BACKENDS = ("reference", "cpu", "cuda", "wgmma", "triton")
 # Major compute capabilities on which the GPU backends have passed their tests and, where timed,
 # beaten plain torch: benchmarks/results/h200-*.json.
 PROVEN = (9,)
@@ -55,6 +55,11 @@ class Backend:
             return self.missing()
         with torch.cuda.device(device):
             return self.missing()
+
+    def takes(self, device: torch.device) -> bool:
+        """Says whether it takes tensors on a device; Triton's interpreter takes any."""
+        interpreted = self.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        return interpreted or device.type in (self.device, "meta")
 
     def why_not(self, device: torch.device | None = None) -> str | None:
         """Returns why the automatic choice leaves it out on a device of its type, or None."""
@@ -118,6 +123,9 @@ class Op:
             have = ", ".join(["reference", *self.backends])
             raise BackendUnavailable(f"{self.name} has no backend {backend!r}; it has: {have}")
         reason = self.backends[backend].missing_on(args[0].device)
+        if reason is None and not self.backends[backend].takes(args[0].device):
+            kind = self.backends[backend].device
+            reason = f"it takes {kind} tensors, not such on {args[0].device}"
         if reason is not None:
             raise BackendUnavailable(f"{self.name}: backend {backend!r} cannot run here: {reason}")
         return _on_its_device(self.backends[backend])(*args)

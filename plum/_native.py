@@ -50,6 +50,19 @@ def missing_cuda() -> str | None:
     )
 
 
+def missing_wgmma() -> str | None:
+    """Returns why the CUDA kernels for Hopper GPUs alone cannot run here, or None."""
+    reason = missing_cuda()
+    if reason is not None:
+        return reason
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        return f"it is for compute capability 9.0 and not for {capability[0]}.{capability[1]}"
+    if not hasattr(_C, "residual_quantize_wgmma"):
+        return "the native module was built without it; rebuild with CUDAARCHS=90"
+    return None
+
+
 def runs_on(architectures: str, capability: int) -> bool:
     """Says whether code built for CMake's CUDA architectures runs on a GPU of a capability.
 
@@ -201,8 +214,12 @@ def residual_quantize_cuda(
     norms: Tensor,
     residual: Tensor | None,
     first_bad: Tensor,
+    kernel: str = "cuda",
 ) -> None:
-    """Fills the outputs; lowers ``first_bad`` ``[2]``, a codeword and a row."""
+    """Fills the outputs; lowers ``first_bad`` ``[2]``, a codeword and a row.
+
+    ``kernel`` is ``"cuda"`` or, for Hopper GPUs, ``"wgmma"``.
+    """
     device = x.device
     for tensor, dtype in ((codebooks, torch.float32), (codes, torch.int32), (norms, torch.float32)):
         assert tensor.device == device and tensor.is_contiguous() and tensor.dtype == dtype
@@ -212,9 +229,9 @@ def residual_quantize_cuda(
         assert residual.device == device and residual.is_contiguous()
         assert residual.dtype == torch.float32 and residual.shape == x.shape
     assert first_bad.device == device and first_bad.dtype == torch.int64 and len(first_bad) == 2
-    bytes_ = _C.residual_quantize_workspace_cuda(x.shape[1], sizes)
+    bytes_ = getattr(_C, f"residual_quantize_workspace_{kernel}")(x.shape[1], sizes)
     workspace = torch.empty(bytes_, dtype=torch.uint8, device=device)
-    _C.residual_quantize_cuda(
+    getattr(_C, f"residual_quantize_{kernel}")(
         x.data_ptr(),
         _ROW_TYPES.index(x.dtype),
         x.shape[0],

@@ -13,7 +13,7 @@ import torch
 import plum.ops  # noqa: F401  registers the ops
 from plum import _library, _native
 from plum._library import OPS, Backend
-from plum.errors import InvalidArgument
+from plum.errors import BackendUnavailable, InvalidArgument
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
@@ -40,8 +40,13 @@ def test_gpu_backends_launch_on_the_device_of_their_first_tensor(monkeypatch, na
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         _library._on_a_gpu(name, [spy], OPS[name].reference)(there)
         assert seen.pop() == [torch.device("cuda:1")]
-        OPS[name](torch.zeros(1), backend=backend.name)
-        assert seen.pop() == [], "tensors of the interpreter are on the CPU"
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        if backend.name == "triton":
+            OPS[name](torch.zeros(1), backend=backend.name)
+            assert seen.pop() == [], "tensors of the interpreter are on the CPU"
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(BackendUnavailable, match="it takes cuda tensors, not such on cpu"):
+            OPS[name](torch.zeros(1), backend=backend.name)
 
 
 def gpu(monkeypatch, capability, setting="auto", *backends):

@@ -35,6 +35,10 @@ def cuda(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
     return _forced("cuda", x, codebooks)
 
 
+def wgmma(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
+    return _forced("wgmma", x, codebooks)
+
+
 def triton(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
     return _forced("triton", x, codebooks)
 

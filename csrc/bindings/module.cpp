@@ -284,21 +284,24 @@ void code_usage_cuda(uintptr_t codes, bool wide, int64_t rows, const std::vector
   }
 }
 
+using WorkspaceOfSearch = decltype(plum::cuda::residual_quantize_workspace);
+using SearchOnGpu = decltype(plum::cuda::residual_quantize);
+
+template <WorkspaceOfSearch kWorkspace>
 int64_t residual_quantize_workspace_cuda(int64_t width, const std::vector<int64_t>& sizes) {
-  return plum::cuda::residual_quantize_workspace(width, sizes.data(),
-                                                 static_cast<int64_t>(sizes.size()));
+  return kWorkspace(width, sizes.data(), static_cast<int64_t>(sizes.size()));
 }
 
+template <SearchOnGpu kSearch>
 void residual_quantize_cuda(uintptr_t x, int type, int64_t rows, int64_t width, uintptr_t codebooks,
                             const std::vector<int64_t>& sizes, uintptr_t workspace, uintptr_t codes,
                             uintptr_t norms, uintptr_t residual, uintptr_t first_bad,
                             uintptr_t stream) {
   py::gil_scoped_release release;
-  plum::cuda::residual_quantize(
-      pointer<const void>(x), static_cast<plum::cpu::RowType>(type), rows, width,
-      pointer<const float>(codebooks), sizes.data(), static_cast<int64_t>(sizes.size()),
-      pointer<void>(workspace), pointer<int32_t>(codes), pointer<float>(norms),
-      pointer<float>(residual), pointer<int64_t>(first_bad), pointer<void>(stream));
+  kSearch(pointer<const void>(x), static_cast<plum::cpu::RowType>(type), rows, width,
+          pointer<const float>(codebooks), sizes.data(), static_cast<int64_t>(sizes.size()),
+          pointer<void>(workspace), pointer<int32_t>(codes), pointer<float>(norms),
+          pointer<float>(residual), pointer<int64_t>(first_bad), pointer<void>(stream));
 }
 #endif
 
@@ -330,7 +333,14 @@ PYBIND11_MODULE(_C, module) {
 #ifdef PLUM_WITH_CUDA
   module.def("code_usage_cuda", &code_usage_cuda);
   module.attr("residual_quantize_max_width_cuda") = plum::cuda::kMaxSearchWidth;
-  module.def("residual_quantize_workspace_cuda", &residual_quantize_workspace_cuda);
-  module.def("residual_quantize_cuda", &residual_quantize_cuda);
+  module.def("residual_quantize_workspace_cuda",
+             &residual_quantize_workspace_cuda<plum::cuda::residual_quantize_workspace>);
+  module.def("residual_quantize_cuda", &residual_quantize_cuda<plum::cuda::residual_quantize>);
+#endif
+#ifdef PLUM_WITH_WGMMA
+  module.def("residual_quantize_workspace_wgmma",
+             &residual_quantize_workspace_cuda<plum::cuda::residual_quantize_wgmma_workspace>);
+  module.def("residual_quantize_wgmma",
+             &residual_quantize_cuda<plum::cuda::residual_quantize_wgmma>);
 #endif
 }

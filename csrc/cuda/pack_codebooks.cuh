@@ -19,11 +19,19 @@ constexpr int kExponent = 5;
 // Codewords before it in which a repeated codeword is looked for.
 constexpr int kRepeatWindow = 4096;
 
-// Codewords of a stage: some 6 to 9 KiB of operands.
+// Operands and biases of a stage of codewords as warps read them: some 6 to 9 KiB.
 template <int kWidth>
-constexpr int kStage = kWidth > 256 ? 8 : 4096 / kWidth;
-template <int kWidth>
-constexpr int kStageBytes = kStage<kWidth> * (2 * kWidth + 4);
+struct WarpTiles {
+  static constexpr int kCodes = kWidth > 256 ? 8 : 4096 / kWidth;
+  static constexpr int kBytes = kCodes * (2 * kWidth + 4);
+  // A lane reads, of one codeword in eight, four dimensions of each of two steps of 16.
+  static __device__ int operand_at(int place, int dim) {
+    const int step = dim / 16, reader = place % 8 * 4 + dim % 16 / 4;
+    const int chunk = (place / 8 * (kWidth / 32) + step / 2) * 32 + reader;
+    return (chunk * 8 + step % 2 * 4 + dim % 4) * 2;
+  }
+  static __device__ int bias_at(int place) { return kCodes * 2 * kWidth + place * 4; }
+};
 
 struct Levels {
   int count;
@@ -40,7 +48,7 @@ struct LevelBounds {
 struct Workspace {
   float* books;                // [sum of sizes, kWidth], padded with zeros
   float* centers;              // [levels, kWidth]
-  char* stages;                // [stages, kStageBytes]
+  char* stages;                // [stages, Tiles::kBytes]
   LevelBounds* bounds;         // [levels]
   unsigned long long* hashes;  // [sum of sizes]
 };
@@ -153,10 +161,10 @@ __device__ bool is_repeat(const Workspace& work, int first, int code, int lane) 
   return false;
 }
 
-// Writes the operands in the order in which lanes read them; a warp for each codeword, padding too.
-template <int kWidth>
+// Writes operands and biases where `Tiles` has them; a warp for each codeword, padding too.
+template <int kWidth, typename Tiles>
 __global__ void pack_operands(Levels levels, Workspace work) {
-  constexpr int kCodes = kStage<kWidth>;
+  constexpr int kCodes = Tiles::kCodes;
   const int padded = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
   const int stage = padded / kCodes, place = padded % kCodes;
   if (stage >= levels.stage[levels.count]) return;
@@ -169,7 +177,7 @@ __global__ void pack_operands(Levels levels, Workspace work) {
   const int power = longest > 0 ? min(max(kExponent - 1 - ilogb(longest), -100), 100) : 0;
   const double scale = scalbn(1.0, power);
   double norm = 0, error = 0;
-  char* at = work.stages + int64_t{stage} * kStageBytes<kWidth>;
+  char* at = work.stages + int64_t{stage} * Tiles::kBytes;
 #pragma unroll 4
   for (int dim = lane; dim < kWidth; dim += 32) {
     double value = 0;
@@ -181,16 +189,13 @@ __global__ void pack_operands(Levels levels, Workspace work) {
     const double rest = value - __half2float(half);
     norm += value * value;
     error += rest * rest;
-    // A lane reads, of one codeword in eight, four dimensions of each of two steps of 16.
-    const int step = dim / 16, reader = place % 8 * 4 + dim % 16 / 4;
-    const int chunk = (place / 8 * (kWidth / 32) + step / 2) * 32 + reader;
-    reinterpret_cast<__half*>(at)[chunk * 8 + step % 2 * 4 + dim % 4] = half;
+    *reinterpret_cast<__half*>(at + Tiles::operand_at(place, dim)) = half;
   }
   norm = warp_sum(norm);
   error = warp_sum(error);
   const bool skipped = !real || is_repeat<kWidth>(work, first, code, lane);
   if (lane) return;
-  reinterpret_cast<float*>(at + kCodes * 2 * kWidth)[place] =
+  *reinterpret_cast<float*>(at + Tiles::bias_at(place)) =
       skipped ? kNone : static_cast<float>(-norm / 2);
   if (skipped) return;
   atomicMax(&bounds.norm, __float_as_uint(static_cast<float>(sqrt(norm) * 1.000001)));
@@ -200,7 +205,7 @@ __global__ void pack_operands(Levels levels, Workspace work) {
 
 constexpr int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-template <int kWidth>
+template <typename Tiles>
 Levels lay_out(const int64_t* sizes, int64_t levels) {
   Levels table{static_cast<int>(levels), {}, {}, {}};
   int first = 0;
@@ -208,7 +213,7 @@ Levels lay_out(const int64_t* sizes, int64_t levels) {
     table.size[level] = static_cast<int>(sizes[level]);
     table.first[level] = first;
     first += table.size[level];
-    constexpr int kCodes = kStage<kWidth>;
+    constexpr int kCodes = Tiles::kCodes;
     table.stage[level + 1] = table.stage[level] + (table.size[level] + kCodes - 1) / kCodes;
   }
   return table;
@@ -219,7 +224,7 @@ inline int codewords_of(const Levels& levels) {
 }
 
 // Places the parts of the workspace behind one another; returns its bytes.
-template <int kWidth>
+template <int kWidth, typename Tiles>
 int64_t place_parts(const Levels& levels, char* base, Workspace* work) {
   const int64_t total = codewords_of(levels);
   int64_t end = 0;
@@ -230,7 +235,7 @@ int64_t place_parts(const Levels& levels, char* base, Workspace* work) {
   };
   work->books = reinterpret_cast<float*>(part(total * kWidth * 4));
   work->centers = reinterpret_cast<float*>(part(int64_t{levels.count} * kWidth * 4));
-  work->stages = part(int64_t{levels.stage[levels.count]} * kStageBytes<kWidth>);
+  work->stages = part(int64_t{levels.stage[levels.count]} * Tiles::kBytes);
   work->bounds = reinterpret_cast<LevelBounds*>(
       part(levels.count * static_cast<int64_t>(sizeof(LevelBounds))));
   work->hashes = reinterpret_cast<unsigned long long*>(part(total * 8));
@@ -238,17 +243,17 @@ int64_t place_parts(const Levels& levels, char* base, Workspace* work) {
 }
 
 // Fills the workspace; lowers first_bad to the first codeword that is not finite.
-template <int kWidth>
+template <int kWidth, typename Tiles>
 void pack(const float* codebooks, const Levels& levels, int width, const Workspace& work,
           unsigned long long* first_bad, cudaStream_t stream) {
   const int total = codewords_of(levels);
-  const int padded = levels.stage[levels.count] * kStage<kWidth>;
+  const int padded = levels.stage[levels.count] * Tiles::kCodes;
   launch(clear_bounds, 1, kMaxLevels, 0, stream, work.bounds, levels.count);
   launch(find_centers, dim3(kWidth / 32, levels.count), 32 * kCenterParts, 0, stream, codebooks,
          levels, width, kWidth, work.centers);
   launch(copy_codewords<kWidth>, (total + 7) / 8, 256, 0, stream, codebooks, levels, total, width,
          work, first_bad);
-  launch(pack_operands<kWidth>, (padded + 7) / 8, 256, 0, stream, levels, work);
+  launch(pack_operands<kWidth, Tiles>, (padded + 7) / 8, 256, 0, stream, levels, work);
 }
 
 }  // namespace

@@ -62,15 +62,23 @@ def row_of(p_row, stride_column, width, COLUMNS: tl.constexpr):
 
 @triton.jit
 def row_log_sum(p_row, stride_column, width, COLUMNS: tl.constexpr):
-    """As `log_sum` of a row of any width, COLUMNS at a time."""
-    b_top = tl.full([COLUMNS], LOWEST, tl.float32)
-    b_sum = tl.full([COLUMNS], 0, tl.float32)
+    """As `log_sum` of a row of any width, COLUMNS at a time.
+
+    A block is asked for before the one ahead of it is added, and has one largest value.
+    """
+    top = tl.full([], LOWEST, tl.float32)
+    total = tl.full([], 0, tl.float32)
+    b_next = row_of(p_row, stride_column, width, COLUMNS)
     for start in range(0, width, COLUMNS):
-        o_v = start + tl.arange(0, COLUMNS)
-        p_x = p_row + o_v.to(tl.int64) * stride_column
-        b_x = tl.load(p_x, o_v < width, other=-float("inf"))
-        b_top, b_sum = add_exponentials(b_top, b_sum, b_x.to(tl.float32))
-    return log_sum(b_top, b_sum)
+        b_x = b_next.to(tl.float32)
+        after = start + COLUMNS
+        b_next = row_of(
+            p_row + after.to(tl.int64) * stride_column, stride_column, width - after, COLUMNS
+        )
+        highest = tl.maximum(top, top_of(b_x))
+        total = total * _exp(top - highest) + tl.sum(_exp(b_x - highest))
+        top = highest
+    return top, tl.log(total)
 
 
 @triton.jit

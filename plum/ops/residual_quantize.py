@@ -63,7 +63,8 @@ def residual_quantize(
         sizes: ``K_l`` of a packed ``codebooks``.
         return_residual: Also return the residual after the last level.
         usage: int64 ``[ΣK]`` to which the counts of the codes are added in place, in the same pass.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"`` forces one.
+        backend: ``"reference"``, ``"cpu"``, ``"cuda"``, ``"wgmma"`` (for Hopper GPUs) or
+            ``"triton"`` forces one.
 
     Returns:
         Codes, squared residual norms and, if asked for, the residual. No gradient flows.
@@ -224,6 +225,11 @@ def _fits_cuda(x: Tensor, *_: Any) -> bool:
     return x.shape[1] <= _native.residual_quantize_max_width_cuda()
 
 
+def _fits_wgmma(x: Tensor, *_: Any) -> bool:
+    # The other kernel has narrower ones, which it pads less.
+    return 128 < x.shape[1] <= _native.residual_quantize_max_width_cuda()
+
+
 def _fits_triton(x: Tensor, *_: Any) -> bool:
     return len(x) < 1 << 31
 
@@ -234,21 +240,33 @@ def _cuda(
     sizes: Sequence[int],
     return_residual: bool,
     usage: Tensor | None,
+    kernel: str = "cuda",
 ) -> tuple[Tensor, Tensor, Tensor]:
     widest = _native.residual_quantize_max_width_cuda()
     if x.shape[1] > widest:
-        expected = f"rows of at most {widest} dimensions with backend='cuda'"
+        expected = f"rows of at most {widest} dimensions with backend={kernel!r}"
         raise InvalidArgument("x", expected, x.shape[1], "take backend='triton'")
     x, codebooks = x.contiguous(), codebooks.contiguous()
     codes, norms, residual = _fake(x, codebooks, sizes, return_residual, usage)
     first_bad = torch.full((2,), _NO_ROW, dtype=torch.int64, device=x.device)
+    wanted = residual if return_residual else None
     _native.residual_quantize_cuda(
-        x, codebooks, list(sizes), codes, norms, residual if return_residual else None, first_bad
+        x, codebooks, list(sizes), codes, norms, wanted, first_bad, kernel
     )
     _raise_bad(first_bad, x, codebooks, sizes)
     if usage is not None:
         usage += code_usage(codes, sizes, backend="cuda")
     return codes, norms, residual
+
+
+def _wgmma(
+    x: Tensor,
+    codebooks: Tensor,
+    sizes: Sequence[int],
+    return_residual: bool,
+    usage: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _cuda(x, codebooks, sizes, return_residual, usage, "wgmma")
 
 
 def _triton(
@@ -345,6 +363,7 @@ _op: Any = Op(
     fake=_fake,
     backends=[
         Backend("cpu", "cpu", _cpu, _native.missing),
+        Backend("wgmma", "cuda", _wgmma, _native.missing_wgmma, _fits_wgmma),
         Backend("cuda", "cuda", _cuda, _native.missing_cuda, _fits_cuda),
         Backend("triton", "cuda", _triton, _native.missing_triton, _fits_triton),
     ],

@@ -83,6 +83,8 @@ struct Device {
   std::vector<Group> warps;
   int current = 0, done = 0;
   std::function<void()> kernel;
+  // Called when no thread can go on, to make one that can.
+  std::function<void()> idle = [] {};
   std::unique_ptr<char[]> shared_bytes;
   char* shared = nullptr;
   void* host[5];
@@ -129,6 +131,7 @@ inline Device& device() {
 [[gnu::noinline]] inline void give_way() {
   Device& d = device();
   Fiber& from = d.fibers[d.current];
+  if (d.ready.empty() && d.done < static_cast<int>(d.fibers.size())) d.idle();
   if (d.ready.empty() && d.done < static_cast<int>(d.fibers.size())) {
     fail("no thread can go on: some wait for threads that wait elsewhere or have ended");
   }

@@ -18,6 +18,13 @@ from ..residual_cases import ADVERSARIAL, draw_case, many_tiles
 # Under the interpreter, what overflows on purpose warns.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Those of csrc/cuda; the second is for Hopper GPUs alone.
+CUDA = [
+    "cuda",
+    pytest.param(
+        "wgmma", marks=pytest.mark.skipif(bool(_native.missing_wgmma()), reason="no Hopper GPU")
+    ),
+]
 # What differs between GPUs: tiles, and whether operands stay in shared memory.
 CONFIGS = {
     "default": {},
@@ -92,7 +99,7 @@ def test_the_shapes_of_use(rows, width, sizes):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("backend", [*CUDA, "triton"])
 @pytest.mark.parametrize(
     ("width", "sizes"), [(384, [256] * 3), (384, [2048, 1024, 512]), (32, [256] * 3)]
 )
@@ -110,7 +117,7 @@ def test_ten_million_rows_as_on_the_cpu(width, sizes, backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("backend", [*CUDA, "triton"])
 def test_more_elements_than_an_int_counts(backend):
     x = torch.randn(2**31 // 64 + 1000, 64, device="cuda").bfloat16()
     books = [torch.randn(5, 64, device="cuda"), torch.randn(3, 64, device="cuda")]
@@ -119,8 +126,8 @@ def test_more_elements_than_an_int_counts(backend):
     assert torch.equal(got.codes[-2000:], expected.codes)
 
 
-def assert_cuda_equals_reference(x: Tensor, books: list[Tensor]) -> None:
-    """As :func:`assert_equals_reference`, for the CUDA kernel behind the op."""
+def assert_cuda_equals_reference(x: Tensor, books: list[Tensor], backend: str) -> None:
+    """As :func:`assert_equals_reference`, for a CUDA kernel behind the op."""
     there = x.cuda(), [book.cuda() for book in books]
     usage, expected_usage = (torch.full((sum(map(len, books)),), 3) for _ in range(2))
     try:
@@ -129,11 +136,11 @@ def assert_cuda_equals_reference(x: Tensor, books: list[Tensor]) -> None:
         )
     except InvalidArgument as error:
         with pytest.raises(InvalidArgument) as found:
-            residual_quantize(*there, backend="cuda")
+            residual_quantize(*there, backend=backend)
         assert str(found.value) == str(error)
         return
     usage = usage.cuda()
-    got = residual_quantize(*there, return_residual=True, usage=usage, backend="cuda")
+    got = residual_quantize(*there, return_residual=True, usage=usage, backend=backend)
     assert torch.equal(got.codes.cpu(), expected.codes)
     assert got.residual is not None and expected.residual is not None
     assert torch.equal(got.residual.cpu(), expected.residual)
@@ -142,36 +149,41 @@ def assert_cuda_equals_reference(x: Tensor, books: list[Tensor]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", CUDA)
 @pytest.mark.parametrize("case", ADVERSARIAL.values(), ids=ADVERSARIAL)
-def test_adversarial_sets_in_cuda(case):
+def test_adversarial_sets_in_cuda(case, backend):
     x, books = case
     if x.shape[1] <= _native.residual_quantize_max_width_cuda():
-        assert_cuda_equals_reference(x, books)
+        assert_cuda_equals_reference(x, books, backend)
 
 
 @pytest.mark.gpu
-def test_random_cases_in_cuda():
+@pytest.mark.parametrize("backend", CUDA)
+def test_random_cases_in_cuda(backend):
     for seed in range(300):
-        assert_cuda_equals_reference(*draw_case(seed))
-    assert_cuda_equals_reference(*many_tiles())
+        assert_cuda_equals_reference(*draw_case(seed), backend)
+    assert_cuda_equals_reference(*many_tiles(), backend)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", CUDA)
 @pytest.mark.parametrize("width", [1, 3, 32, 33, 64, 100, 128, 200, 256, 383, 384])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_widths_in_cuda(width, dtype):
+def test_widths_in_cuda(width, dtype, backend):
     generator = torch.Generator().manual_seed(width)
     for rows, sizes in ((1, [1]), (127, [9, 1, 300]), (1000, [256, 17])):
         x = torch.randn(rows, width, generator=generator).to(dtype)
-        assert_cuda_equals_reference(x, [torch.randn(k, width, generator=generator) for k in sizes])
+        books = [torch.randn(k, width, generator=generator) for k in sizes]
+        assert_cuda_equals_reference(x, books, backend)
 
 
 @pytest.mark.gpu
-def test_rows_too_wide_for_cuda():
+@pytest.mark.parametrize("backend", CUDA)
+def test_rows_too_wide_for_cuda(backend):
     x = torch.zeros(2, 385, device="cuda")
     with pytest.raises(InvalidArgument, match="x: expected rows of at most 384 dimensions"):
-        residual_quantize(x, [x], backend="cuda")
-    empty = residual_quantize(x[:0, :5], [x[:, :5]], backend="cuda")
+        residual_quantize(x, [x], backend=backend)
+    empty = residual_quantize(x[:0, :5], [x[:, :5]], backend=backend)
     assert empty.codes.shape == (0, 1)
 
 
