@@ -1,41 +1,47 @@
 """The sum of the residuals on each code, as Triton kernels.
 
-Rows are sorted by their code and cut into pieces of one code each, so that codes of many rows take
-as many programs as they need. Sums are fp64 and their order is fixed: there are no atomics.
+Rows are sorted by their code, all levels at once, and cut into pieces of one code each, so that
+codes of many rows take as many programs as they need. A residual is computed anew for each level,
+from the row and its codewords. Sums are fp64 and their order is fixed: there are no atomics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows that are sorted at a time: bounds the memory of their residuals.
-_CHUNK = 1 << 18
+# Codes that are sorted at a time: bounds the memory of their order.
+_CHUNK = 1 << 22
 # Rows of a piece, and the tile that a program adds up at once.
 _PIECE, _ROWS, _COLUMNS = 256, 16, 128
 
 
-@triton.jit(do_not_specialize=["num_codes"])
+@triton.jit(do_not_specialize=["num_rows", "num_codes"])
 def _pieces_kernel(
     p_rows,
-    p_residual,
+    p_codes,
     p_order,
     p_starts,
     p_firsts,
     p_owners,
     p_codewords,
     p_parts,
-    width,
+    num_rows,
     num_codes,
+    width,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """parts[i] = sum of the rows of piece i; residual[row] = rows[row] - codeword of its code."""
+    """parts[i] = sum of the residuals of piece i, before the level of its code.
+
+    `order` holds level * num_rows + row; `codes` ``[L, num_rows]`` are numbered over all levels.
+    """
     i_piece = tl.program_id(0).to(tl.int64)
     o_columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
     code = tl.load(p_owners + i_piece)
@@ -45,19 +51,21 @@ def _pieces_kernel(
     begin = tl.load(p_starts + code)
     begin += (i_piece - tl.load(p_firsts + code)) * PIECE
     end = tl.minimum(end, begin + PIECE)
+    # All of a piece are of one level.
+    level = tl.load(p_order + begin, begin < end, other=0) // num_rows
     b_sums = tl.zeros([ROWS, COLUMNS], tl.float64)
-    if p_residual is not None:
-        b_codeword = tl.load(p_codewords + code * width + o_columns, m_columns, other=0.0)
     for at in range(begin, end, ROWS):
         o_at = at + tl.arange(0, ROWS)  # [ROWS]
         m_at = o_at < end
-        b_row = tl.load(p_order + o_at, m_at, other=0)
-        o_tile = b_row[:, None] * width + o_columns[None, :]  # [ROWS, COLUMNS]
+        b_row = tl.load(p_order + o_at, m_at, other=0) - level * num_rows
         m_tile = m_at[:, None] & m_columns[None, :]
-        b_x = tl.load(p_rows + o_tile, m_tile, other=0.0).to(tl.float32)
+        p_x = p_rows + b_row[:, None] * width + o_columns[None, :]  # [ROWS, COLUMNS]
+        b_x = tl.load(p_x, m_tile, other=0.0).to(tl.float32)
+        for before in range(level):
+            b_code = tl.load(p_codes + before * num_rows + b_row, m_at, other=0).to(tl.int64)
+            p_codeword = p_codewords + b_code[:, None] * width + o_columns[None, :]
+            b_x -= tl.load(p_codeword, m_tile, other=0.0)
         b_sums += b_x.to(tl.float64)
-        if p_residual is not None:
-            tl.store(p_residual + o_tile, b_x - b_codeword[None, :], m_tile)
     tl.store(p_parts + i_piece * width + o_columns, tl.sum(b_sums, axis=0), m_columns)
 
 
@@ -92,48 +100,51 @@ def codebook_sums(
     """
     assert x.is_contiguous() and codebooks.is_contiguous() and codes.shape == (len(x), len(sizes))
     sums = torch.zeros(codebooks.shape, dtype=torch.float64, device=x.device)
-    bad = torch.zeros((), dtype=torch.int64, device=x.device)
-    books, totals = codebooks.split(list(sizes)), sums.split(list(sizes))
-    for start in range(0, len(x), _CHUNK):
-        rows = x[start : start + _CHUNK]
-        residual = torch.empty(rows.shape, device=x.device) if len(sizes) > 1 else None
-        for level, (codewords, total) in enumerate(zip(books, totals, strict=True)):
-            last = level + 1 == len(sizes)
-            column = codes[start : start + _CHUNK, level]
-            bad += _add_level(rows, None if last else residual, column, codewords, total)
-            rows = residual
+    # One copy to the device: the first code of each level over all levels, and the last.
+    ends = [0, *accumulate(sizes)]
+    bounds = torch.tensor([ends[:-1], ends[1:]], device=x.device)
+    first, last = bounds[0, :, None], bounds[1, :, None] - 1
+    number = codes.T + first
+    # What is out of range would be read beyond the codebook.
+    inside = number.clamp(first, last)
+    bad = (inside != number).sum()
+    for rows, part in zip(_chunks(x, len(sizes)), _chunks(inside.T, len(sizes)), strict=True):
+        _add(rows, part.T.int().contiguous(), codebooks, sums)
     return sums, bad
 
 
-def _add_level(
-    rows: Tensor, residual: Tensor | None, codes: Tensor, codewords: Tensor, sums: Tensor
-) -> Tensor:
-    """Adds rows ``[n, D]`` to the sums of their codes ``[n]``; returns the codes out of range."""
+def _chunks(rows: Tensor, levels: int) -> Sequence[Tensor]:
+    return rows.split(max(_CHUNK // levels, 1))
+
+
+def _add(rows: Tensor, codes: Tensor, codewords: Tensor, sums: Tensor) -> None:
+    """Adds rows ``[n, D]`` to the sums of their codes, int32 ``[L, n]``, numbered over levels."""
     size, width = codewords.shape
-    ordered, order = codes.sort(stable=True)
-    numbers = torch.arange(max(size + 1, len(rows) // _PIECE + size), device=codes.device)
-    starts = torch.searchsorted(ordered, numbers[: size + 1].to(codes.dtype))
+    ordered, order = codes.flatten().sort(stable=True)
+    pieces = len(ordered) // _PIECE + size
+    numbers = torch.arange(max(size + 1, pieces), device=codes.device)
+    starts = torch.searchsorted(ordered, numbers[: size + 1].int())
     firsts = torch.zeros_like(starts)
     torch.cumsum((starts.diff() + _PIECE - 1) // _PIECE, 0, out=firsts[1:])
     # As many pieces as there can be: how many there are is known on the device alone.
-    owners = torch.searchsorted(firsts, numbers[: len(rows) // _PIECE + size], right=True) - 1
-    parts = torch.empty((len(owners), width), dtype=torch.float64, device=rows.device)
+    owners = torch.searchsorted(firsts, numbers[:pieces], right=True) - 1
+    parts = torch.empty((pieces, width), dtype=torch.float64, device=rows.device)
     block = min(_COLUMNS, triton.next_power_of_2(width))
     blocks = triton.cdiv(width, block)
-    _pieces_kernel[(len(owners), blocks)](
+    _pieces_kernel[(pieces, blocks)](
         rows,
-        residual,
+        codes,
         order,
         starts,
         firsts,
         owners,
         codewords,
         parts,
-        width,
+        len(rows),
         size,
+        width,
         PIECE=_PIECE,
         ROWS=_ROWS,
         COLUMNS=block,
     )
     _parts_kernel[(size, blocks)](parts, firsts, sums, width, COLUMNS=block)
-    return len(rows) - (starts[-1] - starts[0])

@@ -35,18 +35,18 @@ def code_usage(architecture: int) -> list[Variant]:
 
 def codebook_sums(architecture: int) -> list[Variant]:
     types = {
-        **dict.fromkeys(("p_residual", "p_codewords"), "*fp32"),
         **dict.fromkeys(("p_order", "p_starts", "p_firsts", "p_owners"), "*i64"),
         **dict.fromkeys(("p_parts", "p_sums"), "*fp64"),
-        **dict.fromkeys(("width", "num_codes"), "i32"),
+        **dict.fromkeys(("num_rows", "width", "num_codes"), "i32"),
+        **{"p_codes": "*i32", "p_codewords": "*fp32"},
     }
     constants = {"PIECE": 256, "ROWS": 16, "COLUMNS": 128}
-    alone = {name: kind for name, kind in types.items() if name != "p_residual"}
     narrow = {name: kind for name, kind in types.items() if name != "width"}
     return [
-        ("_pieces_kernel", {"p_rows": "*fp32", **types}, constants, {}),
-        ("_pieces_kernel", {"p_rows": "*bf16", **types}, constants, {}),
-        ("_pieces_kernel", {"p_rows": "*fp16", **alone}, {**constants, "p_residual": None}, {}),
+        *(
+            ("_pieces_kernel", {"p_rows": rows, **types}, constants, {})
+            for rows in ("*fp32", "*bf16", "*fp16")
+        ),
         # A launch makes a constant of a width of 1.
         ("_pieces_kernel", {"p_rows": "*fp32", **narrow}, {**constants, "width": 1}, {}),
         ("_parts_kernel", types, {"COLUMNS": 128}, {}),

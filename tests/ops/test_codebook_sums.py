@@ -82,7 +82,7 @@ def test_kernels_give_the_bits_of_the_reference(rows, width, sizes, dtype):
 def test_triton_adds_pieces_of_codes(monkeypatch, rows, width, sizes, mostly, dtype):
     """Also of codes that most rows are on, and of more rows than are sorted at a time."""
     kernel = importlib.import_module("plum.kernels.codebook_sums")
-    monkeypatch.setattr(kernel, "_CHUNK", 1100)
+    monkeypatch.setattr(kernel, "_CHUNK", 2200)
     x, codes, books = draw(rows, width, sizes, dtype)
     if mostly:
         codes[: rows // 10 * 9] = 0
@@ -152,8 +152,11 @@ def test_backend_that_is_not_there():
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_arguments(x, codes, name, backend):
+    books = [torch.ones(3, 2)]
+    if backend == "triton" and torch.cuda.is_available() and x.device == codes.device:
+        x, codes, books = x.cuda(), codes.cuda(), [books[0].cuda()]
     with pytest.raises(InvalidArgument, match=name):
-        codebook_sums(x, codes, [torch.ones(3, 2)], backend=backend)
+        codebook_sums(x, codes, books, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
