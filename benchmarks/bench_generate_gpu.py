@@ -20,7 +20,6 @@ from torch.nn import functional
 from benchmarks.bench_generate import (
     CODES,
     PEER,
-    PROVIDERS,
     SEARCHES,
     WORDS,
     Case,
@@ -43,6 +42,12 @@ SHAPES = {
     "GPT-2 small, 8 x 256 tokens, W=32, L=3": ("gpt2", 8, 256, 32, 3),
     "Qwen3-0.6B, 1024 tokens, W=32, L=3": ("qwen3", 1, 1024, 32, 3),
     "Qwen3-0.6B, 1024 tokens, W=128, L=8": ("qwen3", 1, 1024, 128, 8),
+}
+# Score, whether forced tails are skipped, whether searches are replayed as CUDA graphs.
+GPU_SEARCHES = {
+    **{name: (*how, False) for name, how in SEARCHES.items()},
+    "plum full, in a graph": ("full", False, True),
+    "plum valid, in a graph": ("valid", False, True),
 }
 HEADS = {"full head": False, "plum, the level's rows": True}
 HEAD_ROWS, HEAD_WIDTH = 4096, 1024
@@ -102,10 +107,13 @@ def check_equal(case: Case, prompts: Tensor, width: int) -> None:
     share_equal(
         generate_ours.Search(case.model, case.trie, prompts, width, "full", True)(), expected
     )
+    if prompts.is_cuda:
+        captured = generate_ours.Search(case.model, case.trie, prompts, width, "full", False, True)
+        share_equal(captured(), expected)
 
 
 # Shapes change last, so that a model is made once.
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", (PEER, *GPU_SEARCHES))
 @pytest.mark.parametrize("shape", SHAPES)
 def bench_generate_gpu(benchmark, prepare, budget, provider, shape):
     _, batch, _, width, levels = SHAPES[shape]
@@ -116,16 +124,17 @@ def bench_generate_gpu(benchmark, prepare, budget, provider, shape):
         job = prepare("generate_transformers:generate", case.model, case.tokens, prompts, width)
         measure(benchmark, job, budget, lambda found: None)
     else:
-        score, skip = SEARCHES[provider]
-        search = generate_ours.Search(case.model, case.trie, prompts, width, score, skip)
+        *how, graphs = GPU_SEARCHES[provider]
+        search = generate_ours.Search(case.model, case.trie, prompts, width, *how, graphs)
         measure(benchmark, Job(search), budget, lambda found: None, warmups=2)
-        facts["share_outside_the_model"] = search.share_outside_the_model()
+        if not graphs:
+            facts["share_outside_the_model"] = search.share_outside_the_model()
         facts["share_of_steps_saved"] = 1 - search.model_steps / levels
     weights = sum(each.nbytes for each in case.model.parameters())
     record(
         benchmark, batch, operations=0, nbytes=levels * weights, ceiling=ceiling("cuda"), **facts
     )
-    if provider == "plum full":
+    if provider.startswith("plum full"):
         benchmark.extra_info["target_over"] = [PEER, 8]
 
 

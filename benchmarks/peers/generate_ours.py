@@ -19,9 +19,17 @@ class Search:
     """A search to time; called, it gives tokens and scores, fp64 ``[B, W, L + 1]``."""
 
     def __init__(
-        self, model: Any, trie: SidTrie, prompts: Tensor, width: int, score: str, skip: bool
+        self,
+        model: Any,
+        trie: SidTrie,
+        prompts: Tensor,
+        width: int,
+        score: str,
+        skip: bool,
+        graphs: bool = False,
     ) -> None:
-        self._search = SidBeamSearch(model, trie, score=score, forced_tails=skip)
+        options = {"score": score, "forced_tails": skip, "cuda_graphs": graphs}
+        self._search = SidBeamSearch(model, trie, **options)
         self._prompts, self._width = prompts, width
         self._offsets = torch.tensor(trie.token_offsets, device=trie.device)
         self.model_steps = 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plum.decode.checks import check_trie
+from plum.decode.graphs import Graphs
 from plum.decode.model_step import (
     ATTENTION,
     Runner,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 # Bytes of logits that are held at once; a single request may take more.
 _LOGITS_BYTES = 1 << 28
+# CUDA graphs that a search keeps.
+_GRAPHS = 8
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,13 @@ class SidBeamSearch:
     the full head is the cheapest way to it. It is multiplied for as many requests at once as keep
     their logits below 256 MiB, so that wide beams over a large vocabulary fit into memory.
 
+    **CUDA graphs.** A small model on a GPU takes as long as its launches. With ``cuda_graphs=True``
+    the first search of a shape is captured, prompt, model steps and beam steps in one graph, and
+    those that follow replay it. A graph keeps the memory of its search; the graphs of the latest
+    eight shapes stay. Forced tails are not looked for then, and searches with ``deny``, ``allow``
+    or ``seeds`` run launch by launch. Weights may change in place; where they are replaced or
+    moved, make a new search.
+
     Attributes:
         model: The model.
         trie: The trie, on the model's device.
@@ -97,6 +107,7 @@ class SidBeamSearch:
         score: str = "full",
         attention: str | None = None,
         forced_tails: bool = True,
+        cuda_graphs: bool = False,
     ) -> None:
         """Takes a model and a trie, and tries out that they fit.
 
@@ -112,11 +123,12 @@ class SidBeamSearch:
                 hypothesis in full, for models that cannot do that. All give the same result. By
                 default the first that is for such a model.
             forced_tails: Skip the model steps of tails that are forced.
+            cuda_graphs: Capture the searches of each shape once and replay them, on a GPU.
 
         Raises:
             InvalidArgument: an option is unknown, the trie is joined, has no token offsets or
-                tokens beyond the vocabulary, or the model cannot be run in the way of
-                ``attention``.
+                tokens beyond the vocabulary, the model cannot be run in the way of ``attention``,
+                or there are to be CUDA graphs of a model that is not on a GPU.
         """
         if score not in SCORES:
             raise InvalidArgument("score", "'full' or 'valid'", repr(score))
@@ -127,6 +139,8 @@ class SidBeamSearch:
         if attention not in (fitting, "replay"):
             expected = f"'{fitting}' or 'replay' for {type(model).__name__}"
             raise InvalidArgument("attention", expected, repr(attention))
+        if cuda_graphs and model.device.type != "cuda":
+            raise InvalidArgument("cuda_graphs", "False for a model on the CPU", True)
         offsets = check_trie(trie)
         embeddings: Any = model.get_input_embeddings()
         vocabulary = embeddings.weight.shape[0]
@@ -141,6 +155,7 @@ class SidBeamSearch:
         self.score, self.attention, self.forced_tails = score, attention, forced_tails
         self._offsets = torch.tensor(offsets, device=model.device)
         self._tokens, self._prefixes = tokens, trie.num_prefixes
+        self._graphs = Graphs(_GRAPHS) if cuda_graphs else None
         probe = torch.arange(trie.codebook_sizes[0], device=model.device) + self._offsets[0]
         if attention == "tree":
             check_masks(model)
@@ -197,44 +212,21 @@ class SidBeamSearch:
         attention_mask = self._check_prompts(input_ids, attention_mask)
         batch = len(input_ids)
         items = _ItemLimits(trie, batch, deny, allow)
-        states, scores = trie.root_states(batch), torch.zeros(batch, 1, device=trie.device)
-        draws = None if seeds is None else self._seeds(seeds, batch)
-        keys = torch.zeros_like(scores, dtype=torch.float64)
-        broken = torch.zeros(batch, dtype=torch.bool, device=trie.device)
-        level, model_steps = 0, 1
         # Beams that no prefix is left for would run through the model for nothing.
         widths = [min(num_beams, count) for count in self._prefixes]
         with _evaluating(self.model):
-            steps = ATTENTION[self.attention](self._run, input_ids, attention_mask)
-            ahead = steps.outputs
-            best: BeamStep | SampleStep
-            while True:
-                chosen = (level, widths[level], items, broken)
-                if draws is None:
-                    best = self._choose(ahead[:, :, 0], scores, states, *chosen)
-                else:
-                    at = (draws, temperature)
-                    best = self._draw(ahead[:, :, 0], scores, keys, states, *chosen, *at)
-                    keys = best.keys
-                place, level = best.parents, level + 1
-                # A forced tail has the outputs of several levels; its beams may change places.
-                for outputs in ahead.unbind(2)[1:]:
-                    outputs = outputs.take_along_dim(place.unsqueeze(2), dim=1)
-                    last = best.scores, best.states
-                    best = self._choose(outputs, *last, level, widths[level], items, broken)
-                    place, level = place.gather(1, best.parents), level + 1
-                states, scores = best.states, best.scores
-                if level == trie.depth:
-                    break
-                # A beam that found no child feeds code 0; none can descend from it.
-                tokens = (best.tokens.clamp(min=0) + self._offsets[level - 1]).unsqueeze(2)
-                if self._is_forced(states, level):
-                    if self.score == "valid":
-                        break
-                    tail = forced_tail(states, trie, level).codes[..., :-1].clamp(min=0)
-                    tokens = torch.cat((tokens, tail + self._offsets[level:-1]), dim=2)
-                ahead = steps.advance(tokens, best.parents)
-                model_steps += 1
+            if self._graphs is None or seeds is not None or items.are_limited:
+                draws = None if seeds is None else (self._seeds(seeds, batch), temperature)
+                skip = self.forced_tails
+                found = self._descend(input_ids, attention_mask, widths, items, draws, skip)
+            else:
+                found = self._graphs.run(
+                    (num_beams,),
+                    lambda ids, mask: self._descend(ids, mask, widths, items, None, False),
+                    (input_ids, attention_mask),
+                )
+        scores, states, broken = found[:3]
+        model_steps = found[3]
         if broken.any():
             request = int(broken.nonzero()[0])
             raise InvalidData("model", "numbers as logits", f"NaN in request {request}")
@@ -244,6 +236,65 @@ class SidBeamSearch:
         dead = (states[..., 0] == states[..., 1]).unsqueeze(-1)
         sids = trie.codes_at(states[..., 0]).masked_fill(dead, -1)
         return SearchResult(items.expand(states), sids, scores, states, model_steps)
+
+    def _descend(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        widths: Sequence[int],
+        items: _ItemLimits,
+        draws: tuple[Tensor, float] | None,
+        skip: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Searches level by level.
+
+        Args:
+            input_ids: int64 ``[B, P]``.
+            attention_mask: int64 ``[B, P]``.
+            widths: Beams of each level.
+            items: What is legal.
+            draws: Seeds int64 ``[B]`` and the temperature, to draw.
+            skip: Whether forced tails are looked for and skipped.
+
+        Returns:
+            Scores ``[B, W]`` and states ``[B, W, 2]`` of the beams, which requests had NaN as
+            logits, and how often the model ran.
+        """
+        trie, batch = self.trie, len(input_ids)
+        states, scores = trie.root_states(batch), torch.zeros(batch, 1, device=trie.device)
+        keys = torch.zeros_like(scores, dtype=torch.float64)
+        broken = torch.zeros(batch, dtype=torch.bool, device=trie.device)
+        level, model_steps = 0, 1
+        steps = ATTENTION[self.attention](self._run, input_ids, attention_mask)
+        ahead = steps.outputs
+        best: BeamStep | SampleStep
+        while True:
+            chosen = (level, widths[level], items, broken)
+            if draws is None:
+                best = self._choose(ahead[:, :, 0], scores, states, *chosen)
+            else:
+                best = self._draw(ahead[:, :, 0], scores, keys, states, *chosen, *draws)
+                keys = best.keys
+            place, level = best.parents, level + 1
+            # A forced tail has the outputs of several levels; its beams may change places.
+            for outputs in ahead.unbind(2)[1:]:
+                outputs = outputs.take_along_dim(place.unsqueeze(2), dim=1)
+                last = best.scores, best.states
+                best = self._choose(outputs, *last, level, widths[level], items, broken)
+                place, level = place.gather(1, best.parents), level + 1
+            states, scores = best.states, best.scores
+            if level == trie.depth:
+                break
+            # A beam that found no child feeds code 0; none can descend from it.
+            tokens = (best.tokens.clamp(min=0) + self._offsets[level - 1]).unsqueeze(2)
+            if skip and self._is_forced(states, level):
+                if self.score == "valid":
+                    break
+                tail = forced_tail(states, trie, level).codes[..., :-1].clamp(min=0)
+                tokens = torch.cat((tokens, tail + self._offsets[level:-1]), dim=2)
+            ahead = steps.advance(tokens, best.parents)
+            model_steps += 1
+        return scores, states, broken, model_steps
 
     def _choose(
         self,
@@ -336,7 +387,7 @@ class SidBeamSearch:
             embeddings: Any = self.model.get_input_embeddings()
             width = embeddings.weight.shape[0] * embeddings.weight.element_size()
             saves &= left * states.shape[:2].numel() * width <= _LOGITS_BYTES
-        return self.forced_tails and saves and bool((states.diff(dim=-1) <= 1).all())
+        return saves and bool((states.diff(dim=-1) <= 1).all())
 
     def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Returns the mask, int64 ``[B, P]``, after checking the prompts."""
@@ -406,6 +457,11 @@ class _ItemLimits:
             rows = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)
             self.deny = trie.deny(rows.to(trie.device), self.filter)
 
+    @property
+    def are_limited(self) -> bool:
+        """Whether there are any limits."""
+        return self.filter is not None or self.deny is not None
+
     def _emptied(self, position: np.ndarray, left: np.ndarray) -> np.ndarray:
         """Returns the rows on which no item is left without those at ``position``."""
         position = position[position >= 0]
@@ -417,7 +473,7 @@ class _ItemLimits:
 
     def expand(self, states: Tensor) -> list[list[Any]]:
         """Returns the items of each request on its states that may be recommended."""
-        if self._allowed is None and self._denied is None:
+        if not self.are_limited:
             return [list(chain.from_iterable(beams)) for beams in self._trie.items(states)]
         spans = self._trie.item_starts[states.cpu().numpy()]
         found = []

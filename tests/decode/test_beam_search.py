@@ -297,6 +297,8 @@ def test_refuses_what_does_not_fit():
         search.search(*prompts([31, 4]))
     with pytest.raises(InvalidArgument, match="score: expected 'full' or 'valid'"):
         SidBeamSearch(model, trie, score="raw")
+    with pytest.raises(InvalidArgument, match="cuda_graphs: expected False for a model on the CPU"):
+        SidBeamSearch(model, trie, cuda_graphs=True)
     for attention in ("fast", "rows"):
         with pytest.raises(InvalidArgument, match="expected 'tree' or 'replay' for GPT2LMHeadMod"):
             SidBeamSearch(model, trie, attention=attention)

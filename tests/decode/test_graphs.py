@@ -1,0 +1,58 @@
+"""What is captured and replayed, with a stand-in for CUDA graphs; test_gpu.py has real ones."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from plum.decode import graphs
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """The captures, of graphs that compute anew from the tensors they were captured with."""
+    made = []
+
+    def capture(function, inputs):
+        kept = tuple(tensor.clone() for tensor in inputs)
+        outputs = function(*kept)
+
+        def replay():
+            for old, new in zip(outputs, function(*kept), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+        made.append(inputs[0].shape)
+        return graphs._Captured(SimpleNamespace(replay=replay), kept, outputs)
+
+    monkeypatch.setattr(graphs, "_capture", capture)
+    return made
+
+
+def test_each_shape_is_captured_once_and_replayed(captures):
+    found = graphs.Graphs(2)
+    calls = [torch.arange(n) + shift for shift in (0, 5) for n in (3, 4)]
+    results = [found.run((), lambda x: (2 * x, 7), (call,)) for call in calls]
+    for call, (doubled, seven) in zip(calls, results, strict=True):
+        # The first results are those of the first calls still.
+        assert torch.equal(doubled, 2 * call) and seven == 7
+    assert captures == [(3,), (4,)]
+
+
+def test_what_a_function_depends_on_has_graphs_of_its_own(captures):
+    found = graphs.Graphs(4)
+    for factor in (2, 3, 2):
+        (result,) = found.run((factor,), lambda x, f=factor: (f * x,), (torch.ones(2),))
+        assert result.tolist() == [factor] * 2
+    assert len(captures) == 2
+    found.run((2,), lambda x: (x,), (torch.ones(2, dtype=torch.int64),))
+    assert len(captures) == 3
+
+
+def test_the_latest_stay(captures):
+    found = graphs.Graphs(2)
+    for size in (1, 2, 1, 3, 1, 2):
+        found.run((), lambda x: (x + 1,), (torch.zeros(size),))
+    assert captures == [(1,), (2,), (3,), (2,)]
