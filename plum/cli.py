@@ -166,7 +166,8 @@ def _stage_command(name: str, help_text: str) -> None:
         if name == "evaluate":
             from plum.pipeline.run import finish
 
-            finish(output)
+            _print_metrics(finish(output))
+            _say_page(output / "report.html")
 
 
 _stage_command("data", "Reads a data set into items.parquet and interactions.parquet.")

@@ -150,14 +150,15 @@ def read_json(path: str | Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        InvalidData: the file is absent, is not UTF-8 or is not JSON.
+        InvalidData: the file is absent, is not UTF-8 or is not JSON, or no reader's: nested by the
+            thousand, or with a number of thousands of digits.
     """
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InvalidData(path, "a JSON file", "no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidData(path, "a JSON file", f"{type(error).__name__}: {error}") from None
 
 

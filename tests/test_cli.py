@@ -258,13 +258,17 @@ def test_paths_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
     assert "t[b]" in shown.out and f"page: {page}\n" in shown.err
 
 
-def test_an_evaluation_alone_is_what_the_page_shows(tmp_path, monkeypatch):
-    def evaluated(config, folder, names, **options):
-        assert names == ["evaluate"]
+def test_an_evaluation_alone_is_what_the_page_shows(tmp_path, monkeypatch, capsys):
+    names = [*(f"recall@{k}" for k in (1, 5, 10, 50)), "ndcg@10", "mrr@10"]
+    metrics = {"generator": dict.fromkeys(names, 0.125)}
+
+    def evaluated(config, folder, stages, **options):
+        assert stages == ["evaluate"]
         (folder / "evaluate").mkdir(parents=True)
-        write_json(folder / "evaluate" / "metrics.json", {"generator": {"recall@10": 0.125}})
+        write_json(folder / "evaluate" / "metrics.json", metrics)
 
     monkeypatch.setattr(run, "run_stages", evaluated)
     assert run_here(monkeypatch, "evaluate", "--output", tmp_path) == 0
-    assert read_json(tmp_path / "metrics.json") == {"generator": {"recall@10": 0.125}}
+    assert read_json(tmp_path / "metrics.json") == metrics
+    assert "0.1250" in capsys.readouterr().out
     assert "0.125" in (tmp_path / "report.html").read_text()

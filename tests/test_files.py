@@ -35,7 +35,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 100_000, b"9" * 10_000])
 def test_json_that_is_none(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(InvalidData, match=r"x\.json: expected a JSON file, got"):

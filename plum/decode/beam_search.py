@@ -391,6 +391,10 @@ class SidBeamSearch:
 
     def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Returns the mask, int64 ``[B, P]``, after checking the prompts."""
+        if not isinstance(input_ids, Tensor):
+            raise InvalidArgument(
+                "input_ids", "a tensor of token ids [B, P]", type(input_ids).__name__
+            )
         if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
             got = f"{input_ids.dtype} {list(input_ids.shape)}"
             raise InvalidArgument("input_ids", "token ids [B, P], B and P at least 1", got)

@@ -149,7 +149,10 @@ class ImageFiles:
             raise InvalidData(self.where(item_id), "a whole image", got, _CORRUPT_HINT) from None
 
 
-_CORRUPT_HINT = 'copy it again, or treat such items as without an image (corrupt="missing")'
+_CORRUPT_HINT = (
+    'copy it again, or treat such items as without an image (corrupt="missing", of a run '
+    "--set embed.corrupt_images=missing)"
+)
 
 
 def encode_images(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from plum._seed import seeded
 from plum.errors import MissingDependency
 from plum.sid.vocabulary import SidVocabulary
 
@@ -57,8 +56,7 @@ def add_lora(generator: Generator, rank: int, seed: int) -> Callable[[], None]:
         fan_in_fan_out=any(type(layer).__name__ == "Conv1D" for layer in model.modules()),
         trainable_token_indices={names[id(table)]: rows for table in tables},
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         adapted: Any = get_peft_model(model, config)
 
     def merge() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from plum._seed import seeded
 from plum.errors import InvalidArgument, InvalidData
 from plum.files import atomic_folder, read_json, write_json
 from plum.lm.examples import IGNORED
@@ -94,8 +95,7 @@ class DepthGenerator(NextItemModel):
         flags = np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little")
         self.register_buffer("octets", torch.from_numpy(flags).view(torch.int64), persistent=False)
         width, levels = shape.width, len(self.sizes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.inputs = nn.ParameterList(_table(size, width) for size in self.sizes)
             self.mix = _Gated(width, 0.0)
             self.timeline = Timeline(shape)

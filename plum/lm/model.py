@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from plum._seed import seeded
 from plum.errors import InvalidArgument, InvalidData
 from plum.lm.examples import SidFormat
 from plum.lm.tiger import T5_SHAPES, encoder_decoder
@@ -157,8 +158,7 @@ def _from_scratch(base: str, vocabulary: SidVocabulary, seed: int, max_length: i
         activation_function="gelu_pytorch_tanh",
         **SCRATCH_SHAPES[size],
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = GPT2LMHeadModel(config)
     # transformers cannot tell the loss from this class's name and would warn in every run.
     model.loss_type = "ForCausalLM"

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from plum._seed import seeded
 from plum.errors import InvalidArgument
 from plum.lm.examples import IGNORED
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
@@ -37,8 +38,7 @@ class SASRec(NextItemModel):
         super().__init__()
         if num_items < 1:
             raise InvalidArgument("num_items", "at least 1", num_items)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.items = nn.Parameter(torch.randn(num_items, shape.width) * 0.02)
             self.timeline = Timeline(shape)
 

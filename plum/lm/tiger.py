@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
+from plum._seed import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +37,5 @@ def encoder_decoder(size: str, tokenizer: PreTrainedTokenizerBase, seed: int) ->
         "decoder_start_token_id": tokenizer.bos_token_id,
         **T5_SHAPES[size],
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return T5ForConditionalGeneration(T5Config(**options))

@@ -133,8 +133,10 @@ class ProjectedQuantizer(nn.Module):
             InvalidArgument: a modality is missing, or has the wrong shape or values.
         """
         check_embeddings(embeddings, self.input_dims)
-        scaled = ((x.to(self.center) - self.center) * self.scale for x in self._chunks(embeddings))
-        return torch.cat([x if self.basis is None else x @ self.basis for x in scaled])
+        with torch.autocast(self.center.device.type, enabled=False):
+            chunks = self._chunks(embeddings)
+            scaled = ((x.to(self.center) - self.center) * self.scale for x in chunks)
+            return torch.cat([x if self.basis is None else x @ self.basis for x in scaled])
 
     def _chunks(self, embeddings: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """Yields ``[n, ΣD_m]``, the modalities joined, a few thousand rows at a time."""

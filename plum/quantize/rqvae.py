@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from plum._seed import seeded
 from plum.errors import InvalidArgument
 from plum.quantize.inputs import (
     InputScaling,
@@ -149,8 +150,7 @@ class RQVAE(nn.Module):
         self.history: list[dict[str, Any]] = []
         width = config.latent_dim
         hidden = config.hidden_dims
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             dims = config.input_dims
             self.encoders = nn.ModuleDict({m: _mlp(d, *hidden, width) for m, d in dims.items()})
             self.projector = nn.Linear(width * len(dims), width)

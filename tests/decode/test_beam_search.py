@@ -286,6 +286,8 @@ def test_refuses_what_does_not_fit():
         search.search(ids[0])
     with pytest.raises(InvalidArgument, match="num_beams: expected at least 1, got 0"):
         search.search(ids, mask, 0)
+    with pytest.raises(InvalidArgument, match="input_ids: expected a tensor .* got list"):
+        search.search([[5, 101]])
     with pytest.raises(InvalidArgument, match="deny: expected 2 lists, one a request, got 1"):
         search.search(ids, mask, deny=[[]])
     allowed = trie.filter(torch.ones(trie.num_sids, dtype=torch.bool))
