@@ -286,7 +286,7 @@ def test_refuses_what_does_not_fit():
         search.search(ids[0])
     with pytest.raises(InvalidArgument, match="num_beams: expected at least 1, got 0"):
         search.search(ids, mask, 0)
-    with pytest.raises(InvalidArgument, match="input_ids: expected a tensor .* got list"):
+    with pytest.raises(InvalidArgument, match=r"input_ids: expected a tensor .* got list"):
         search.search([[5, 101]])
     with pytest.raises(InvalidArgument, match="deny: expected 2 lists, one a request, got 1"):
         search.search(ids, mask, deny=[[]])
