@@ -77,6 +77,21 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
       : "memory");
 }
 
+// Whether a thread of the block has it true. Warps of different roles may come to it at different
+// places in the code, which __syncthreads_or does not allow.
+__device__ __forceinline__ bool any_of_block(bool value) {
+  unsigned found;
+  asm volatile(
+      "{\n.reg .pred p, q;\n"
+      "setp.ne.u32 p, %1, 0;\n"
+      "barrier.cta.red.or.pred q, 0, p;\n"
+      "selp.u32 %0, 1, 0, q;\n}"
+      : "=r"(found)
+      : "r"(unsigned{value})
+      : "memory");
+  return found != 0;
+}
+
 // Changes how many registers a thread may have; by whole warpgroups, and those who take wait until
 // there are so many.
 template <int kCount>

@@ -48,6 +48,7 @@ struct LevelBounds {
 struct Workspace {
   float* books;                // [sum of sizes, kWidth], padded with zeros
   float* centers;              // [levels, kWidth]
+  float* shifts;               // [levels, kWidth], the centers, scaled and negative
   char* stages;                // [stages, Tiles::kBytes]
   LevelBounds* bounds;         // [levels]
   unsigned long long* hashes;  // [sum of sizes]
@@ -187,6 +188,10 @@ __global__ void pack_operands(Levels levels, Workspace work) {
     }
     const __half half = __double2half(value);
     const double rest = value - __half2float(half);
+    if (code == 0) {
+      work.shifts[level * kWidth + dim] =
+          static_cast<float>(-scale * work.centers[level * kWidth + dim]);
+    }
     norm += value * value;
     error += rest * rest;
     *reinterpret_cast<__half*>(at + Tiles::operand_at(place, dim)) = half;
@@ -235,6 +240,7 @@ int64_t place_parts(const Levels& levels, char* base, Workspace* work) {
   };
   work->books = reinterpret_cast<float*>(part(total * kWidth * 4));
   work->centers = reinterpret_cast<float*>(part(int64_t{levels.count} * kWidth * 4));
+  work->shifts = reinterpret_cast<float*>(part(int64_t{levels.count} * kWidth * 4));
   work->stages = part(int64_t{levels.stage[levels.count]} * Tiles::kBytes);
   work->bounds = reinterpret_cast<LevelBounds*>(
       part(levels.count * static_cast<int64_t>(sizeof(LevelBounds))));

@@ -154,7 +154,7 @@ struct GroupScreen {
     }
   }
 
-  __device__ __forceinline__ bool any(bool value) { return __syncthreads_or(value); }
+  __device__ __forceinline__ bool any(bool value) { return any_of_block(value); }
 
   __device__ __forceinline__ void rewind(int) { __syncwarp(); }
 };

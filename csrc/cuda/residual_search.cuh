@@ -95,6 +95,13 @@ __device__ __forceinline__ T quad_sum(T value) {
   return value + __shfl_xor_sync(kAll, value, 2);
 }
 
+__device__ __forceinline__ void add_squares(float& sum, const float4& values) {
+  sum = fmaf(values.x, values.x, sum);
+  sum = fmaf(values.y, values.y, sum);
+  sum = fmaf(values.z, values.z, sum);
+  sum = fmaf(values.w, values.w, sum);
+}
+
 __device__ __forceinline__ float quad_max(float value) {
   value = fmaxf(value, __shfl_xor_sync(kAll, value, 1));
   return fmaxf(value, __shfl_xor_sync(kAll, value, 2));
@@ -291,9 +298,9 @@ __device__ __forceinline__ void search_rows(const Search& search, Screen& screen
   for (int level = 0; level <= levels.count; ++level) {
     const int here = min(level, levels.count - 1), before = max(level - 1, 0);
     const LevelBounds bounds = work.bounds[here];
-    const float* center = work.centers + here * kWidth;
+    const float* shifts = work.shifts + here * kWidth;
     const float* books = work.books + int64_t{levels.first[before]} * kWidth;
-    float squares[2] = {0, 0}, shifted[2] = {0, 0}, errors[2] = {0, 0}, largest[2] = {0, 0};
+    float squares[2] = {0, 0}, shifted[2] = {0, 0}, errors[2] = {0, 0};
     unsigned operand[kSteps][4];
     const float4* codewords[2];
 #pragma unroll
@@ -304,7 +311,7 @@ __device__ __forceinline__ void search_rows(const Search& search, Screen& screen
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int four = step * 4 + quad_lane;
-      const float4 middle = __ldg(reinterpret_cast<const float4*>(center) + four);
+      const float4 shift = __ldg(reinterpret_cast<const float4*>(shifts) + four);
       if (level > 0 && step % kAhead == 0) {
 #pragma unroll
         for (int each = 0; each < 2 * kAhead; ++each) {
@@ -322,16 +329,13 @@ __device__ __forceinline__ void search_rows(const Search& search, Screen& screen
           kept = r;
         }
         const float4 t =
-            make_float4((r.x - middle.x) * bounds.scale, (r.y - middle.y) * bounds.scale,
-                        (r.z - middle.z) * bounds.scale, (r.w - middle.w) * bounds.scale);
+            make_float4(fmaf(r.x, bounds.scale, shift.x), fmaf(r.y, bounds.scale, shift.y),
+                        fmaf(r.z, bounds.scale, shift.z), fmaf(r.w, bounds.scale, shift.w));
         const __half2 low = __floats2half2_rn(t.x, t.y), high = __floats2half2_rn(t.z, t.w);
         const float2 a = __half22float2(low), b = __half22float2(high);
-        const float4 e = make_float4(t.x - a.x, t.y - a.y, t.z - b.x, t.w - b.y);
-        squares[half] += (r.x * r.x + r.y * r.y) + (r.z * r.z + r.w * r.w);
-        shifted[half] += (t.x * t.x + t.y * t.y) + (t.z * t.z + t.w * t.w);
-        errors[half] += (e.x * e.x + e.y * e.y) + (e.z * e.z + e.w * e.w);
-        largest[half] = fmaxf(largest[half],
-                              fmaxf(fmaxf(fabsf(r.x), fabsf(r.y)), fmaxf(fabsf(r.z), fabsf(r.w))));
+        add_squares(squares[half], r);
+        add_squares(shifted[half], t);
+        add_squares(errors[half], make_float4(t.x - a.x, t.y - a.y, t.z - b.x, t.w - b.y));
         operand[step][half] = *reinterpret_cast<const unsigned*>(&low);
         operand[step][2 + half] = *reinterpret_cast<const unsigned*>(&high);
       }
@@ -342,9 +346,18 @@ __device__ __forceinline__ void search_rows(const Search& search, Screen& screen
       const int64_t row = begin + group + 8 * half;
       const bool valid = row < search.rows;
       squares[half] = quad_sum(squares[half]);
-      largest[half] = quad_max(largest[half]);
-      // A sum of squares is NaN if one of them is.
-      if (valid && !bad[half] && (isnan(squares[half]) || largest[half] == INFINITY)) {
+      // A sum of squares is NaN if one of them is; it may be infinite though none is.
+      bool broken = isnan(squares[half]);
+      if (__any_sync(kAll, squares[half] == INFINITY)) {
+        float largest = 0;
+        for (int step = 0; step < kSteps; ++step) {
+          const float4 r = quarter<kWidth>(rows, group + 8 * half, step * 4 + quad_lane);
+          largest =
+              fmaxf(fmaxf(largest, fmaxf(fabsf(r.x), fabsf(r.y))), fmaxf(fabsf(r.z), fabsf(r.w)));
+        }
+        broken |= quad_max(largest) == INFINITY;
+      }
+      if (valid && !bad[half] && broken) {
         bad[half] = true;
         if (quad_lane == 0) atomicMin(search.first_bad, static_cast<unsigned long long>(row));
       }

@@ -133,6 +133,8 @@ inline void copy_bulk(void* shared, const void* global, int bytes, Barrier* barr
   cuda_on_cpu::hopper().copies.push_back({shared, global, bytes, &barrier->bits});
 }
 
+inline bool any_of_block(bool value) { return __syncthreads_or(value, 0); }
+
 template <int kCount>
 void give_registers() {}
 template <int kCount>
