@@ -7,18 +7,7 @@ import torch
 
 from plum.quantize import ResidualQuantizer
 
-SIZES = (16, 8, 4)
-
-
-def rows(n: int = 400, d: int = 12, seed: int = 0) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=draw) * torch.linspace(3, 0.3, d)
-
-
-def fitted(**options) -> ResidualQuantizer:
-    model = ResidualQuantizer(12, SIZES, **options)
-    model.init_codebooks(rows())
-    return model
+from .test_residual_quantizer import SIZES, fitted, rows
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
