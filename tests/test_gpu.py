@@ -112,8 +112,13 @@ def test_a_search_in_a_graph_is_the_search(score):
     kept = found.scores.clone()
     captured.search(prompts[0], mask, num_beams=5)
     assert torch.equal(found.scores, kept)
-    denied = captured.search(prompts[0], mask, num_beams=5, deny=[[0]] * 8)
-    assert all(0 not in items for items in denied.items)
+    for deny in (found.item_ids, [[0]] * 8, [[]] * 8):
+        limited = {"num_beams": 5, "deny": deny, "allow": range(1500)}
+        expected = plain.search(prompts[0], mask, **limited)
+        again = captured.search(prompts[0], mask, **limited)
+        torch.testing.assert_close(again.scores, expected.scores, rtol=0, atol=2e-3)
+        for items, denied in zip(again.item_ids, deny, strict=True):
+            assert not set(items) & set(denied) and max(items) < 1500
 
 
 @pytest.mark.parametrize("mostly", [False, True])

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,17 +27,20 @@ from plum.errors import InvalidArgument, InvalidData
 from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_beam_sample import SampleStep, trie_beam_sample
 from plum.ops.trie_beam_step import SCORES, BeamStep, trie_beam_step
+from plum.ops.trie_deny import NO_ROW
 from plum.trie.item_ids import numbers_in
+from plum.trie.sid_deny import SidDeny
+from plum.trie.sid_filter import SidFilter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from plum.trie import SidDeny, SidFilter, SidTrie
+    from plum.trie import SidTrie
 
 # Bytes of logits that are held at once; a single request may take more.
 _LOGITS_BYTES = 1 << 28
-# CUDA graphs that a search keeps.
-_GRAPHS = 8
+# CUDA graphs that a search keeps, and the least length of deny lists in one.
+_GRAPHS, _DENIED = 8, 32
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,8 @@ class SidBeamSearch:
     **CUDA graphs.** A small model on a GPU takes as long as its launches. With ``cuda_graphs=True``
     the first search of a shape is captured, prompt, model steps and beam steps in one graph, and
     those that follow replay it. A graph keeps the memory of its search; the graphs of the latest
-    eight shapes stay. Forced tails are not looked for then, and searches with ``deny``, ``allow``
-    or ``seeds`` run launch by launch. Weights may change in place; where they are replaced or
-    moved, make a new search.
+    eight shapes stay. Forced tails are not looked for then, and searches with ``seeds`` run launch
+    by launch. Weights may change in place; where they are replaced or moved, make a new search.
 
     Attributes:
         model: The model.
@@ -215,15 +217,18 @@ class SidBeamSearch:
         # Beams that no prefix is left for would run through the model for nothing.
         widths = [min(num_beams, count) for count in self._prefixes]
         with _evaluating(self.model):
-            if self._graphs is None or seeds is not None or items.are_limited:
+            limits = items.limits
+            if self._graphs is None or seeds is not None:
                 draws = None if seeds is None else (self._seeds(seeds, batch), temperature)
                 skip = self.forced_tails
-                found = self._descend(input_ids, attention_mask, widths, items, draws, skip)
+                found = self._descend(input_ids, attention_mask, widths, limits, draws, skip)
             else:
                 found = self._graphs.run(
                     (num_beams,),
-                    lambda ids, mask: self._descend(ids, mask, widths, items, None, False),
-                    (input_ids, attention_mask),
+                    lambda ids, mask, *kept: self._descend(
+                        ids, mask, widths, limits.of(kept), None, False
+                    ),
+                    (input_ids, attention_mask, *limits.tensors()),
                 )
         scores, states, broken = found[:3]
         model_steps = found[3]
@@ -242,7 +247,7 @@ class SidBeamSearch:
         input_ids: Tensor,
         attention_mask: Tensor,
         widths: Sequence[int],
-        items: _ItemLimits,
+        limits: _Limits,
         draws: tuple[Tensor, float] | None,
         skip: bool,
     ) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -252,7 +257,7 @@ class SidBeamSearch:
             input_ids: int64 ``[B, P]``.
             attention_mask: int64 ``[B, P]``.
             widths: Beams of each level.
-            items: What is legal.
+            limits: What is legal.
             draws: Seeds int64 ``[B]`` and the temperature, to draw.
             skip: Whether forced tails are looked for and skipped.
 
@@ -269,7 +274,7 @@ class SidBeamSearch:
         ahead = steps.outputs
         best: BeamStep | SampleStep
         while True:
-            chosen = (level, widths[level], items, broken)
+            chosen = (level, widths[level], limits, broken)
             if draws is None:
                 best = self._choose(ahead[:, :, 0], scores, states, *chosen)
             else:
@@ -280,7 +285,7 @@ class SidBeamSearch:
             for outputs in ahead.unbind(2)[1:]:
                 outputs = outputs.take_along_dim(place.unsqueeze(2), dim=1)
                 last = best.scores, best.states
-                best = self._choose(outputs, *last, level, widths[level], items, broken)
+                best = self._choose(outputs, *last, level, widths[level], limits, broken)
                 place, level = place.gather(1, best.parents), level + 1
             states, scores = best.states, best.scores
             if level == trie.depth:
@@ -303,7 +308,7 @@ class SidBeamSearch:
         states: Tensor,
         level: int,
         k: int,
-        items: _ItemLimits,
+        limits: _Limits,
         broken: Tensor,
     ) -> BeamStep:
         """Takes one beam step from outputs ``[B, W, H]``; marks requests with NaN as broken."""
@@ -319,7 +324,7 @@ class SidBeamSearch:
             part = slice(first, first + at_once)
             logits = self._run.logits(outputs[part], tokens)
             broken[part] |= logits.amax(dim=(1, 2)).isnan()
-            deny = None if items.deny is None else items.deny[part]
+            deny = None if limits.deny is None else limits.deny[part]
             step = trie_beam_step(
                 logits,
                 scores[part],
@@ -328,7 +333,7 @@ class SidBeamSearch:
                 level,
                 k=k,
                 score=self.score,
-                filter=items.filter,
+                filter=limits.filter,
                 deny=deny,
             )
             found.append(step)
@@ -342,7 +347,7 @@ class SidBeamSearch:
         states: Tensor,
         level: int,
         k: int,
-        items: _ItemLimits,
+        limits: _Limits,
         broken: Tensor,
         seeds: Tensor,
         temperature: float,
@@ -360,8 +365,8 @@ class SidBeamSearch:
             k=k,
             seeds=seeds,
             temperature=temperature,
-            filter=items.filter,
-            deny=items.deny,
+            filter=limits.filter,
+            deny=limits.deny,
         )
 
     def _seeds(self, seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
@@ -430,6 +435,28 @@ class SidBeamSearch:
         return mask
 
 
+class _Limits(NamedTuple):
+    """Which SIDs a search may end at."""
+
+    filter: SidFilter | None
+    deny: SidDeny | None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Returns what they consist of, deny lists filled up so that few lengths occur."""
+        filter = () if self.filter is None else self.filter[1:]
+        if self.deny is None:
+            return filter
+        batch, levels, length = self.deny.dead.shape
+        room = max(_DENIED, 1 << (length - 1).bit_length())
+        rest = self.deny.dead.new_full((batch, levels, room - length), NO_ROW)
+        return (*filter, torch.cat((self.deny.dead, rest), dim=2))
+
+    def of(self, tensors: Sequence[Tensor]) -> _Limits:
+        """Returns limits of the same kind that consist of other tensors."""
+        filter = None if self.filter is None else SidFilter(self.filter.rows, *tensors[:3])
+        return _Limits(filter, None if self.deny is None else SidDeny(filter, tensors[-1]))
+
+
 class _ItemLimits:
     """Deny and allow lists of items, as limits on SIDs for the search and on items after it."""
 
@@ -443,8 +470,8 @@ class _ItemLimits:
         self._trie = trie
         self._allowed: np.ndarray | None = None
         self._denied: list[np.ndarray] | None = None
-        self.filter: SidFilter | None = None
-        self.deny: SidDeny | None = None
+        filter: SidFilter | None = None
+        denied: SidDeny | None = None
         starts = trie.item_starts
         left = np.diff(starts)
         if allow is not None:
@@ -452,19 +479,15 @@ class _ItemLimits:
             self._allowed = np.zeros(trie.num_items, dtype=bool)
             self._allowed[position[position >= 0]] = True
             left = np.add.reduceat(self._allowed, starts[:-1], dtype=np.int64)
-            self.filter = trie.filter(torch.from_numpy(left > 0).to(trie.device))
+            filter = trie.filter(torch.from_numpy(left > 0).to(trie.device))
         if deny is not None:
             if len(deny) != batch:
                 raise InvalidArgument("deny", f"{batch} lists, one a request", len(deny))
             self._denied = [np.unique(trie.item_ids.positions(ids)) for ids in deny]
             lists = [torch.from_numpy(self._emptied(position, left)) for position in self._denied]
             rows = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)
-            self.deny = trie.deny(rows.to(trie.device), self.filter)
-
-    @property
-    def are_limited(self) -> bool:
-        """Whether there are any limits."""
-        return self.filter is not None or self.deny is not None
+            denied = trie.deny(rows.to(trie.device), filter)
+        self.limits = _Limits(filter, denied)
 
     def _emptied(self, position: np.ndarray, left: np.ndarray) -> np.ndarray:
         """Returns the rows on which no item is left without those at ``position``."""
@@ -477,7 +500,7 @@ class _ItemLimits:
 
     def expand(self, states: Tensor) -> list[list[Any]]:
         """Returns the items of each request on its states that may be recommended."""
-        if not self.are_limited:
+        if self._allowed is None and self._denied is None:
             return [list(chain.from_iterable(beams)) for beams in self._trie.items(states)]
         spans = self._trie.item_starts[states.cpu().numpy()]
         found = []

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from plum.decode import graphs
+from plum.decode import SidBeamSearch, graphs
+from plum.trie import SidTrie
+
+from .tiny_models import tiny
 
 
 @pytest.fixture
@@ -56,3 +60,28 @@ def test_the_latest_stay(captures):
     for size in (1, 2, 1, 3, 1, 2):
         found.run((), lambda x: (x + 1,), (torch.zeros(size),))
     assert captures == [(1,), (2,), (3,), (2,)]
+
+
+@pytest.mark.parametrize("how", ["full", "valid"])
+def test_replayed_searches_find_what_others_do(captures, how):
+    codes = np.random.default_rng(0).integers(0, 6, (60, 3))
+    trie = SidTrie.from_codes(codes, codebook_sizes=[6] * 3, token_offsets=[5, 11, 17])
+    model = tiny("gpt2", 40).eval()
+    plain, replayed = (SidBeamSearch(model, trie, score=how) for _ in range(2))
+    # What cuda_graphs=True makes on a GPU.
+    replayed._graphs = graphs.Graphs(8)
+    generator = torch.Generator().manual_seed(0)
+    ids = list(range(60))
+    for trial in range(4):
+        prompts = torch.randint(3, 40, (3, 7), generator=generator)
+        mask = torch.ones_like(prompts)
+        mask[1, :trial] = 0
+        denied = [ids[trial : trial + 3 * n] for n in range(3)]
+        kinds = {"deny": denied}, {"allow": ids[trial:]}, {"deny": denied, "allow": ids[1:]}
+        for limits in ({}, *kinds):
+            expected = plain.search(prompts, mask, num_beams=4, **limits)
+            found = replayed.search(prompts, mask, num_beams=4, **limits)
+            assert found.item_ids == expected.item_ids
+            torch.testing.assert_close(found.scores, expected.scores)
+            assert torch.equal(found.states, expected.states)
+    assert len(captures) == 4
