@@ -139,16 +139,8 @@ void residual_quantize(const void* x, RowType type, int64_t rows, int64_t width,
                        int64_t* first_bad, void* stream) {
   with_width(width, [&](auto built) {
     using Screen = WarpScreen<built>;
-    const Search search{x,
-                        type,
-                        rows,
-                        static_cast<int>(width),
-                        lay_out<typename Screen::Tiles>(sizes, levels),
-                        {},
-                        codes,
-                        norms,
-                        residual,
-                        reinterpret_cast<unsigned long long*>(first_bad)};
+    const Search search = make_search<typename Screen::Tiles>(x, type, rows, width, sizes, levels,
+                                                              codes, norms, residual, first_bad);
     const int room = shared_memory_of_a_block();
     int warps = kMaxWarps;
     while (warps > 1 && Screen::shared_bytes(warps) > room) --warps;

@@ -193,16 +193,8 @@ void residual_quantize_wgmma(const void* x, RowType type, int64_t rows, int64_t 
                              int64_t* first_bad, void* stream) {
   with_width(width, [&](auto built) {
     using Screen = GroupScreen<built>;
-    const Search search{x,
-                        type,
-                        rows,
-                        static_cast<int>(width),
-                        lay_out<typename Screen::Tiles>(sizes, levels),
-                        {},
-                        codes,
-                        norms,
-                        residual,
-                        reinterpret_cast<unsigned long long*>(first_bad)};
+    const Search search = make_search<typename Screen::Tiles>(x, type, rows, width, sizes, levels,
+                                                              codes, norms, residual, first_bad);
     launch_search<built, typename Screen::Tiles>(search, wgmma_search_kernel<built>, kSearchers,
                                                  kLoaders, Screen::kSharedBytes, codebooks,
                                                  workspace, static_cast<cudaStream_t>(stream));

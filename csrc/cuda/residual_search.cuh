@@ -462,6 +462,23 @@ inline int shared_memory_of_a_block() {
   return bytes;
 }
 
+// What `launch_search` takes; see plum::cuda::residual_quantize.
+template <typename Tiles>
+Search make_search(const void* x, RowType type, int64_t rows, int64_t width, const int64_t* sizes,
+                   int64_t levels, int32_t* codes, float* norms, float* residual,
+                   int64_t* first_bad) {
+  return {x,
+          type,
+          rows,
+          static_cast<int>(width),
+          lay_out<Tiles>(sizes, levels),
+          {},
+          codes,
+          norms,
+          residual,
+          reinterpret_cast<unsigned long long*>(first_bad)};
+}
+
 // Packs the codebooks and launches `kernel`, of blocks of `warps` that search and `others`.
 template <int kWidth, typename Tiles>
 void launch_search(Search search, void (*kernel)(Search), int warps, int others, int shared_bytes,

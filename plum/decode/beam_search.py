@@ -230,8 +230,7 @@ class SidBeamSearch:
                     ),
                     (input_ids, attention_mask, *limits.tensors()),
                 )
-        scores, states, broken = found[:3]
-        model_steps = found[3]
+        scores, states, broken, model_steps = found
         if broken.any():
             request = int(broken.nonzero()[0])
             raise InvalidData("model", "numbers as logits", f"NaN in request {request}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -259,16 +260,6 @@ def _cuda(
     return codes, norms, residual
 
 
-def _wgmma(
-    x: Tensor,
-    codebooks: Tensor,
-    sizes: Sequence[int],
-    return_residual: bool,
-    usage: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _cuda(x, codebooks, sizes, return_residual, usage, "wgmma")
-
-
 def _triton(
     x: Tensor,
     codebooks: Tensor,
@@ -363,7 +354,9 @@ _op: Any = Op(
     fake=_fake,
     backends=[
         Backend("cpu", "cpu", _cpu, _native.missing),
-        Backend("wgmma", "cuda", _wgmma, _native.missing_wgmma, _fits_wgmma),
+        Backend(
+            "wgmma", "cuda", partial(_cuda, kernel="wgmma"), _native.missing_wgmma, _fits_wgmma
+        ),
         Backend("cuda", "cuda", _cuda, _native.missing_cuda, _fits_cuda),
         Backend("triton", "cuda", _triton, _native.missing_triton, _fits_triton),
     ],
