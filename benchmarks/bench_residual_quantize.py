@@ -41,6 +41,7 @@ BATCH = 8192
 
 PROVIDERS = {
     "plum cpu": "ours:cpu",
+    "plum cpu int16": "ours:cpu_int16",
     "plum cpu fp32": "ours:cpu_fp32",
     "torch addmm + argmin": "torch_search:addmm",
     "torch oneDNN + argmax": "torch_search:onednn",
@@ -93,7 +94,7 @@ TARGETS = {
 }
 # How many times as fast as the original the same step with expiry shall be.
 TRAINING_TARGETS = (13, 22, 17)
-# How many times as fast as torch's chunks the path without bf16 shall be.
+# How many times as fast as torch's chunks a search without bf16 shall be.
 FP32_TARGETS = (2.5, 2.5, 2.5, 4)
 TARGET_SHARES = {"plum cpu": (0.71, 0.85, 0.41, 0.41)}
 GPU_TARGET_NANOSECONDS = (2.5, 6.5, 28, 0.4)
@@ -145,7 +146,7 @@ def bench_residual_quantize_cpu(benchmark, prepare, full, budget, threads, provi
         target=TARGETS[provider][column] if provider in TARGETS else None,
         target_share=TARGET_SHARES[provider][column] if provider in TARGET_SHARES else None,
     )
-    if provider == "plum cpu fp32":
+    if provider in ("plum cpu int16", "plum cpu fp32"):
         benchmark.extra_info["target_over"] = ["torch addmm + argmin", FP32_TARGETS[column]]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ def cpu(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
 
 
 def cpu_fp32(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
-    """The best instruction set without bf16; the caller puts the active one back."""
-    if _native.missing() is None:
-        isas = [isa for isa in _native.build_info()["isas"] if "bf16" not in isa]
-        _native.set_cpu_isa(isas[-1])
-    return _forced("cpu", x, codebooks)
+    """The instruction set that screens in fp32; the caller puts the active one back."""
+    return _with_isa(("avx512",), x, codebooks)
+
+
+def cpu_int16(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
+    """The best that screens in int16; the caller puts the active one back."""
+    return _with_isa(("avx512_vnni", "avx2"), x, codebooks)
 
 
 def cuda(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
@@ -41,6 +43,15 @@ def wgmma(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
 
 def triton(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
     return _forced("triton", x, codebooks)
+
+
+def _with_isa(names: Sequence[str], x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
+    if _native.missing() is None:
+        here = [name for name in names if name in _native.build_info()["isas"]]
+        if not here:
+            raise PeerAbsent(f"this CPU has no {' or '.join(names)}")
+        _native.set_cpu_isa(here[0])
+    return _forced("cpu", x, codebooks)
 
 
 def _forced(backend: str, x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:

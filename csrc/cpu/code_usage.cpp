@@ -37,6 +37,7 @@ auto kernel() {
   switch (active_isa()) {
     case Isa::kAmxBf16:
     case Isa::kAvx512Bf16:
+    case Isa::kAvx512Vnni:
     case Isa::kAvx512:
       return &avx512::count_rows<Code>;
     case Isa::kAvx2:

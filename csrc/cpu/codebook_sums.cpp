@@ -39,6 +39,7 @@ auto kernel() {
   switch (active_isa()) {
     case Isa::kAmxBf16:
     case Isa::kAvx512Bf16:
+    case Isa::kAvx512Vnni:
     case Isa::kAvx512:
       return &avx512::codebook_sums_columns;
     case Isa::kAvx2:

@@ -16,7 +16,8 @@
 namespace plum::cpu {
 namespace {
 
-constexpr const char* kNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+constexpr const char* kNames[kNumIsas] = {"generic",     "avx2",        "avx512",
+                                          "avx512_vnni", "avx512_bf16", "amx_bf16"};
 
 #ifdef PLUM_X86
 // What __builtin_cpu_supports does not know in every compiler: F16C of GCC 10 and clang 17, AMX of
@@ -55,6 +56,8 @@ bool supported(Isa isa) {
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::kAvx512Vnni:
+      return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni");
 #ifdef PLUM_BF16
     case Isa::kAvx512Bf16:
       return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
@@ -81,8 +84,8 @@ Isa by_name(const std::string& name) {
                               name + "'");
 }
 
-// Intel's cores start a 512-bit bf16 dot product every other cycle and two fp32 FMAs every cycle,
-// so there bf16 pays only in tiles.
+// Intel's cores start a 512-bit bf16 dot product every other cycle, and two fp32 FMAs or int16 dot
+// products every cycle, so there bf16 pays only in tiles.
 bool worthwhile(Isa isa) {
 #ifdef PLUM_X86
   return isa != Isa::kAvx512Bf16 || !__builtin_cpu_is("intel");

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <string_view>
 #include <unordered_map>
 
@@ -25,6 +26,7 @@ PLUM_DECLARE(generic)
 #ifdef PLUM_X86
 PLUM_DECLARE(avx2)
 PLUM_DECLARE(avx512)
+PLUM_DECLARE(avx512_vnni)
 #endif
 #ifdef PLUM_BF16
 PLUM_DECLARE(avx512_bf16)
@@ -44,15 +46,28 @@ constexpr int64_t kBlockFloats = 1 << 17;
 // Beyond this width the error bound of the screen does not hold, so it is not trusted.
 constexpr int64_t kMaxScreenWidth = 1 << 21;
 
+enum class Element { kFp32, kBf16, kInt16 };
+
 // How an instruction set's screen reads codewords.
 struct Layout {
   int64_t lanes;
-  bool pairs;
+  Element element;
+  int64_t apart;  // dimensions from one to the other of a pair
 };
 
 Layout layout(Isa isa) {
-  if (isa == Isa::kAmxBf16) return {32, true};
-  return {64, isa == Isa::kAvx512Bf16};
+  switch (isa) {
+    case Isa::kAmxBf16:
+      return {32, Element::kBf16, 16};
+    case Isa::kAvx512Bf16:
+      return {64, Element::kBf16, 16};
+    case Isa::kAvx512Vnni:
+      return {64, Element::kInt16, 16};
+    case Isa::kAvx2:
+      return {64, Element::kInt16, 8};
+    default:
+      return {64, Element::kFp32, 0};
+  }
 }
 
 auto kernel(Isa isa) {
@@ -64,6 +79,8 @@ auto kernel(Isa isa) {
     case Isa::kAvx512Bf16:
       return &avx512_bf16::residual_quantize_block;
 #endif
+    case Isa::kAvx512Vnni:
+      return &avx512_vnni::residual_quantize_block;
     case Isa::kAvx512:
       return &avx512::residual_quantize_block;
     case Isa::kAvx2:
@@ -90,6 +107,26 @@ float from_bf16(uint16_t half) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// The step of int16 codewords: their elements fit, and their norms are at most kCodewordSteps.
+float integer_step(const std::vector<float>& rows, const std::vector<float>& mean) {
+  constexpr size_t kChains = 8;  // a unit of the stride
+  double longest = 0, largest[kChains] = {};
+  for (size_t first = 0; first < rows.size(); first += mean.size()) {
+    double squares[kChains] = {};
+    for (size_t d = 0; d < mean.size(); d += kChains) {
+      for (size_t j = 0; j < kChains; ++j) {
+        const double c = double{rows[first + d + j]} - double{mean[d + j]};
+        squares[j] += c * c;
+        largest[j] = std::max(largest[j], std::abs(c));
+      }
+    }
+    longest = std::max(longest, std::accumulate(squares, squares + kChains, 0.0));
+  }
+  const double element = *std::max_element(largest, largest + kChains);
+  const double step = std::max(std::sqrt(longest) / residual::kCodewordSteps, element / 32700);
+  return static_cast<float>(std::max(step, 0x1p-80));
 }
 
 // Adds the codes of rows [begin, begin + rows) to `counts`.
@@ -145,28 +182,39 @@ void PackedCodebooks::pack(const float* codebook, int64_t size, Level& level) co
   }
   for (int64_t d = 0; d < width_; ++d) level.mean[d] = static_cast<float>(mean[d] / count);
 
-  const auto [lanes, pairs] = layout(isa_);
+  const auto [lanes, element, apart] = layout(isa_);
+  const bool pairs = element != Element::kFp32;
   const int64_t padded = round_up(count, lanes);
   level.panels.assign(padded * stride_ / (pairs ? 2 : 1), 0);
   // Below every score, and finite when its low bits are replaced.
   level.bias.assign(padded, -3e38f);
   auto* halves = reinterpret_cast<uint16_t*>(level.panels.data());
+  if (element == Element::kInt16) level.step = integer_step(level.rows, level.mean);
+  const double per_step = 1 / double{level.step};
   for (int64_t u = 0; u < count; ++u) {
     const int64_t panel = u / lanes * lanes * stride_, lane = u % lanes;
     double norm = 0, error = 0;
     for (int64_t d = 0; d < width_; ++d) {
       const double exact = double{level.rows[u * stride_ + d]} - double{level.mean[d]};
-      float rounded = static_cast<float>(exact);
+      const float rounded = static_cast<float>(exact);
+      double multiplied = rounded;
       if (pairs) {
-        const uint16_t half = to_bf16(rounded);
-        // As the rows: dimension d with d + 16, of 32.
-        halves[panel + ((d / 32 * 16 + d % 16) * lanes + lane) * 2 + d / 16 % 2] = half;
-        rounded = from_bf16(half);
+        uint16_t half;
+        if (element == Element::kBf16) {
+          half = to_bf16(rounded);
+          multiplied = from_bf16(half);
+        } else {
+          const auto steps = static_cast<int32_t>(exact * per_step + std::copysign(0.5, exact));
+          half = static_cast<uint16_t>(steps);
+          multiplied = static_cast<double>(steps) * level.step;
+        }
+        const int64_t pair = d / (2 * apart) * apart + d % apart;
+        halves[panel + (pair * lanes + lane) * 2 + d / apart % 2] = half;
       } else {
         level.panels[panel + d * lanes + lane] = rounded;
       }
       norm += exact * exact;
-      error += (exact - rounded) * (exact - rounded);
+      error += (exact - multiplied) * (exact - multiplied);
     }
     level.bias[u] = static_cast<float>(-norm / 2);
     level.norm = std::max(level.norm, std::sqrt(norm) * 1.000001);
@@ -219,7 +267,8 @@ int64_t residual_quantize(const void* x, RowType type, int64_t rows,
     int32_t tag_mask = 0;
     while (tag_mask < (count - 1) / lanes) tag_mask = 2 * tag_mask + 1;
     levels.push_back({count, level.rows.data(), level.code.data(), level.mean.data(),
-                      level.panels.data(), level.bias.data(), tag_mask, level.norm, level.error});
+                      level.panels.data(), level.bias.data(), tag_mask, level.step, level.norm,
+                      level.error});
   }
   const int64_t stride = codebooks.stride_;
   const residual::Problem problem{x,
@@ -243,8 +292,9 @@ int64_t residual_quantize(const void* x, RowType type, int64_t rows,
   std::vector<int64_t> first_bad(workers, -1);
   std::vector<std::vector<int64_t>> counts(workers);
   parallel(workers, [&](int worker) {
-    // Residual, operand, two scores a lane, two fp64 norms and three words for each row.
-    const auto workspace = aligned<float>(block * (2 * stride + 2 * kMaxLanes + 7));
+    // Residual, operand, two scores a lane, its Row and three words for each row.
+    constexpr int64_t kRowFloats = sizeof(residual::Row) / sizeof(float) + 3;
+    const auto workspace = aligned<float>(block * (2 * stride + 2 * kMaxLanes + kRowFloats));
     if (usage) counts[worker].assign(codebooks.size_, 0);
     // Blocks are taken in order, so the first bad row is in one already taken.
     int64_t begin = next.fetch_add(block);

@@ -55,8 +55,8 @@ void multiply(const float* operand, int64_t elements, const float* codewords, co
 }
 
 // Scores kGroup rows against panels [first, last), a few of them between two visits to the best.
-void screen(const float* operand, int64_t elements, const Level& level, int64_t first, int64_t last,
-            float* best, float* second) {
+void screen(const float* operand, const Row*, int64_t elements, const Level& level, int64_t first,
+            int64_t last, float* best, float* second) {
   constexpr int kScores = kGroup * kLanes, kPanels = 4;
   alignas(64) float scores[kPanels * kScores];
   const Bits keep = same_bits(~level.tag_mask);

@@ -9,9 +9,12 @@ namespace {
 
 #include "residual_quantize_bf16.inl"
 
+using Sum = Vec;
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
+inline Vec first_sum(Vec bias) { return bias; }
+inline Vec score_of(Vec sum, Vec, float, float) { return sum; }
 
 #include "residual_quantize_dot.inl"
 #include "residual_quantize_kernel.inl"

@@ -1,5 +1,6 @@
 // The screen on vector registers: 6 rows by 4 (of 16 floats) or 2 vectors of scores at a time.
-// The variant defines multiply_add() before it.
+// The variant defines before it: the type Sum, first_sum(bias) that sums start from,
+// multiply_add(a, b, sum), and score_of(sum, bias, row_step, step) with the steps of both factors.
 
 constexpr int kLanes = 64;
 constexpr int kGroup = 6;
@@ -11,17 +12,19 @@ constexpr int kTileVectors = kWidth == 16 ? 4 : 2;
 struct ScreenState {};
 
 // Scores kGroup rows against panels [first, last).
-void screen(const float* operand, int64_t elements, const Level& level, int64_t first, int64_t last,
-            float* best, float* second) {
+void screen(const float* operand, const Row* rows, int64_t elements, const Level& level,
+            int64_t first, int64_t last, float* best, float* second) {
   const Bits keep = same_bits(~level.tag_mask);
   for (int64_t panel = first; panel < last; ++panel) {
     const Bits tag = same_bits(static_cast<int32_t>(panel));
     for (int lane = 0; lane < kLanes; lane += kTileVectors * kWidth) {
       const float* codewords = level.panels + panel * elements * kLanes + lane;
       const float* bias = level.bias + panel * kLanes + lane;
-      Vec score[kGroup][kTileVectors];
+      Sum sums[kGroup][kTileVectors];
       for (int i = 0; i < kGroup; ++i) {
-        for (int v = 0; v < kTileVectors; ++v) score[i][v] = load(bias + v * kWidth);
+        for (int v = 0; v < kTileVectors; ++v) {
+          sums[i][v] = first_sum(load(bias + v * kWidth));
+        }
       }
       for (int64_t e = 0; e < elements; ++e) {
         Vec codeword[kTileVectors];
@@ -33,15 +36,16 @@ void screen(const float* operand, int64_t elements, const Level& level, int64_t 
         for (int i = 0; i < kGroup; ++i) {
           const Vec t = broadcast(operand[i * elements + e]);
           for (int v = 0; v < kTileVectors; ++v) {
-            score[i][v] = multiply_add(t, codeword[v], score[i][v]);
+            sums[i][v] = multiply_add(t, codeword[v], sums[i][v]);
           }
         }
       }
       for (int i = 0; i < kGroup; ++i) {
         for (int v = 0; v < kTileVectors; ++v) {
           const int at = i * kLanes + lane + v * kWidth;
+          const Vec found = score_of(sums[i][v], load(bias + v * kWidth), rows[i].step, level.step);
           Vec top = load(best + at), next = load(second + at);
-          fold(tagged(score[i][v], keep, tag), top, next);
+          fold(tagged(found, keep, tag), top, next);
           store(best + at, top);
           store(second + at, next);
         }

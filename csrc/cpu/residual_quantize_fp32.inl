@@ -6,19 +6,23 @@ namespace {
 using residual::kRowUnit;
 using residual::Level;
 using residual::Problem;
+using residual::Row;
 
 #include "simd.inl"
 
-constexpr bool kPairs = false;
+constexpr bool kPairs = false, kIntegers = false;
 
 // Stores x and y and leaves their rounding errors in them: none.
-inline void store_operand(Vec& x, Vec& y, float* operand) {
+inline void store_operand(Vec& x, Vec& y, float, float* operand) {
   store(operand, x);
   store(operand + kWidth, y);
   x = y = broadcast(0);
 }
 
+using Sum = Vec;
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+inline Vec first_sum(Vec bias) { return bias; }
+inline Vec score_of(Vec sum, Vec, float, float) { return sum; }
 
 #include "residual_quantize_dot.inl"
 #include "residual_quantize_kernel.inl"

@@ -1,5 +1,5 @@
 // The body of residual_quantize, compiled once per instruction set inside the namespace PLUM_ISA,
-// without contraction of products and sums. The variant defines kLanes, kGroup, kPairs,
+// without contraction of products and sums. The variant defines kLanes, kGroup, kPairs, kIntegers,
 // store_operand(), screen() and struct ScreenState before it.
 //
 // With t = r - mean and c' = c - mean, the nearest codeword has the largest score
@@ -97,10 +97,6 @@ void widen(const Problem& p, int64_t row, float* r) {
   __builtin_memset(r + p.width, 0, (p.stride - p.width) * sizeof(float));
 }
 
-struct Row {
-  double norm, error;  // upper bounds of |t| and |t - what the screen multiplies|
-};
-
 // Writes t = r - mean as the screen wants it, after r -= c if kSubtract; then returns |r|^2.
 template <bool kSubtract>
 double prepare(float* r, const float* c, const float* mean, int64_t stride, float* operand,
@@ -123,14 +119,25 @@ double prepare(float* r, const float* c, const float* mean, int64_t stride, floa
         t[j] = x - load(mean + at);
         norms[j] = fma(t[j], t[j], norms[j]);
       }
-      store_operand(t[0], t[1], operand + (kPairs ? d / 2 : d));
-      for (int j = 0; j < 2; ++j) errors[j] = fma(t[j], t[j], errors[j]);
+      if (!kIntegers) {
+        store_operand(t[0], t[1], 1, operand + (kPairs ? d / 2 : d));
+        for (int j = 0; j < 2; ++j) errors[j] = fma(t[j], t[j], errors[j]);
+      }
     }
     if (kSubtract) total += sum(squares[0] + squares[1]);
   }
   const double inflated = 1 + (stride + 32) * 0x1p-23;
   const double flushed = __builtin_sqrt(double(stride)) * kFlushedValue;
   row.norm = __builtin_sqrt(sum(norms[0] + norms[1]) * inflated) + flushed;
+  if (kIntegers) {
+    row.step = static_cast<float>(row.norm * (1 / residual::kRowSteps));
+    for (int64_t d = 0; d < stride; d += 2 * kWidth) {
+      Vec t[2];
+      for (int j = 0; j < 2; ++j) t[j] = load(r + d + j * kWidth) - load(mean + d + j * kWidth);
+      store_operand(t[0], t[1], row.step, operand + d / 2);
+      for (int j = 0; j < 2; ++j) errors[j] = fma(t[j], t[j], errors[j]);
+    }
+  }
   // The subtraction of the mean rounds once.
   row.error = __builtin_sqrt(sum(errors[0] + errors[1]) * inflated) + flushed + row.norm * 0x1p-23;
   return total;
@@ -348,6 +355,7 @@ int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, int64_t n
     if (!(norms[i].norm < __builtin_inf()) && !finite(r, p.stride)) replace(i, p.levels[0]);
   }
   __builtin_memset(operand + count * elements, 0, (padded - count) * elements * sizeof(float));
+  for (int64_t i = count; i < padded; ++i) norms[i] = {};
   for (int64_t l = 0; l < p.num_levels; ++l) {
     const Level& level = p.levels[l];
     const bool last_level = l + 1 == p.num_levels;
@@ -358,7 +366,7 @@ int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, int64_t n
     for (int64_t first = 0; first < panels; first += together) {
       const int64_t last = smaller_of(first + together, panels);
       for (int64_t i = 0; i < count; i += kGroup) {
-        screen(operand + i * elements, elements, level, first, last, best + i * kLanes,
+        screen(operand + i * elements, norms + i, elements, level, first, last, best + i * kLanes,
                second + i * kLanes);
       }
     }

@@ -9,10 +9,13 @@ namespace plum::cpu::residual {
 constexpr int64_t kRowUnit = 96;
 constexpr int64_t kStrideUnit = 32;
 constexpr int64_t kMaxLanes = 64;
+// Norms of int16 rows and codewords. By Cauchy-Schwarz no part of a product of theirs leaves int32,
+// also when each of up to 2^21 dimensions is rounded by half a step, which adds 724 to a norm.
+constexpr double kRowSteps = 32000, kCodewordSteps = 64000;
 // Bytes of panels that stay in the second-level cache beside a block of rows.
 constexpr int64_t kPanelBytes = int64_t{1} << 18;
 
-// A screen multiplies 4-byte elements: one fp32 dimension or two bf16 dimensions each.
+// A screen multiplies 4-byte elements: one fp32 dimension, or two bf16 or int16 dimensions each.
 struct Level {
   int64_t count;        // distinct codewords
   const float* rows;    // [count, stride]
@@ -21,8 +24,14 @@ struct Level {
   const float* panels;  // [panels, elements, lanes] of c' = c - mean
   const float* bias;    // [panels, lanes] -|c'|^2 / 2
   int32_t tag_mask;     // the low bits of a score that hold its panel
+  float step;           // of the integers that are multiplied, or 1
   double norm;          // max |c'|
   double error;         // max |c' - what the screen multiplies|
+};
+
+struct Row {
+  double norm, error;  // upper bounds of |t| and |t - what the screen multiplies|
+  float step;          // of the integers that are multiplied
 };
 
 struct Problem {

@@ -46,6 +46,7 @@ const beam::Kernels& active_kernels() {
   switch (active_isa()) {
     case Isa::kAmxBf16:
     case Isa::kAvx512Bf16:
+    case Isa::kAvx512Vnni:
     case Isa::kAvx512:
       return avx512::beam_kernels();
     case Isa::kAvx2:

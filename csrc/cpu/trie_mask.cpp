@@ -35,6 +35,7 @@ const Masker<Word>& active_masker() {
   switch (active_isa()) {
     case Isa::kAmxBf16:
     case Isa::kAvx512Bf16:
+    case Isa::kAvx512Vnni:
     case Isa::kAvx512:
       return avx512::masker<Word>();
     case Isa::kAvx2:

@@ -223,6 +223,23 @@ def test_near_ties_at_the_scale_of_rounding(gap):
     assert_equals_reference(x, [book])
 
 
+@pytest.mark.parametrize("width", [1, 4, 384])
+@pytest.mark.parametrize("scale", [2.0**-62, 2.0**-50, 2.0**-46, 1.0, 2.0**50])
+def test_rows_along_the_codewords(width, scale):
+    # The largest products that there can be for the norms, of few large elements and of many small.
+    ones, basis = torch.ones(1, width), torch.eye(width)[:2]
+    grades = torch.tensor([1, 1 - 2e-6, 1e-6, -1, 0.99999]).unsqueeze(1)
+    few = 0.4 * width**0.5 * basis
+    book = torch.cat([grades * ones, few, -few])
+    x = torch.cat([factor * book for factor in (1, 1.001, -1, 0.5, 1e-3)])
+    for flush in (False, True):
+        torch.set_flush_denormal(flush)
+        try:
+            assert_equals_reference(scale * x, [scale * book, scale / 2 * book])
+        finally:
+            torch.set_flush_denormal(False)
+
+
 def test_equal_codewords_give_the_lowest_index():
     book = torch.tensor([[5.0, 5.0], [1.0, 1.0], [1.0, 1.0]])
     assert residual_quantize(torch.ones(3, 2), [book]).codes.tolist() == [[1]] * 3

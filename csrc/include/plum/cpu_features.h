@@ -6,8 +6,8 @@
 
 namespace plum::cpu {
 
-enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmxBf16 = 4 };
-constexpr int kNumIsas = 5;
+enum class Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmxBf16 };
+constexpr int kNumIsas = 6;
 
 // Instruction sets that this CPU can run and this build contains, narrowest first.
 std::vector<std::string> available_isas();

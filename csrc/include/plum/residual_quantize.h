@@ -38,6 +38,7 @@ class PackedCodebooks {
     std::vector<float> rows;    // [distinct, stride]
     std::vector<float> mean;    // [stride], subtracted before the screen: smaller norms, less error
     std::vector<float> panels, bias;
+    float step = 1;              // of the integers that the screen multiplies
     double norm = 0, error = 0;  // max |c - mean|, max |(c - mean) - what the screen multiplies|
   };
 
