@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import traceback
@@ -364,7 +365,12 @@ def _print_quality(title: str, quality: dict[str, Any]) -> None:
 @app.command()
 def recommend(
     run_dir: Annotated[Path, typer.Option("--run", help="Folder of a finished run.")],
-    history: Annotated[str, typer.Option(help="Item ids, oldest first, separated by commas.")],
+    history: Annotated[
+        str,
+        typer.Option(
+            help="Item ids, oldest first, separated by commas; one with a comma in quotes."
+        ),
+    ],
     num_items: Annotated[int, typer.Option("--num-items", "-k", help="How many items.")] = 10,
     as_json: AsJson = False,
 ) -> None:
@@ -373,7 +379,8 @@ def recommend(
     from plum.pipeline.recommender import Recommender
 
     recommender = Recommender.load(run_dir, load_config(run_dir / "config.json"))
-    ids = [item.strip() for item in history.split(",") if item.strip()]
+    fields = next(csv.reader([history], skipinitialspace=True), [])
+    ids = [item.strip() for item in fields if item.strip()]
     found = recommender.recommend(ids, num_items)
     if as_json:
         print(json.dumps([vars(item) for item in found], indent=2, ensure_ascii=False))

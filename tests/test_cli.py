@@ -234,17 +234,19 @@ def test_a_configuration_of_something_else_stays(tmp_path, monkeypatch, capsys, 
     assert os.listdir(tmp_path) == ["config.json"]
 
 
-def test_titles_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
+def test_titles_are_shown_and_ids_read_as_they_are(tmp_path, monkeypatch, capsys):
     run_here(monkeypatch, "data", "-o", tmp_path / "run")
     found = [Recommendation("[i]", "End [/b] [explicit] :100:", (1, 2), -0.5)]
 
     class Fake:
         def recommend(self, history, num_items):
+            assert history == ["a", "b, or c", 'd"']
             return found
 
     monkeypatch.setattr(Recommender, "load", lambda *arguments: Fake())
     capsys.readouterr()
-    assert run_here(monkeypatch, "recommend", "--run", tmp_path / "run", "--history", "a") == 0
+    history = 'a, "b, or c",d"'
+    assert run_here(monkeypatch, "recommend", "--run", tmp_path / "run", "--history", history) == 0
     shown = capsys.readouterr().out
     assert "[i]" in shown and "End [/b] [explicit] :100:" in shown
 

@@ -27,6 +27,8 @@ from plum.lm.examples import IGNORED, WindowPlan, check_histories
 _GRAPHS, _EAGER = 8, 3
 # Epochs that tell how long the next ones take.
 _PACE = 5
+# Seconds of training that may be lost, beside those of an epoch.
+_UNSAVED = 60
 
 
 @dataclass(frozen=True)
@@ -291,9 +293,9 @@ def train_timeline(
             ``score`` of what it returns are the result; whatever else there is goes into the
             record.
         progress: Gets the record of each validation.
-        checkpoints: Saved to at each validation, and resumed from. On a CPU, and without
-            ``max_seconds``, a resumed run ends with the weights of an uninterrupted one, bit for
-            bit.
+        checkpoints: Saved to at each validation and at the ends of epochs a minute apart, and
+            resumed from. On a CPU, and without ``max_seconds``, a resumed run ends with the weights
+            of an uninterrupted one, bit for bit.
         on_step: Called as ``on_step(steps_done, steps_in_all)``; a run that ends early stays below.
 
     Returns:
@@ -366,13 +368,15 @@ class _Run:
         self.advance = _Graphs(self._step) if graphs else self._step
         # Epochs and steps done, and the share of the schedule that lies behind.
         self.epoch, self.steps, self.done = 0, 0, 0.0
+        # Since the last record.
+        self.loss, self.loss_steps = torch.zeros((), device=self.device), 0
+        self.saved = self.start
         self.ends: list[float] = []
 
     def train(self) -> list[dict[str, Any]]:
         config = self.config
         self._resume()
         torch.manual_seed(config.seed)
-        total, steps = torch.zeros((), device=self.device), self.steps
         current = [p.data for p in self.parameters]
         average = [p.data for p in self.average]
         over = bool(self.history) and self._is_over()
@@ -389,20 +393,23 @@ class _Run:
                 self.steps += 1
                 done = self.done + share * number / self.batches.steps_per_epoch
                 self.rate.fill_(self._rate(min(done, 1.0)))
-                total += self.advance(items)
+                self.loss += self.advance(items)
                 # Young averages forget faster, so that the first weights do not stay in them.
                 keep = min(config.average, self.steps / (self.steps + 10))
                 torch._foreach_lerp_(average, current, 1 - keep)
                 self._show(number + 1 - self.batches.steps_per_epoch)
             self.done += share
+            self.loss_steps += self.batches.steps_per_epoch
             self.ends.append(self._seconds())
             over = self._is_over()
             if self.epoch % config.eval_every == 0 or over:
-                self._record(total.item() / (self.steps - steps))
-                total.zero_()
-                steps = self.steps
+                self._record(self.loss.item() / self.loss_steps)
+                self.loss.zero_()
+                self.loss_steps = 0
                 self._save()
                 over = over or self._is_over()
+            elif time.monotonic() - self.saved > _UNSAVED:
+                self._save()
         if self.checkpoints is None:
             self.model.load_state_dict(self.best)
         else:
@@ -473,19 +480,23 @@ class _Run:
 
     def _save(self) -> None:
         if self.checkpoints is not None:
-            state = {name: getattr(self, name) for name in ("epoch", "steps", "done", "history")}
+            names = ("epoch", "steps", "done", "history", "loss_steps")
+            state = {name: getattr(self, name) for name in names}
+            state |= {"loss": self.loss.item(), "seconds": self._seconds()}
             self.checkpoints.save(self.epoch, self._weights(), self.optimizer, state)
+            self.saved = time.monotonic()
 
     def _resume(self) -> None:
         newest = None if self.checkpoints is None else self.checkpoints.newest()
         if self.checkpoints is None or newest is None:
             return
         state = self.checkpoints.load(newest, self._weights(), self.optimizer)
+        self.loss.fill_(state.pop("loss"))
+        self.start -= state.pop("seconds")
         for name, value in state.items():
             setattr(self, name, value)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
-        self.start -= self.history[-1]["seconds"]
 
     def _weights(self) -> nn.Module:
         return nn.ModuleDict({"model": self.model, "average": self.average})

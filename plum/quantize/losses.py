@@ -133,13 +133,16 @@ class _QuantizationLosses(torch.autograd.Function):
         x, packed, codes, residual = ctx.saved_tensors
         scale = 2 / max(len(x), 1)
         to_x = to_packed = None
+        if torch.is_grad_enabled():
+            # For second derivatives: r_L moves with x, and codewords taken off it do not count.
+            residual = residual + (x - x.detach())
         if ctx.needs_input_grad[0]:
             levels = torch.arange(codes.shape[1], device=x.device).expand(codes.shape)
-            later = sum_codewords(codes, packed, ctx.sizes, levels)
-            later = later.add_(residual, alpha=codes.shape[1])
-            to_x = later.mul_(scale * grads[0]).to(x.dtype)
+            later = sum_codewords(codes, packed.detach(), ctx.sizes, levels)
+            later = later.add(residual, alpha=codes.shape[1])
+            to_x = (later * (scale * grads[0])).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            sums = codebook_sums(searchable(x), codes, packed, sizes=ctx.sizes)
+            sums = codebook_sums(searchable(x.detach()), codes, packed.detach(), sizes=ctx.sizes)
             usage = code_usage(codes, ctx.sizes, validate=False)
             to_packed = ((usage[:, None] * packed.double() - sums) * (scale * grads[1])).to(
                 packed.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from dataclasses import replace
 
@@ -332,11 +333,15 @@ class _Killed(Exception):
 
 
 @pytest.mark.parametrize("kind", ["sasrec", "generator"])
-@pytest.mark.parametrize("torn", [False, True])
-def test_a_resumed_run_equals_an_uninterrupted_one(codes, histories, tmp_path, kind, torn):
-    config = replace(CONFIG, epochs=12, eval_every=2)
+@pytest.mark.parametrize("cut", ["at a validation", "between", "torn"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    codes, histories, tmp_path, monkeypatch, kind, cut
+):
+    config = replace(CONFIG, epochs=12, eval_every=4)
+    if cut == "between":
+        monkeypatch.setattr(timeline, "_UNSAVED", -1)
 
-    def train(folder, stop: int | None = None):
+    def train(folder, stop: int | None = None, last_step: float = math.inf):
         model = SASRec(30, SHAPE, seed=4) if kind == "sasrec" else generator(codes)
 
         def validate() -> dict[str, float]:
@@ -346,6 +351,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codes, histories, tmp_path, k
             if record["epoch"] == stop:
                 raise _Killed
 
+        def on_step(done: int, total: int) -> None:
+            if done > last_step * total:
+                raise _Killed
+
         history = train_timeline(
             model,
             histories,
@@ -353,13 +362,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codes, histories, tmp_path, k
             validate=validate,
             progress=progress,
             checkpoints=Checkpoints(folder, "this run"),
+            on_step=on_step,
         )
         return model, [{**record, "seconds": 0} for record in history]
 
     whole, wanted = train(tmp_path / "whole")
     with pytest.raises(_Killed):
-        train(tmp_path / "cut", stop=8)
-    if torn:
+        if cut == "between":
+            train(tmp_path / "cut", last_step=7.1 / 12)
+        else:
+            train(tmp_path / "cut", stop=8)
+    steps = sorted(int(path.name[-8:]) for path in (tmp_path / "cut").glob("step-*"))
+    assert steps == ([6, 7] if cut == "between" else [4])
+    if cut == "torn":
         newest = max((tmp_path / "cut").glob("step-*"))
         (newest / "model.safetensors").write_bytes(b"cut off")
     resumed, found = train(tmp_path / "cut")

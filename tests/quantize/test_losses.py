@@ -19,6 +19,28 @@ def test_quantization_losses():
         quantization_losses(x, found._replace(residual=None), books)
 
 
+def test_second_derivatives_of_quantization_losses_are_those_of_the_formula():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, generator=generator, requires_grad=True)
+    books = [torch.randn(4, 3, generator=generator, requires_grad=True) for _ in range(2)]
+    found = residual_quantize(x, books, return_residual=True)
+    residual, formula = x, x.new_zeros(2)
+    for book, codes in zip(books, found.codes.long().T, strict=True):
+        codeword = book[codes]
+        moved = residual - codeword.detach(), residual.detach() - codeword
+        formula = formula + torch.stack([term.square().sum() / len(x) for term in moved])
+        residual = residual - codeword.detach()
+    leaves = [x, *books]
+    results = []
+    for losses in (torch.stack(quantization_losses(x, found, books)), formula):
+        slopes = torch.autograd.grad(losses @ torch.tensor([0.3, 0.7]), leaves, create_graph=True)
+        penalty = sum(slope.pow(3).sum() for slope in slopes)
+        results.append([*slopes, *torch.autograd.grad(penalty, leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.any()
+
+
 def test_quantization_losses_of_fp64_rows_reach_the_codebooks():
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(20, 3, generator=draw)
