@@ -25,7 +25,7 @@ void forced_tail(const int64_t* states, int64_t count, const Trie& trie, int64_t
       const int64_t stop = std::min(begin + kStates, end);
       for (int64_t i = begin; i < stop; ++i) {
         const int64_t row = states[2 * i];
-        forced[i] = states[2 * i + 1] - row == 1 && row >= 0 && row < trie.rows;
+        forced[i] = row >= 0 && row < trie.rows && states[2 * i + 1] == row + 1;
       }
       for (int64_t l = 0; l < left; ++l) {
         const TrieLevel& at = trie.levels[level + l];

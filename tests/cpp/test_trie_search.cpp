@@ -1,5 +1,6 @@
 // trie_mask, trie_walk, trie_advance and forced_tail against loops over a table of SIDs.
 #include <algorithm>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -52,6 +53,13 @@ void check_walks(const TrieTable& trie, std::mt19937_64& random, int threads) {
       const auto state = trie.range_of(Sid(sid.begin(), sid.begin() + level));
       ranges.insert(ranges.end(), state.begin(), state.end());
     }
+    // No row of the table, and so far apart that their difference overflows.
+    constexpr int64_t kLeast = std::numeric_limits<int64_t>::min();
+    const int64_t other[] = {kLeast, kLeast + 1, 1, kLeast};
+    std::vector<int64_t> no_tail(2 * (depth - level), -7);
+    bool neither[] = {true, true};
+    plum::cpu::forced_tail(other, 2, trie.trie, level, no_tail.data(), neither, threads);
+    CHECK(!neither[0] && !neither[1] && no_tail == std::vector<int64_t>(no_tail.size(), -1));
     std::vector<char> forced(rows);
     plum::cpu::forced_tail(ranges.data(), rows, trie.trie, level, tail.data(),
                            reinterpret_cast<bool*>(forced.data()), threads);
