@@ -41,10 +41,11 @@ inline Vec power(Vec n) {
 }
 #else
 inline Vec power(Vec n) {
-  const Bits bits = reinterpret_cast<Bits>(n);
-  const Bits i = bits & 15;
+  // Without a sign, for the bits of a NaN overflow.
+  typedef uint32_t Words __attribute__((vector_size(16)));
+  const Words bits = reinterpret_cast<Words>(n), i = bits & 15;
   const Bits entry = {kPowers[i[0]], kPowers[i[1]], kPowers[i[2]], kPowers[i[3]]};
-  return reinterpret_cast<Vec>(entry + (bits << 19));
+  return reinterpret_cast<Vec>(reinterpret_cast<Words>(entry) + (bits << 19));
 }
 #endif
 
@@ -198,11 +199,14 @@ void widen_fp16(const uint16_t* row, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = from_half(row[i]);
 }
 
-// Sorts up to 256 distinct keys, the largest first, by counting what is above each.
+// Sorts up to 256 keys, none of them 0, the largest first, by counting what is above each. States
+// that are no nodes of the level have children of one code, and these equal keys.
 void sort_few(const uint64_t* keys, int64_t count, uint64_t* sorted) {
+  for (int64_t i = 0; i < count; ++i) sorted[i] = 0;
   for (int64_t i = 0; i < count; ++i) {
     uint64_t above = 0;
     for (int64_t j = 0; j < count; ++j) above += keys[j] > keys[i];
+    while (sorted[above] == keys[i]) ++above;
     sorted[above] = keys[i];
   }
 }

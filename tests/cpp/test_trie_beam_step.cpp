@@ -242,6 +242,26 @@ void check_sample(const TrieTable& trie, Case& c, std::mt19937_64& random) {
   }
 }
 
+// Rows of any value for states, and logits that are no numbers: what comes is of the beams, in
+// order, and the same by every instruction set.
+void check_any_states(const TrieTable& trie, Case& c, std::mt19937_64& random) {
+  const int64_t end = trie.rows + 2;
+  for (int64_t& row : c.states) row = random() % 9 ? random() % end : random();
+  for (float& x : c.logits) x = random() % 50 ? x : std::numeric_limits<float>::quiet_NaN();
+  Result first;
+  for (const std::string& isa : plum::cpu::available_isas()) {
+    plum::cpu::set_isa(isa);
+    const Result result = run(trie, c, RowType::kFloat32, 1);
+    if (first.tokens.empty()) first = result;
+    CHECK(result == first);
+  }
+  for (size_t at = 0; at < first.tokens.size(); ++at) {
+    CHECK(first.parents[at] >= 0 && first.parents[at] < c.input.beams);
+    CHECK(first.tokens[at] >= -1 && first.tokens[at] < trie.size);
+    CHECK(at % c.k == 0 || !(first.scores[at] > first.scores[at - 1]));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -262,6 +282,7 @@ int main() {
     }
     check(trie, c, first);
     check_sample(trie, c, random);
+    check_any_states(trie, c, random);
   }
   std::puts("test_trie_beam_step: ok");
 }
