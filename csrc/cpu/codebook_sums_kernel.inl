@@ -34,11 +34,14 @@ struct Float16 {
     Halves half;
     __builtin_memcpy(&half, from, sizeof half);
     const Words bits = __builtin_convertvector(half, Words), magnitude = bits & 0x7fff;
-    // From the exponent bias of fp16 to that of fp32: exact, and normalizes denormals.
-    const Floats value = reinterpret_cast<Floats>(magnitude << 13) * 0x1p112f;
-    const Words infinite = reinterpret_cast<Words>(magnitude >= 0x7c00) & 0x7f800000;
-    to =
-        reinterpret_cast<Floats>(reinterpret_cast<Words>(value) | infinite | (bits & 0x8000) << 16);
+    // As from_half in simd.inl: exact, and without denormal floats, which may be flushed to zero.
+    const Words shifted = magnitude << 13;
+    const Floats fraction = reinterpret_cast<Floats>(shifted + 0x38800000) - 0x1p-14f;
+    const Words small = reinterpret_cast<Words>(magnitude < 0x400);
+    const Words infinite = reinterpret_cast<Words>(magnitude >= 0x7c00);
+    const Words normal = shifted + (112u << 23) + (infinite & 112u << 23);
+    const Words value = (small & reinterpret_cast<Words>(fraction)) | (~small & normal);
+    to = reinterpret_cast<Floats>(value | (bits & 0x8000) << 16);
   }
 };
 

@@ -74,6 +74,18 @@ def test_kernels_give_the_bits_of_the_reference(rows, width, sizes, dtype):
         torch.set_num_threads(before)
 
 
+def test_fp16_denormals_are_added_where_denormal_floats_are_flushed():
+    x = torch.arange(-1030, 9).div(2**24).to(torch.float16).unsqueeze(1)
+    args = (x, torch.zeros(len(x), 1).long(), [torch.ones(1, 1)])
+    expected = x.double().sum(dim=0, keepdim=True)
+    torch.set_flush_denormal(True)
+    try:
+        for isa in every_isa():
+            assert torch.equal(codebook_sums(*args, backend="cpu"), expected), isa
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mostly", [False, True])
 @pytest.mark.parametrize(
