@@ -229,7 +229,9 @@ class Step {
       if (hits <= 2 * k_) {
         for (int64_t h = 0; h < hits; ++h) {
           const int64_t code = codes_[hits_[h]];
-          if (!limits_.leaves(child_rows(*level_, nodes_[beam], code))) continue;
+          const Rows child = child_rows(*level_, nodes_[beam], code);
+          // Where the state is no node, codes do not rise, and one may not be found.
+          if (child.low == child.high || !limits_.leaves(child)) continue;
           push(beam, code, base + ((values_[hits_[h]] - top) - log_sum));
         }
         return;
