@@ -19,7 +19,7 @@ demo: $(STAMP)
 test: lint test-cpp test-python test-demo
 
 test-cpp: $(STAMP)
-	$(BIN)/cmake -S . -B build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	$(BIN)/cmake -S . -B build -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" \
 		-DPLUM_PYTHON=OFF -DPLUM_CUDA=OFF -DPLUM_TESTS=ON -DPLUM_WERROR=ON -DPLUM_SANITIZE=ON >/dev/null
 	$(BIN)/cmake --build build
 	$(BIN)/ctest --test-dir build --output-on-failure
