@@ -61,6 +61,8 @@ def check_codes(codes: Tensor, sizes: Sequence[int]) -> list[int]:
         raise InvalidArgument("sizes", "sizes of at least 1", str(sizes))
     if len(sizes) > MAX_LEVELS:
         raise InvalidArgument("sizes", f"at most {MAX_LEVELS} levels", f"{len(sizes)}")
+    if sum(sizes) >= 1 << 31:
+        raise InvalidArgument("sizes", "sizes that add up to less than 2^31", f"{sum(sizes)}")
     return sizes
 
 
