@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <exception>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -305,9 +306,19 @@ void residual_quantize_cuda(uintptr_t x, int type, int64_t rows, int64_t width, 
 }
 #endif
 
+// The name of an instruction set, most often PLUM_CPU_ISA, is what a user can get wrong here.
+void translate(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const std::invalid_argument& wrong) {
+    py::set_error(py::module_::import("plum.errors").attr("InvalidConfig"), wrong.what());
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+  py::register_local_exception_translator(&translate);
   module.def("build_info", &build_info);
   module.def("set_cpu_isa", &plum::cpu::set_isa);
   module.def("code_usage_cpu", &code_usage_cpu);
