@@ -13,7 +13,7 @@ namespace cpu {
 // the sizes before level l. A code outside [0, sizes[l]) is counted nowhere.
 // Returns the lowest position n * levels + l of such a code, or -1.
 //   codes  [rows, levels] int32 or int64, contiguous
-//   usage  [sum of sizes] int64
+//   usage  [sum of sizes] int64, fewer than 2^31
 template <typename Code>
 int64_t code_usage(const Code* codes, int64_t rows, int64_t levels, const int64_t* sizes,
                    int64_t* usage, int threads);

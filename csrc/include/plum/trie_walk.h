@@ -7,7 +7,8 @@
 
 namespace plum::cpu {
 
-// Writes the state that each prefix leads to from a root, or [0, 0). A prefix ends at its first -1.
+// Writes the state that each prefix leads to from a root, or [0, 0). A prefix ends at its first -1;
+// a code behind that leads to [0, 0) too.
 //   roots     [count, 2] rows
 //   prefixes  [count, length], length at most the number of levels
 //   states    [count, 2] rows
