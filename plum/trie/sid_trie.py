@@ -155,10 +155,10 @@ class SidTrie:
         columns = np.concatenate([trie._columns() for trie in tries], axis=1)
         sizes = np.max([trie.codebook_sizes for trie in tries], axis=0).tolist()
         roots, starts, ids = [0], [np.zeros(1, dtype=np.int64)], first.item_ids
-        for trie in tries:
+        for place, trie in enumerate(tries):
             starts.append(trie.item_starts[1:] + starts[-1][-1])
             roots += [root + roots[-1] for root in trie.roots[1:]]
-            ids = ids if trie is first else ids.joined(trie.item_ids)
+            ids = ids.joined(trie.item_ids) if place else ids
         index = build_index(columns, sizes, roots)
         joined = cls(index, sizes, first.token_offsets, roots, np.concatenate(starts), ids)
         return joined.to(first.device)

@@ -89,6 +89,9 @@ def test_each_request_begins_in_its_own_trie():
     joined = SidTrie.join(parts)
     states = joined.root_states(4, torch.tensor([2, 0, 1, 2]))
     assert states.tolist() == [[[3, 6]], [[0, 2]], [[2, 3]], [[3, 6]]]
+    twice = SidTrie.join([parts[0], parts[0]])
+    assert twice.items(twice.root_states(2, torch.tensor([0, 1]))) == [[[0, 1]], [[0, 1]]]
+    assert twice.rows([1], trie=1).tolist() == [3]
     for wrong in (-1, 3):
         with pytest.raises(
             InvalidArgument, match=f"tries: expected numbers from 0 to 2, got {wrong}"
