@@ -93,7 +93,7 @@ class SidBeamSearch:
 
     Attributes:
         model: The model.
-        trie: The trie, on the model's device.
+        trie: The trie, on the model's device. Searches follow what is inserted into it and deleted.
         attention: How the beams are run.
         splits_head: Whether the head is multiplied here. A model whose logits are more than a
             linear map of its last hidden states (scaled, capped, quantized, adapted) and an
@@ -156,7 +156,7 @@ class SidBeamSearch:
         self.model, self.trie = model, trie.to(model.device)
         self.score, self.attention, self.forced_tails = score, attention, forced_tails
         self._offsets = torch.tensor(offsets, device=model.device)
-        self._tokens, self._prefixes = tokens, trie.num_prefixes
+        self._tokens = tokens
         self._graphs = Graphs(_GRAPHS) if cuda_graphs else None
         probe = torch.arange(trie.codebook_sizes[0], device=model.device) + self._offsets[0]
         if attention == "tree":
@@ -215,7 +215,7 @@ class SidBeamSearch:
         batch = len(input_ids)
         items = _ItemLimits(trie, batch, deny, allow)
         # Beams that no prefix is left for would run through the model for nothing.
-        widths = [min(num_beams, count) for count in self._prefixes]
+        widths = [min(num_beams, count) for count in trie.num_prefixes]
         with _evaluating(self.model):
             limits = items.limits
             if self._graphs is None or seeds is not None:
@@ -223,8 +223,9 @@ class SidBeamSearch:
                 skip = self.forced_tails
                 found = self._descend(input_ids, attention_mask, widths, limits, draws, skip)
             else:
+                # A trie that was changed has other tensors, which a graph of before does not read.
                 found = self._graphs.run(
-                    (num_beams,),
+                    (num_beams, trie.roots_on_device),
                     lambda ids, mask, *kept: self._descend(
                         ids, mask, widths, limits.of(kept), None, False
                     ),

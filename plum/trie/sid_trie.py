@@ -176,7 +176,7 @@ class SidTrie:
     @property
     def num_prefixes(self) -> list[int]:
         """The numbers of distinct prefixes of 1 to L codes: a beam search has no more beams."""
-        return [int(count) for count in self.index.table[:, EDGES]]
+        return self.index.table[:, EDGES].tolist()
 
     @property
     def num_items(self) -> int:

@@ -85,3 +85,21 @@ def test_replayed_searches_find_what_others_do(captures, how):
             torch.testing.assert_close(found.scores, expected.scores)
             assert torch.equal(found.states, expected.states)
     assert len(captures) == 4
+
+
+@pytest.mark.parametrize("with_graphs", [False, True])
+def test_searches_follow_changes_of_their_trie(captures, with_graphs):
+    codes = np.random.default_rng(0).integers(0, 6, (60, 3))
+    shape = {"codebook_sizes": [6] * 3, "token_offsets": [5, 11, 17]}
+    trie = SidTrie.from_codes(codes[:1], [0], **shape)
+    model, prompt = tiny("gpt2", 40).eval(), torch.tensor([[7, 8, 9]])
+    search = SidBeamSearch(model, trie)
+    search._graphs = graphs.Graphs(8) if with_graphs else None
+    assert search.search(prompt, num_beams=8).item_ids == [[0]]
+    for change in (lambda: trie.insert(codes[1:], range(1, 60)), lambda: trie.delete(range(40))):
+        change()
+        found = search.search(prompt, num_beams=8)
+        expected = SidBeamSearch(model, trie).search(prompt, num_beams=8)
+        assert found.item_ids == expected.item_ids
+        assert found.scores.isfinite().all() and torch.equal(found.scores, expected.scores)
+    assert len(captures) == (3 if with_graphs else 0)
