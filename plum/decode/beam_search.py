@@ -158,7 +158,8 @@ class SidBeamSearch:
         self._offsets = torch.tensor(offsets, device=model.device)
         self._tokens = tokens
         self._graphs = Graphs(_GRAPHS) if cuda_graphs else None
-        probe = torch.arange(trie.codebook_sizes[0], device=model.device) + self._offsets[0]
+        # Of all levels: equal tokens would look alike to any attention.
+        probe = torch.cat([torch.arange(c.start, c.stop, device=model.device) for c in tokens])
         if attention == "tree":
             check_masks(model)
         with _evaluating(model):

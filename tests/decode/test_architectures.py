@@ -191,6 +191,13 @@ def test_models_whose_beams_cannot_share_a_cache(name, trie):
     check(model, trie, "replay", batched=name != "Rwkv")
 
 
+def test_a_model_is_tried_with_different_tokens_where_the_first_level_has_one():
+    codes = np.random.default_rng(0).integers(0, [1, 8, 8], (40, 3))
+    trie = SidTrie.from_codes(codes, codebook_sizes=[1, 8, 8], token_offsets=OFFSETS)
+    with pytest.raises(InvalidArgument, match="MptForCausalLM, whose logits then differ"):
+        SidBeamSearch(tiny("Mpt", REPLAY["Mpt"]), trie)
+
+
 def test_a_model_that_reads_padding_is_asked_for_one_prompt_at_a_time(trie):
     search = SidBeamSearch(tiny("Rwkv", REPLAY["Rwkv"]), trie, attention="replay")
     ids, mask = torch.tensor([[0, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]])
