@@ -204,7 +204,7 @@ class SidBeamSearch:
         Raises:
             InvalidArgument: a shape, dtype, device or number does not fit, a prompt is empty or
                 padded on the right, or it is too long for the model.
-            InvalidData: the model's logits are NaN.
+            InvalidData: the model's logits are NaN or +inf.
         """
         trie = self.trie
         if num_beams < 1:
@@ -235,7 +235,7 @@ class SidBeamSearch:
         scores, states, broken, model_steps = found
         if broken.any():
             request = int(broken.nonzero()[0])
-            raise InvalidData("model", "numbers as logits", f"NaN in request {request}")
+            raise InvalidData("model", "numbers as logits", f"NaN or inf in request {request}")
         missing = num_beams - scores.shape[1]
         states = torch.nn.functional.pad(states, (0, 0, 0, missing))
         scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
@@ -263,8 +263,8 @@ class SidBeamSearch:
             skip: Whether forced tails are looked for and skipped.
 
         Returns:
-            Scores ``[B, W]`` and states ``[B, W, 2]`` of the beams, which requests had NaN as
-            logits, and how often the model ran.
+            Scores ``[B, W]`` and states ``[B, W, 2]`` of the beams, which requests had NaN or
+            +inf as logits, and how often the model ran.
         """
         trie, batch = self.trie, len(input_ids)
         states, scores = trie.root_states(batch), torch.zeros(batch, 1, device=trie.device)
@@ -312,7 +312,7 @@ class SidBeamSearch:
         limits: _Limits,
         broken: Tensor,
     ) -> BeamStep:
-        """Takes one beam step from outputs ``[B, W, H]``; marks requests with NaN as broken."""
+        """Takes one beam step from outputs ``[B, W, H]``; marks NaN and +inf as broken."""
         batch, beams, _ = outputs.shape
         tokens = self._tokens[level] if self.score == "valid" else slice(None)
         at_once = batch
@@ -324,7 +324,7 @@ class SidBeamSearch:
         for first in range(0, batch, at_once):
             part = slice(first, first + at_once)
             logits = self._run.logits(outputs[part], tokens)
-            broken[part] |= logits.amax(dim=(1, 2)).isnan()
+            broken[part] |= _is_broken(logits)
             deny = None if limits.deny is None else limits.deny[part]
             step = trie_beam_step(
                 logits,
@@ -355,7 +355,7 @@ class SidBeamSearch:
     ) -> SampleStep:
         """Draws the next codes of the beams, like :meth:`_choose`."""
         logits = self._run.logits(outputs, self._tokens[level])
-        broken |= logits.amax(dim=(1, 2)).isnan()
+        broken |= _is_broken(logits)
         return trie_beam_sample(
             logits,
             scores,
@@ -513,6 +513,11 @@ class _ItemLimits:
                 position = position[~np.isin(position, self._denied[request])]
             found.append(self._trie.item_ids.select(position))
         return [ids.span(0, len(ids)) for ids in found]
+
+
+def _is_broken(logits: Tensor) -> Tensor:
+    """Says which requests of ``[B, W, V]`` have NaN or +inf, bool ``[B]``."""
+    return ~(logits.amax(dim=(1, 2)) < torch.inf)
 
 
 @contextlib.contextmanager

@@ -312,8 +312,21 @@ def test_refuses_what_does_not_fit():
         SidBeamSearch(model, SidTrie.from_codes([[0]], token_offsets=[VOCABULARY]))
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
-    with pytest.raises(InvalidData, match="expected numbers as logits, got NaN in request 0"):
+    with pytest.raises(InvalidData, match="numbers as logits, got NaN or inf in request 0"):
         search.search(ids, mask)
+
+
+@pytest.mark.parametrize("how", ["full", "valid"])
+def test_infinite_logits_are_an_error(how):
+    model, trie = tiny("llama").eval(), catalog()
+    search = SidBeamSearch(model, trie, score=how)
+    bias = torch.zeros(VOCABULARY)
+    bias[OFFSETS[1] + 3] = float("inf")
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    with pytest.raises(InvalidData, match="numbers as logits, got NaN or inf in request 0"):
+        search.search(*prompts([6, 3]))
+    bias[OFFSETS[1] + 3] = -float("inf")
+    assert search.search(*prompts([6, 3])).scores.isfinite().all()
 
 
 def test_draws_follow_the_scores_and_repeat():

@@ -204,5 +204,5 @@ def test_nan_is_an_error_also_in_a_forced_tail(how, monkeypatch):
         return found
 
     monkeypatch.setattr(Runner, "__call__", broken)
-    with pytest.raises(InvalidData, match="expected numbers as logits, got NaN in request 1"):
+    with pytest.raises(InvalidData, match="numbers as logits, got NaN or inf in request 1"):
         search.search(ids, mask, 4)
