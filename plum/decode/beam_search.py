@@ -425,8 +425,10 @@ class SidBeamSearch:
         if not self._heeds_padding and not mask.all():
             expected = f"prompts of one length, as {type(self.model).__name__} reads padding too"
             raise InvalidArgument("attention_mask", expected, "padding", "search one by one")
-        length = int(mask.sum(dim=1).max())
-        length = max(length, self.trie.depth) if encoder else length + self.trie.depth - 1
+        if encoder:  # BART's positions count the padding too.
+            length = max(mask.shape[1], self.trie.depth)
+        else:
+            length = int(mask.sum(dim=1).max()) + self.trie.depth - 1
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and length > limit:
             expected = f"at most {limit} positions, codes included, as the model has"

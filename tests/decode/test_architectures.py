@@ -210,6 +210,14 @@ def test_encoder_decoder_models(name, trie):
     check(tiny(name, ROWS[name], "ForConditionalGeneration"), trie)
 
 
+def test_padding_beyond_the_positions_of_an_encoder_is_refused(trie):
+    search = SidBeamSearch(tiny("Bart", BART, "ForConditionalGeneration"), trie)
+    ids, mask = torch.full((1, 65), 5), (torch.arange(65) < 10).long().unsqueeze(0)
+    with pytest.raises(InvalidArgument, match=r"input_ids: expected at most 64 pos.* got 65"):
+        search.search(ids, mask)
+    assert search.search(ids[:, :64], mask[:, :64]).item_ids[0]
+
+
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "Qwen3", "Gemma2"])
 @pytest.mark.parametrize("head", [False, True])
 def test_adapted_models(name, head, trie):
