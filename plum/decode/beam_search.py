@@ -207,8 +207,8 @@ class SidBeamSearch:
             InvalidData: the model's logits are NaN or +inf.
         """
         trie = self.trie
-        if num_beams < 1:
-            raise InvalidArgument("num_beams", "at least 1", num_beams)
+        if not isinstance(num_beams, int | np.integer) or num_beams < 1:
+            raise InvalidArgument("num_beams", "an integer of at least 1", repr(num_beams))
         if seeds is None and temperature != 1:
             hint = "a beam search has no temperature: give seeds to draw"
             raise InvalidArgument("temperature", "1 without seeds", temperature, hint)
@@ -401,20 +401,30 @@ class SidBeamSearch:
             raise InvalidArgument(
                 "input_ids", "a tensor of token ids [B, P]", type(input_ids).__name__
             )
-        if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+        integers = input_ids.dtype in (torch.int64, torch.int32)
+        if input_ids.dim() != 2 or input_ids.numel() == 0 or not integers:
             got = f"{input_ids.dtype} {list(input_ids.shape)}"
-            raise InvalidArgument("input_ids", "token ids [B, P], B and P at least 1", got)
+            raise InvalidArgument("input_ids", "int64 token ids [B, P], B and P at least 1", got)
         if input_ids.device != self.trie.device:
             expected = f"a tensor on the model's device {self.trie.device}"
             raise InvalidArgument("input_ids", expected, input_ids.device)
+        embeddings: Any = self.model.get_input_embeddings()
+        vocabulary = embeddings.weight.shape[0]
+        low, high = input_ids.aminmax()
+        if not 0 <= low <= high < vocabulary:
+            expected = f"token ids from 0 to {vocabulary - 1}, the padding's too"
+            raise InvalidArgument("input_ids", expected, f"{low} to {high}")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if not isinstance(attention_mask, Tensor):
+            got = type(attention_mask).__name__
+            raise InvalidArgument("attention_mask", "a tensor [B, P]", got)
         mask = attention_mask.to(input_ids.device, torch.int64)
         if mask.shape != input_ids.shape:
             expected = f"the shape of input_ids, {list(input_ids.shape)}"
             raise InvalidArgument("attention_mask", expected, list(mask.shape))
         encoder = self.model.config.is_encoder_decoder
-        binary = ((mask == 0) | (mask == 1)).all()
+        binary = ((attention_mask == 0) | (attention_mask == 1)).all()
         if encoder and not (binary and mask.any(dim=1).all()):
             raise InvalidArgument("attention_mask", "zeros and ones, a one in each row", "others")
         left = binary and (mask.diff(dim=1) >= 0).all() and mask[:, -1].all()

@@ -277,15 +277,22 @@ def test_refuses_what_does_not_fit():
     model, trie = tiny("gpt2").eval(), catalog()
     search = SidBeamSearch(model, trie)
     ids, mask = prompts([6, 3])
-    for wrong in (mask.flip(1), torch.zeros_like(mask), mask * 2):
+    for wrong in (mask.flip(1), torch.zeros_like(mask), mask * 2, mask * 1.5):
         with pytest.raises(InvalidArgument, match=r"attention_mask: expected zeros, then ones"):
             search.search(ids, wrong)
     with pytest.raises(InvalidArgument, match="attention_mask: expected the shape of input_ids"):
         search.search(ids, mask[:, 1:])
-    with pytest.raises(InvalidArgument, match=r"input_ids: expected token ids \[B, P\]"):
-        search.search(ids[0])
-    with pytest.raises(InvalidArgument, match="num_beams: expected at least 1, got 0"):
-        search.search(ids, mask, 0)
+    for wrong in (ids[0], ids.to(torch.uint8), ids.float(), ids[:0]):
+        with pytest.raises(InvalidArgument, match=r"input_ids: expected int64 token ids \[B, P\]"):
+            search.search(wrong)
+    for wrong in (ids + VOCABULARY, ids - VOCABULARY):
+        with pytest.raises(InvalidArgument, match="input_ids: expected token ids from 0 to 59, "):
+            search.search(wrong)
+    with pytest.raises(InvalidArgument, match=r"attention_mask: expected a tensor .* got list"):
+        search.search(ids, mask.tolist())
+    for wrong in (0, 2.0, None):
+        with pytest.raises(InvalidArgument, match=f"num_beams: expected an integer .* got {wrong}"):
+            search.search(ids, mask, wrong)
     with pytest.raises(InvalidArgument, match=r"input_ids: expected a tensor .* got list"):
         search.search([[5, 101]])
     with pytest.raises(InvalidArgument, match="deny: expected 2 lists, one a request, got 1"):
