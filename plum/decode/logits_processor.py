@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,13 +59,19 @@ class SidLogitsProcessor:
                 past the end of its SID, is left as it is.
 
         Raises:
-            InvalidArgument: the trie is joined or has no token offsets, or not exactly one of
-                ``prompt_length`` and ``begin_token_id`` is given.
+            InvalidArgument: the trie is joined or has no token offsets, not exactly one of
+                ``prompt_length`` and ``begin_token_id`` is given, or one is no whole number.
         """
         offsets = check_trie(trie)
         if (prompt_length is None) == (begin_token_id is None):
             got = "both" if prompt_length is not None else "neither"
             raise InvalidArgument("prompt_length, begin_token_id", "one of the two", got)
+        given = {"prompt_length": prompt_length, "begin_token_id": begin_token_id}
+        given = {name: value for name, value in given.items() if value is not None}
+        # A model's configuration may have several end tokens, or none.
+        for name, value in {**given, "end_token_id": end_token_id}.items():
+            if not isinstance(value, Integral) or value < 0:
+                raise InvalidArgument(name, "one integer of at least 0", repr(value))
         self.trie, self.end_token_id = trie, end_token_id
         self._offsets = offsets
         self.prompt_length, self.begin_token_id = prompt_length, begin_token_id
@@ -80,10 +87,13 @@ class SidLogitsProcessor:
             ``[R, V]``, a new tensor: -inf where no item continues.
 
         Raises:
-            InvalidArgument: a shape, dtype or device does not fit, or ``input_ids`` is shorter
-                than ``prompt_length``.
+            InvalidArgument: a shape, dtype or device does not fit, ``input_ids`` is shorter than
+                ``prompt_length``, or there is no column for the end token.
         """
         trie, depth, width = self.trie, self.trie.depth, input_ids.shape[1]
+        if scores.shape[1] <= self.end_token_id:
+            expected = f"a column for token {self.end_token_id}, the end_token_id"
+            raise InvalidArgument("scores", expected, f"{scores.shape[1]} columns")
         level: int | Tensor
         if self.prompt_length is not None:
             if width < self.prompt_length:

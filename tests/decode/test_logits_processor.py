@@ -222,6 +222,16 @@ def test_refuses_what_does_not_fit():
         SidLogitsProcessor(SidTrie.from_codes([[0]]), end_token_id=END, prompt_length=1)
     with pytest.raises(InvalidArgument, match="trie: expected one trie, got 3 joined ones"):
         SidLogitsProcessor(SidTrie.join([trie] * 3), end_token_id=END, prompt_length=1)
+    for end in (None, [END, 3], -1, 2.0):
+        with pytest.raises(InvalidArgument, match="end_token_id: expected one integer of at least"):
+            SidLogitsProcessor(trie, end_token_id=end, prompt_length=1)
+    with pytest.raises(InvalidArgument, match=r"prompt_length: expected one integer .* got -1"):
+        SidLogitsProcessor(trie, end_token_id=END, prompt_length=-1)
+    with pytest.raises(InvalidArgument, match=r"begin_token_id: expected one integer .* got '<s>'"):
+        SidLogitsProcessor(trie, end_token_id=END, begin_token_id="<s>")
+    beyond = SidLogitsProcessor(trie, end_token_id=VOCABULARY, prompt_length=1)
+    with pytest.raises(InvalidArgument, match=r"a column for token 30, .* got 30 columns"):
+        beyond(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, VOCABULARY))
     processor = SidLogitsProcessor(trie, end_token_id=END, prompt_length=4)
     with pytest.raises(InvalidArgument, match="at least 4 tokens a row, the prompt_length, got 3"):
         processor(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, VOCABULARY))
