@@ -53,8 +53,9 @@ class SidLogitsProcessor:
         Args:
             trie: The catalog's trie with ``token_offsets``, on the model's device.
             end_token_id: The token after a SID, usually the model's end-of-sequence token.
-            prompt_length: The SID begins at this place in every row of the (left-padded) batch.
-                The host then knows the level and need not ask the device for it.
+            prompt_length: The SID begins at this place in every row of the (left-padded) batch; 0
+                where ``generate`` gets ``inputs_embeds``, of which it tells no tokens. The host
+                then knows the level and need not ask the device for it.
             begin_token_id: The SID begins after the last token of this id; a row without one, or
                 past the end of its SID, is left as it is.
 
@@ -100,7 +101,7 @@ class SidLogitsProcessor:
                 expected = f"at least {self.prompt_length} tokens a row, the prompt_length"
                 raise InvalidArgument("input_ids", expected, width)
             generated = width - self.prompt_length
-            begin = torch.full_like(input_ids[:, 0], self.prompt_length)
+            begin = input_ids.new_full((len(input_ids),), self.prompt_length)
             taken = (width - begin).clamp(max=depth)
             level = generated if generated < depth else taken
         else:
@@ -164,10 +165,11 @@ class SidLogitsProcessor:
     def _codes(self, input_ids: Tensor, begin: Tensor, taken: Tensor) -> Tensor:
         """Returns the codes from each row's begin on, int64 ``[R, L]``, padded with -1."""
         place = torch.arange(self.trie.depth, device=input_ids.device)
-        index = (begin.unsqueeze(1) + place).clamp(max=input_ids.shape[1] - 1)
+        # What is behind the last token is no code yet; after a prompt of embeddings there is none.
+        tokens = torch.nn.functional.pad(input_ids, (0, self.trie.depth))
         offsets = place.new_tensor(self._offsets)
         sizes = place.new_tensor(self.trie.codebook_sizes)
-        codes = input_ids.gather(1, index) - offsets
+        codes = tokens.gather(1, begin.unsqueeze(1) + place) - offsets
         # A token that is no code of its level becomes one that no SID has.
         codes = codes.where((codes >= 0) & (codes < sizes), sizes)
         return codes.where(place < taken.unsqueeze(1), -1)

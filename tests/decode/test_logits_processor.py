@@ -157,6 +157,16 @@ def test_beams_of_generate_are_those_of_the_search(published, tmp_path):
     torch.testing.assert_close(scores, expected.scores, atol=1e-4, rtol=0)
 
 
+def test_a_prompt_of_embeddings():
+    model, trie, inputs = tiny_model(), catalog(), prompts()
+    expected = SidBeamSearch(model, trie).search(**inputs, num_beams=5)
+    processor = SidLogitsProcessor(trie, end_token_id=END, prompt_length=0)
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+    output = model.generate(inputs_embeds=embeddings, **inputs, **processor.beam_arguments(5))
+    sequences = output.sequences.view(3, 5, 3) - torch.tensor(OFFSETS)
+    assert sequences.tolist() == expected.sids.tolist()
+
+
 def test_sampling_with_a_published_configuration_gives_items():
     model, trie, inputs = tiny_model(), catalog(), prompts()
     qwen = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
