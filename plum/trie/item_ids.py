@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,13 @@ class ItemIds(ABC):
         """Packs ids: a sequence of str, or integers as a sequence, array or tensor.
 
         Raises:
-            InvalidArgument: they are neither all strings nor all integers.
+            InvalidArgument: they are no sequence, or neither all strings nor all integers.
         """
         if isinstance(ids, ItemIds):
             return ids
         if isinstance(ids, torch.Tensor):
             ids = ids.cpu().numpy()
-        if isinstance(ids, str | bytes):
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             raise InvalidArgument("item_ids", "a sequence of ids", f"one {type(ids).__name__}")
         if not isinstance(ids, np.ndarray):
             ids = list(ids)

@@ -494,7 +494,10 @@ class SidTrie:
 
 def _code_matrix(codes: Any) -> np.ndarray:
     """Returns codes as integers ``[N, L]`` without gaps."""
-    table = codes.cpu().numpy() if isinstance(codes, Tensor) else np.asarray(codes)
+    try:
+        table = codes.detach().cpu().numpy() if isinstance(codes, Tensor) else np.asarray(codes)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument("codes", "integers of shape [N, L]", error) from None
     if table.ndim != 2 or table.dtype.kind not in "iu":
         got = f"{table.dtype} {list(table.shape)}"
         raise InvalidArgument("codes", "integers of shape [N, L]", got)
@@ -520,9 +523,12 @@ def _check_distinct(ids: ItemIds) -> None:
 
 
 def _level_numbers(name: str, values: Any, levels: int, least: int, most: int) -> list[int]:
-    numbers = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
-    fits = all(isinstance(n, int | np.integer) and least <= n <= most for n in numbers)
+    expected = f"{levels} integers from {least} to {most}, one a level"
+    try:
+        numbers = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
+        fits = all(isinstance(n, int | np.integer) and least <= n <= most for n in numbers)
+    except TypeError:
+        raise InvalidArgument(name, expected, repr(values)) from None
     if len(numbers) != levels or not fits:
-        expected = f"{levels} integers from {least} to {most}, one a level"
         raise InvalidArgument(name, expected, numbers)
     return [int(n) for n in numbers]

@@ -302,6 +302,8 @@ def test_refuses_what_does_not_fit():
         search.search(ids, num_beams=2, allow=allowed)
     with pytest.raises(InvalidArgument, match="strings, as in the trie, got integers"):
         search.search(ids, mask, deny=[[1], []])
+    with pytest.raises(InvalidArgument, match="item_ids: expected a sequence of ids, got one int"):
+        search.search(ids, mask, deny=[1, 2])
     with pytest.raises(InvalidArgument, match=r"at most 32 positions, codes included.* got 33"):
         search.search(*prompts([31, 4]))
     with pytest.raises(InvalidArgument, match="score: expected 'full' or 'valid'"):
