@@ -451,16 +451,17 @@ class SidTrie:
         expected = "a trie written by SidTrie.save"
         try:
             sizes, offsets = config["codebook_sizes"], config["token_offsets"]
-            sizes = _level_numbers("codebook_sizes", sizes, len(sizes), 1, MAX_CODES)
+            levels = min(max(len(sizes), 1), MAX_DEPTH)
+            sizes = _level_numbers("codebook_sizes", sizes, levels, 1, MAX_CODES)
             if offsets is not None:
                 offsets = _level_numbers("token_offsets", offsets, len(sizes), 0, 1 << 31)
             roots = _level_numbers("roots", config["roots"], len(config["roots"]), 0, 1 << 32)
             arrays = [tensors[name] for name in TrieIndex._fields if name != "table_on_device"]
             index = TrieIndex(arrays[0], *arrays)
             item_starts = tensors["item_starts"]
+            numpy_arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         except (InvalidArgument, KeyError, TypeError, ValueError) as error:
             raise InvalidData(path, expected, f"{type(error).__name__}: {error}") from None
-        numpy_arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         ids = ItemIds.from_arrays(numpy_arrays, path, check=check and len(roots) == 2)
         if check:
             check_index(path, index, sizes, roots)

@@ -50,7 +50,7 @@ def read_trie(path: str | Path, format: str) -> tuple[dict[str, Tensor], dict[st
         raise InvalidData(path, f"the format {format}", metadata.get("format"), hint)
     try:
         return tensors, dict(json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InvalidData(path, expected, f"{type(error).__name__}: {error}") from None
 
 

@@ -231,6 +231,7 @@ def test_every_truncation_is_noticed(tmp_path):
         ("begins", torch.tensor([3] + [0] * 7), "the begins of its codes"),
         ("ranks", torch.tensor([1], dtype=torch.int32), "the ranks of its codes"),
         ("table", torch.zeros(2, 8, dtype=torch.int64), r"a table \[2, 9\]"),
+        ("table", torch.zeros(2, 9, dtype=torch.bfloat16), "TypeError: .* BFloat16"),
         ("item_starts", torch.tensor([0, 1, 2, 3, 6]), "item_starts rising from 0 to 5"),
         ("item_starts", torch.tensor([0, 1, 5]), "4 distinct SIDs"),
         ("item_offsets", torch.tensor([0, 2, 1, 3, 5, 6]), "item_offsets rising"),
@@ -253,7 +254,16 @@ def test_a_file_that_contradicts_itself_is_noticed(tmp_path, name, value, messag
         SidTrie.load(path)
 
 
-@pytest.mark.parametrize("config", ["{", "{}", '{"codebook_sizes": [2], "token_offsets": [1, 2]}'])
+OTHERS = [
+    "{",
+    "{}",
+    "[" * 100_000,
+    '{"codebook_sizes": [2], "token_offsets": [1, 2]}',
+    '{"codebook_sizes": [], "token_offsets": null, "roots": [0, 2]}',
+]
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config[:20])
 def test_other_files_are_refused(tmp_path, config):
     path = tmp_path / "trie.safetensors"
     SidTrie.from_codes([[0], [1]]).save(path)
