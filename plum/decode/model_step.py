@@ -263,7 +263,7 @@ def head_can_be_split(model: PreTrainedModel, tokens: Tensor) -> bool:
 
 
 # What a model raises that cannot be run in some way.
-_UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
+_UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 # Relative to the largest logit; rounding alone stays well below, a wrong mask does not.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _HINT = "use SidBeamSearch(..., attention='replay')"

@@ -198,6 +198,13 @@ def test_a_model_is_tried_with_different_tokens_where_the_first_level_has_one():
         SidBeamSearch(tiny("Mpt", REPLAY["Mpt"]), trie)
 
 
+def test_a_model_that_asserts_what_it_cannot_do_is_refused(trie):
+    options = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "mask_token_id": 0, "lang_id": 0}
+    model = transformers.XLMWithLMHeadModel(transformers.XLMConfig(n_words=VOCABULARY, **options))
+    with pytest.raises(InvalidArgument, match="XLMWithLMHeadModel: AssertionError"):
+        SidBeamSearch(model, trie)
+
+
 def test_a_model_that_reads_padding_is_asked_for_one_prompt_at_a_time(trie):
     search = SidBeamSearch(tiny("Rwkv", REPLAY["Rwkv"]), trie, attention="replay")
     ids, mask = torch.tensor([[0, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]])
