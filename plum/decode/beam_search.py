@@ -18,6 +18,7 @@ from plum.decode.model_step import (
     ATTENTION,
     Runner,
     check_attention,
+    check_causal,
     check_masks,
     check_window,
     head_can_be_split,
@@ -129,8 +130,8 @@ class SidBeamSearch:
 
         Raises:
             InvalidArgument: an option is unknown, the trie is joined, has no token offsets or
-                tokens beyond the vocabulary, the model cannot be run in the way of ``attention``,
-                or there are to be CUDA graphs of a model that is not on a GPU.
+                tokens beyond the vocabulary, the model is not causal or cannot be run in the way
+                of ``attention``, or there are to be CUDA graphs of a model that is not on a GPU.
         """
         if score not in SCORES:
             raise InvalidArgument("score", "'full' or 'valid'", repr(score))
@@ -168,6 +169,8 @@ class SidBeamSearch:
             if attention != "replay":
                 check_attention(attention, self._run, probe)
             self._heeds_padding = heeds_padding(self._run, probe)
+            if attention == "replay":
+                check_causal(self._run, probe)
 
     @torch.no_grad()
     def search(

@@ -342,6 +342,28 @@ def heeds_padding(run: Runner, tokens: Tensor) -> bool:
     return error <= _TOLERANCE.get(model.dtype, 1e-4)
 
 
+@torch.no_grad()
+def check_causal(run: Runner, tokens: Tensor) -> None:
+    """Raises InvalidArgument if the logits of a place depend on the tokens behind it.
+
+    Args:
+        run: The language model, in evaluation mode, that :func:`heeds_padding` could run.
+        tokens: int64 ``[n]``, n at least 1, token ids to make the probe from.
+    """
+    model = run.model
+    chain = tokens[torch.arange(4, device=tokens.device) % len(tokens)].view(1, 1, 4)
+    prompt, parents = chain[0, :, :3], torch.zeros_like(chain[:, :, 0])
+    mask = torch.ones_like(prompt)
+    whole, part = (
+        run.logits(ReplayStep(run, prompt, mask).advance(some, parents)[:, :, 0])
+        for some in (chain, chain[:, :, :1])
+    )
+    if _difference(whole, part) > _TOLERANCE.get(model.dtype, 1e-4):
+        expected = "a causal or encoder-decoder model, whose tokens see none behind them"
+        hint = "some are causal with is_decoder=True in their config"
+        raise InvalidArgument("model", expected, type(model).__name__, hint)
+
+
 def _said(model: PreTrainedModel, reason: Exception) -> str:
     return f"{type(model).__name__}: {type(reason).__name__}: {reason}".split("\n")[0]
 

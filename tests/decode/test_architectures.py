@@ -198,6 +198,17 @@ def test_a_model_is_tried_with_different_tokens_where_the_first_level_has_one():
         SidBeamSearch(tiny("Mpt", REPLAY["Mpt"]), trie)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_model_whose_tokens_see_those_behind_them_is_refused(causal, trie):
+    model = tiny("BertLMHeadModel", {**SHAPE, "is_decoder": causal})
+    if causal:
+        check(model, trie, "replay", batched=False)
+        return
+    for attention in (None, "replay"):
+        with pytest.raises(InvalidArgument, match=r"model: expected a causal .* BertLMHeadModel"):
+            SidBeamSearch(model, trie, attention=attention)
+
+
 def test_a_model_that_asserts_what_it_cannot_do_is_refused(trie):
     options = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "mask_token_id": 0, "lang_id": 0}
     model = transformers.XLMWithLMHeadModel(transformers.XLMConfig(n_words=VOCABULARY, **options))
