@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class Graphs:
         """Takes how many graphs to keep, with the memory that each holds."""
         self._most = most
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+        # A graph has one place for its inputs and one for its outputs.
+        self._lock = threading.Lock()
 
     def run(
         self,
@@ -51,15 +54,16 @@ class Graphs:
             InvalidArgument: the function cannot be captured.
         """
         key += tuple((tensor.shape, tensor.dtype) for tensor in inputs)
-        captured = self._captured.pop(key, None) or _capture(function, inputs)
-        self._captured[key] = captured
-        if len(self._captured) > self._most:
-            self._captured.popitem(last=False)
-        for kept, tensor in zip(captured.inputs, inputs, strict=True):
-            kept.copy_(tensor)
-        captured.graph.replay()
-        outputs = captured.outputs
-        return tuple(each.clone() if isinstance(each, Tensor) else each for each in outputs)
+        with self._lock:
+            captured = self._captured.pop(key, None) or _capture(function, inputs)
+            self._captured[key] = captured
+            if len(self._captured) > self._most:
+                self._captured.popitem(last=False)
+            for kept, tensor in zip(captured.inputs, inputs, strict=True):
+                kept.copy_(tensor)
+            captured.graph.replay()
+            outputs = captured.outputs
+            return tuple(each.clone() if isinstance(each, Tensor) else each for each in outputs)
 
 
 def _capture(function: Callable[..., tuple[Any, ...]], inputs: tuple[Tensor, ...]) -> _Captured:

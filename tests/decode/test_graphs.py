@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,6 +62,21 @@ def test_the_latest_stay(captures):
     for size in (1, 2, 1, 3, 1, 2):
         found.run((), lambda x: (x + 1,), (torch.zeros(size),))
     assert captures == [(1,), (2,), (3,), (2,)]
+
+
+def test_threads_do_not_get_the_results_of_each_other(captures):
+    found = graphs.Graphs(2)
+
+    def slowly(x):
+        time.sleep(0.005)
+        return (x + 1,)
+
+    def run(value):
+        return [int(found.run((), slowly, (torch.tensor([value]),))[0]) for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(4))) == [[value + 1] * 5 for value in range(4)]
+    assert len(captures) == 1
 
 
 @pytest.mark.parametrize("how", ["full", "valid"])
