@@ -61,7 +61,8 @@ class SidLogitsProcessor:
 
         Raises:
             InvalidArgument: the trie is joined or has no token offsets, not exactly one of
-                ``prompt_length`` and ``begin_token_id`` is given, or one is no whole number.
+                ``prompt_length`` and ``begin_token_id`` is given, one of
+                the numbers is none, or the begin token is a code.
         """
         offsets = check_trie(trie)
         if (prompt_length is None) == (begin_token_id is None):
@@ -73,6 +74,9 @@ class SidLogitsProcessor:
         for name, value in {**given, "end_token_id": end_token_id}.items():
             if not isinstance(value, Integral) or value < 0:
                 raise InvalidArgument(name, "one integer of at least 0", repr(value))
+        spans = zip(offsets, trie.codebook_sizes, strict=True)
+        if begin_token_id is not None and any(0 <= begin_token_id - a < n for a, n in spans):
+            raise InvalidArgument("begin_token_id", "a token that is no code", begin_token_id)
         self.trie, self.end_token_id = trie, end_token_id
         self._offsets = offsets
         self.prompt_length, self.begin_token_id = prompt_length, begin_token_id

@@ -50,8 +50,8 @@ class SidProcessor(v1.LogitsProcessor, v2.LogitsProcessor):
             is_pin_memory: What the first model runner passes; not used.
 
         Raises:
-            InvalidArgument: a setting is missing, unknown or no token id, or the trie does not fit
-                the vocabulary or has levels that share tokens.
+            InvalidArgument: a setting is missing or unknown, a token id is none or that of a code,
+                or the trie does not fit the vocabulary or has levels that share tokens.
             InvalidData: the file of the trie is not there or not whole.
         """
         self._requests: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
@@ -162,11 +162,14 @@ def _settings(additional: Any) -> dict[str, Any]:
 def _check_tokens(
     offsets: Sequence[int], sizes: Sequence[int], ids: tuple[Any, Any], vocabulary: int
 ) -> None:
+    levels = list(zip(offsets, sizes, strict=True))
     for name, value in zip(("begin_token_id", "end_token_id"), ids, strict=True):
         wrong = type(value) is not int or not 0 <= value < vocabulary
         if wrong and not (name == "begin_token_id" and value is None):
             raise InvalidArgument(f"{_NAME}: {name}", f"a token id in [0, {vocabulary})", value)
-    ranges = sorted((first, first + size) for first, size in zip(offsets, sizes, strict=True))
+        if not wrong and any(0 <= value - first < size for first, size in levels):
+            raise InvalidArgument(f"{_NAME}: {name}", "a token that is no code", value)
+    ranges = sorted((first, first + size) for first, size in levels)
     if ranges[-1][1] > vocabulary:
         expected = f"tokens below {vocabulary}, the model's vocabulary"
         raise InvalidArgument("trie", expected, f"token {ranges[-1][1] - 1}")

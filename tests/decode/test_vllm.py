@@ -208,6 +208,8 @@ def test_drafts_are_read_from_the_inputs(processor_class, trie, tmp_path):
         ({"end_token_id": None}, "end_token_id: expected a token id"),
         ({"end_token_id": True}, "end_token_id: expected a token id"),
         ({"begin_token_id": -1}, "begin_token_id: expected a token id"),
+        ({"begin_token_id": 10}, "begin_token_id: expected a token that is no code, got 10"),
+        ({"end_token_id": 26}, "end_token_id: expected a token that is no code, got 26"),
         ({"begin": 1}, "expected keys trie, end_token_id and.*got begin, end_token_id, trie"),
         ({"trie": 3}, "trie: expected the path of a file, got 3"),
     ],
