@@ -142,7 +142,9 @@ class SidLogitsProcessor:
             *("bad_words_ids", "begin_suppress_tokens", "constraints", "eos_token_id"),
             *("epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty"),
             *("forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "min_new_tokens"),
-            *("min_p", "sequence_bias", "suppress_tokens", "typical_p"),
+            *("low_memory", "max_time", "min_p", "num_beam_groups", "sequence_bias"),
+            *("stop_strings", "suppress_tokens", "token_healing", "typical_p"),
+            "watermarking_config",
         )
         return {
             **dict.fromkeys(off),

@@ -136,6 +136,12 @@ def spoiling() -> dict:
         "renormalize_logits": True,
         "forced_eos_token_id": END,
         "exponential_decay_length_penalty": (1, 1.5),
+        "watermarking_config": {"bias": 5.0},
+        "max_time": 1e-9,
+        "stop_strings": ["."],
+        "token_healing": True,
+        "num_beam_groups": 2,
+        "low_memory": True,
     }
 
 
