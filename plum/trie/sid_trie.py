@@ -439,6 +439,9 @@ class SidTrie:
     def load(cls, path: str | Path, *, check: bool = True) -> SidTrie:
         """Maps a file written by :meth:`save` into memory.
 
+        A file in use may be removed, or replaced as :meth:`save` does it. What is written into it
+        in place shows in the trie, and cutting it off may end the process.
+
         Args:
             path: The file.
             check: Whether to check all of it. A file that you trust is there at once without, and
