@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import plum.ops  # noqa: F401  registers the ops
 from plum import _library, _native
 from plum._library import OPS, Backend
 from plum.errors import BackendUnavailable, InvalidArgument
+from plum.trie import SidTrie
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
@@ -169,3 +171,36 @@ def test_a_backend_is_asked_about_the_gpu_of_the_tensors(monkeypatch):
     assert run(second) == "cuda"
     with pytest.warns(match="too old"):
         assert run(first) == "reference"
+
+
+TRIE = SidTrie.from_codes([[0, 1], [0, 3], [2, 0]])
+STATES = TRIE.root_states(6).view(3, 2, 2).transpose(0, 1)
+ZEROS = torch.zeros_like(STATES[..., 0])
+BOOK = torch.arange(12.0).view(3, 4).T
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("trie_advance", (STATES, ZEROS, list(TRIE.index), 0, ZEROS)),
+        ("trie_walk", (ZEROS.T[:, :0], STATES[0].T.contiguous().T, list(TRIE.index))),
+        ("forced_tail", (STATES, list(TRIE.index), 1)),
+        ("revive_codes", (BOOK, BOOK[:, 0] > 1, BOOK, BOOK[:, 0])),
+        ("revive_codes", (BOOK, BOOK[:, 0] > 1, BOOK[:0], BOOK[:0, 0])),
+        ("residual_quantize", (BOOK.half(), BOOK, [2, 2], False, None)),
+    ],
+)
+def test_every_backend_gives_the_layout_that_graphs_are_made_for(name, args):
+    fake = getattr(torch.ops.plum, name)(*pytree.tree_map_only(torch.Tensor, _on_meta, args))
+    for backend in ["reference", *OPS[name].backends]:
+        try:
+            found = OPS[name](*args, backend=backend)
+        except BackendUnavailable:
+            continue
+        for one, expected in zip(pytree.tree_leaves(found), pytree.tree_leaves(fake), strict=True):
+            layout = one.dtype, one.shape, one.stride()
+            assert layout == (expected.dtype, expected.shape, expected.stride()), backend
+
+
+def _on_meta(tensor):
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

@@ -57,8 +57,8 @@ def forced_tail(
 
 def _reference(states: Tensor, index: Sequence[Tensor], level: int) -> tuple[Tensor, Tensor]:
     trie = TrieIndex(*index)
-    row = states[..., 0].contiguous()
-    forced = (states[..., 1] - row == 1) & (row >= 0) & (row < trie.rows)
+    row, end = (column.contiguous() for column in states.unbind(-1))
+    forced = (end - row == 1) & (row >= 0) & (row < trie.rows)
     row = row.where(forced, 0)
     tail = torch.full((*row.shape, trie.depth - level), -1, device=states.device)
     for each in range(level, trie.depth):

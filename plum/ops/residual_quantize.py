@@ -279,7 +279,9 @@ def _triton(
     if usage is not None and counts is not None:
         usage += counts
     residual = found.residual
-    return found.codes, found.norms, x.new_empty((0, x.shape[1])) if residual is None else residual
+    if residual is None:
+        residual = x.new_empty((0, x.shape[1]), dtype=torch.float32)
+    return found.codes, found.norms, residual
 
 
 def _raise_bad(first_bad: Tensor, x: Tensor, codebooks: Tensor, sizes: Sequence[int]) -> None:

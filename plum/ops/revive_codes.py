@@ -78,7 +78,7 @@ def revive_codes(
 
 def _reference(codebook: Tensor, dead: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     if not len(rows) or not len(codebook):
-        return codebook.clone(), torch.zeros_like(dead)
+        return codebook.clone(memory_format=torch.contiguous_format), torch.zeros_like(dead)
     keys = torch.where(keys > float("-inf"), keys, float("-inf"))
     order = torch.argsort(keys, descending=True, stable=True)
     rows = rows[order].to(codebook.dtype)
@@ -91,7 +91,7 @@ def _reference(codebook: Tensor, dead: Tensor, rows: Tensor, keys: Tensor) -> tu
     place = dead.cumsum(dim=0) - 1
     replaced = dead & (place < free.sum())
     fresh = rows[taken[place.clamp(0, last)]]
-    return torch.where(replaced[:, None], fresh, codebook), replaced
+    return torch.where(replaced[:, None], fresh, codebook).contiguous(), replaced
 
 
 def _new(rows: Tensor, codebook: Tensor, dead: Tensor) -> Tensor:
@@ -108,7 +108,8 @@ def _new(rows: Tensor, codebook: Tensor, dead: Tensor) -> Tensor:
 
 
 def _fake(codebook: Tensor, dead: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(codebook), torch.empty_like(dead)
+    revived = torch.empty_like(codebook, memory_format=torch.contiguous_format)
+    return revived, torch.empty_like(dead)
 
 
 _op: Any = Op(

@@ -57,7 +57,7 @@ def _reference(
     trie = TrieIndex(*index)
     if levels is None:
         return child_states(states, tokens, trie.level(level))
-    after = torch.zeros_like(states)
+    after = torch.zeros(states.shape, dtype=torch.int64, device=states.device)
     for each in range(trie.depth):
         here = (levels == each).nonzero(as_tuple=True)
         after[here] = child_states(states[here], tokens[here], trie.level(each))

@@ -60,7 +60,7 @@ def _reference(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tens
         after = child_states(states, tokens, trie.level(level))
         states = torch.where(padding, states, torch.where(ended, 0, after))
         ended = ended | padding
-    return states
+    return states.contiguous()
 
 
 def _cpu(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tensor:
