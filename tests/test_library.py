@@ -177,30 +177,50 @@ TRIE = SidTrie.from_codes([[0, 1], [0, 3], [2, 0]])
 STATES = TRIE.root_states(6).view(3, 2, 2).transpose(0, 1)
 ZEROS = torch.zeros_like(STATES[..., 0])
 BOOK = torch.arange(12.0).view(3, 4).T
+BEAMS = BOOK[None, :2], BOOK[:1, :2], STATES[:1, :2]
 
 
-@pytest.mark.parametrize(
-    ("name", "args"),
-    [
-        ("trie_advance", (STATES, ZEROS, list(TRIE.index), 0, ZEROS)),
-        ("trie_walk", (ZEROS.T[:, :0], STATES[0].T.contiguous().T, list(TRIE.index))),
-        ("forced_tail", (STATES, list(TRIE.index), 1)),
-        ("revive_codes", (BOOK, BOOK[:, 0] > 1, BOOK, BOOK[:, 0])),
-        ("revive_codes", (BOOK, BOOK[:, 0] > 1, BOOK[:0], BOOK[:0, 0])),
-        ("residual_quantize", (BOOK.half(), BOOK, [2, 2], False, None)),
-    ],
-)
-def test_every_backend_gives_the_layout_that_graphs_are_made_for(name, args):
-    fake = getattr(torch.ops.plum, name)(*pytree.tree_map_only(torch.Tensor, _on_meta, args))
+CASES = [
+    ("code_usage", (ZEROS, [4, 4, 4], True)),
+    ("trie_advance", (STATES, ZEROS, list(TRIE.index), 0, ZEROS)),
+    ("trie_walk", (ZEROS.T[:, :0], STATES[0].T.contiguous().T, list(TRIE.index))),
+    ("forced_tail", (STATES, list(TRIE.index), 1)),
+    ("trie_beam_step", (*BEAMS, list(TRIE.index), 0, None, [0, 0], 3, False, [], None)),
+    ("revive_codes", (BOOK, BOOK[:, 0] > 1, BOOK, BOOK[:, 0])),
+    ("revive_codes", (BOOK, BOOK[:, 0] > 1, BOOK[:0], BOOK[:0, 0])),
+    ("residual_quantize", (BOOK.half(), BOOK, [2, 2], False, None)),
+    ("residual_quantize", (BOOK, BOOK, [2, 2], True, None)),
+]
+
+
+def by_backend(name, args):
+    """The tensors that each backend gives that can run here."""
     for backend in ["reference", *OPS[name].backends]:
-        try:
-            found = OPS[name](*args, backend=backend)
-        except BackendUnavailable:
-            continue
-        for one, expected in zip(pytree.tree_leaves(found), pytree.tree_leaves(fake), strict=True):
+        with contextlib.suppress(BackendUnavailable):
+            yield backend, pytree.tree_leaves(OPS[name](*args, backend=backend))
+
+
+def on_meta(tensor):
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+@pytest.mark.parametrize(("name", "args"), CASES)
+def test_every_backend_gives_the_layout_that_graphs_are_made_for(name, args):
+    fake = getattr(torch.ops.plum, name)(*pytree.tree_map_only(torch.Tensor, on_meta, args))
+    for backend, found in by_backend(name, args):
+        for one, expected in zip(found, pytree.tree_leaves(fake), strict=True):
             layout = one.dtype, one.shape, one.stride()
             assert layout == (expected.dtype, expected.shape, expected.stride()), backend
 
 
-def _on_meta(tensor):
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+@pytest.mark.parametrize(("name", "args"), CASES)
+def test_defaults_of_torch_do_not_matter(name, args):
+    expected = OPS[name].reference(*args)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = list(by_backend(name, args))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for _, one in found:
+        torch.testing.assert_close(one, pytree.tree_leaves(expected))

@@ -413,9 +413,10 @@ def pack_codebooks(codebooks: Tensor, sizes: Sequence[int]) -> PackedCodebooks:
     padded = [-(-size // _PAD) * _PAD for size in sizes]
     starts = [sum(sizes[:level]) for level in range(len(sizes))]
     padded_starts = [sum(padded[:level]) for level in range(len(sizes))]
-    layout = torch.tensor([sizes, starts, padded_starts], dtype=torch.int32).T.contiguous()
-    level_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    row_of = torch.arange(sum(sizes)) + (layout[:, 2] - layout[:, 1])[level_of]
+    numbers = torch.tensor([sizes, starts, padded_starts], device="cpu")
+    layout = numbers.int().T.contiguous()
+    level_of = torch.arange(len(sizes), device="cpu").repeat_interleave(numbers[0])
+    row_of = torch.arange(sum(sizes), device="cpu") + (numbers[2] - numbers[1])[level_of]
     layout, level_of, row_of = (
         host.pin_memory().to(device, non_blocking=True) if codebooks.is_cuda else host
         for host in (layout, level_of, row_of)
@@ -439,7 +440,7 @@ def pack_codebooks(codebooks: Tensor, sizes: Sequence[int]) -> PackedCodebooks:
         bound.scatter_reduce_(0, level_of, squares.sqrt() * 1.000001, "amax")
     operand = torch.zeros(sum(padded), chunk * chunks, dtype=torch.float16, device=device)
     operand[:, :width].index_copy_(0, row_of, half)
-    bias = torch.full((sum(padded),), _NONE, device=device)
+    bias = torch.full((sum(padded),), _NONE, dtype=torch.float32, device=device)
     bias.index_copy_(
         0, row_of, (-norms / 2).float().masked_fill(_repeats(codebooks, level_of), _NONE)
     )
@@ -491,8 +492,8 @@ def residual_quantize(
     num_levels = len(packed.sizes)
     device = x.device
     codes = torch.empty(count, num_levels, dtype=torch.int32, device=device)
-    norms = torch.empty(count, num_levels, device=device)
-    residual = torch.empty(count, width, device=device) if return_residual else None
+    norms = torch.empty(count, num_levels, dtype=torch.float32, device=device)
+    residual = torch.empty_like(x, dtype=torch.float32) if return_residual else None
     bad_row = torch.full((1,), count, dtype=torch.int64, device=device)
     if not count:
         return SearchResult(codes, norms, residual, bad_row)
@@ -505,7 +506,7 @@ def residual_quantize(
     listed = torch.empty(1 + count, dtype=torch.int32, device=device)
     listed[:1] = 0
     operand_rows = 0 if config["RESIDENT"] else rows * stride
-    row_scratch = torch.empty(programs * rows * stride, device=device)
+    row_scratch = torch.empty(programs * rows * stride, dtype=torch.float32, device=device)
     operand_scratch = torch.empty(programs * operand_rows, dtype=torch.float16, device=device)
     for second in (False, True):
         # Windows of the list of candidates hold a row of any level whole.

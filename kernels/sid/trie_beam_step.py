@@ -319,7 +319,7 @@ def trie_beam_step(
     device = logits.device
     tokens = torch.empty((batch, k), dtype=torch.int64, device=device)
     parents, after = torch.empty_like(tokens), tokens.new_empty((batch, k, 2))
-    best = torch.empty((batch, k), device=device)
+    best = torch.empty((batch, k), dtype=torch.float32, device=device)
     each = level.contiguous() if isinstance(level, Tensor) else None
     every = 0 if each is not None else level
     column = 0 if each is not None else columns[level]

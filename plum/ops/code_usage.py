@@ -82,7 +82,7 @@ def _fake(codes: Tensor, sizes: Sequence[int], validate: bool) -> Tensor:
 
 
 def _cpu(codes: Tensor, sizes: Sequence[int], validate: bool) -> Tensor:
-    usage = torch.zeros(sum(sizes), dtype=torch.int64)
+    usage = codes.new_zeros(sum(sizes), dtype=torch.int64)
     bad = _native.code_usage_cpu(codes.contiguous(), list(sizes), usage)
     if validate and bad >= 0:
         raise out_of_range(codes, sizes, bad)

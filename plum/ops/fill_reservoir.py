@@ -48,7 +48,7 @@ def empty_reservoir(
         raise InvalidArgument("dim", "at least 1", dim)
     total = sum(reservoir_sizes(sizes))
     keys = torch.full((total,), float("-inf"), dtype=torch.float64, device=device)
-    return Reservoir(torch.zeros(total, dim, device=device), keys)
+    return Reservoir(torch.zeros(total, dim, dtype=torch.float32, device=device), keys)
 
 
 def reservoir_sizes(sizes: Sequence[int]) -> list[int]:

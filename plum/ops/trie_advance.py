@@ -57,7 +57,7 @@ def _reference(
     trie = TrieIndex(*index)
     if levels is None:
         return child_states(states, tokens, trie.level(level))
-    after = torch.zeros(states.shape, dtype=torch.int64, device=states.device)
+    after = states.new_zeros(states.shape)
     for each in range(trie.depth):
         here = (levels == each).nonzero(as_tuple=True)
         after[here] = child_states(states[here], tokens[here], trie.level(each))
@@ -67,7 +67,7 @@ def _reference(
 def _cpu(
     states: Tensor, tokens: Tensor, index: Sequence[Tensor], level: int, levels: Tensor | None
 ) -> Tensor:
-    after = torch.empty(states.shape, dtype=torch.int64)
+    after = states.new_empty(states.shape)
     tokens = tokens.long().contiguous()
     each = None if levels is None else levels.contiguous()
     _native.trie_advance_cpu(states.contiguous(), tokens, index, level, each, after)

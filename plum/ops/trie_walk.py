@@ -64,7 +64,7 @@ def _reference(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tens
 
 
 def _cpu(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tensor:
-    states = torch.empty((prefixes.shape[0], 2), dtype=torch.int64)
+    states = roots.new_empty((prefixes.shape[0], 2))
     args = (roots.contiguous(), prefixes.long().contiguous(), index, states)
     _native.trie_walk_cpu(*args)
     return states

@@ -256,6 +256,14 @@ def test_fill_reservoir_bad_arguments():
             fill_reservoir_(**{**arguments, **changed})
 
 
+def test_a_reservoir_is_of_fp32_whatever_the_default_is():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert empty_reservoir([4], 2).rows.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_empty_reservoir_bad_arguments():
     for sizes in ([], [4, 0], [-4]):
         with pytest.raises(InvalidArgument, match=r"^sizes"):
