@@ -90,7 +90,7 @@ def trie_beam_sample(
 
     Returns:
         The drawn children. Fewer than k: the rest has score and key -inf, token -1 and the dead
-        state.
+        state. No gradient flows.
 
     Raises:
         InvalidArgument: a shape, dtype, device or number does not fit.
@@ -112,9 +112,9 @@ def trie_beam_sample(
     filters, dead = limit_tensors(filter, deny, trie, states.shape[0])
     return SampleStep(
         *_op(
-            logits,
-            scores.float(),
-            keys,
+            logits.detach(),
+            scores.detach().float(),
+            keys.detach(),
             states,
             list(trie.index),
             every,

@@ -96,6 +96,7 @@ def trie_beam_step(
 
     Returns:
         The chosen children. Fewer than k: the rest has score -inf, token -1 and the dead state.
+        No gradient flows.
 
     Raises:
         InvalidArgument: a shape, dtype, device, the level, k or ``score`` does not fit.
@@ -109,8 +110,8 @@ def trie_beam_step(
     filters, dead = limit_tensors(filter, deny, trie, states.shape[0])
     return BeamStep(
         *_op(
-            logits,
-            scores.float(),
+            logits.detach(),
+            scores.detach().float(),
             states,
             list(trie.index),
             every,

@@ -46,13 +46,18 @@ def trie_mask(
         backend: Forces one implementation by name.
 
     Returns:
-        A tensor like ``logits``, without gaps.
+        A tensor like ``logits``, without gaps. The gradient flows to what is legal.
 
     Raises:
         InvalidArgument: a shape, dtype, device or the level does not fit.
     """
     every, each, columns = _check(logits, states, trie, level)
-    return _copy_op(logits, states, list(trie.index), every, each, columns, backend=backend)
+    args = (states, list(trie.index), every, each, columns)
+    masked = _copy_op(logits.detach(), *args, backend=backend)
+    if logits.requires_grad and torch.is_grad_enabled():
+        # The same once more, so that autograd sees it.
+        masked = logits.masked_fill(masked == float("-inf"), float("-inf")).contiguous()
+    return masked
 
 
 def trie_mask_(

@@ -108,6 +108,17 @@ def test_native_agrees_with_the_reference(seed, depth, size, rows, k, dtype, lim
     assert (step.keys.diff(dim=1).nan_to_num(0) <= 0).all()
 
 
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+def test_no_gradient_flows(backend):
+    trie = SidTrie.from_codes([[0], [1]])
+    logits, scores = torch.zeros(1, 1, 2).requires_grad_(), torch.zeros(1, 1).requires_grad_()
+    rest = (scores.double(), trie.root_states(1), trie, 0)
+    step = trie_beam_sample(
+        logits, scores, *rest, k=2, seeds=torch.zeros(1).long(), backend=backend
+    )
+    assert not step.scores.requires_grad and not step.keys.requires_grad
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_draws_depend_on_seed_and_prefix_alone_and_are_distinct(backend):
     random = np.random.default_rng(0)

@@ -332,6 +332,15 @@ def test_nan_and_infinite_logits_end_only_their_beam(backend):
         assert step.tokens.tolist() == [[0, 1, -1, -1]]
 
 
+@pytest.mark.parametrize("backend", [None, "reference", "cpu"])
+def test_no_gradient_flows(backend):
+    trie = SidTrie.from_codes([[0], [1]])
+    logits, scores = torch.zeros(1, 1, 2).requires_grad_(), torch.zeros(1, 1).requires_grad_()
+    step = trie_beam_step(logits, scores, trie.root_states(1), trie, 0, k=2, backend=backend)
+    assert not step.scores.requires_grad
+    torch.testing.assert_close(step.scores, torch.full((1, 2), -math.log(2)))
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_large_logits_do_not_overflow(backend):
     trie = SidTrie.from_codes([[0], [1]], codebook_sizes=[3])

@@ -77,6 +77,21 @@ def test_leading_dimensions_strides_nan_and_the_dead_state():
     assert torch.equal(trie_mask(shared, states, trie, 0)[0, 0, [0, 2]], shared[0, 0, [0, 2]])
 
 
+@pytest.mark.parametrize("backend", [None, "reference", "cpu"])
+def test_the_gradient_flows_to_what_is_legal(backend):
+    trie = SidTrie.from_codes([[0], [2]], codebook_sizes=[4])
+    states = trie.root_states(6).view(3, 2, 2)
+    logits = torch.randn(4, 2, 3, requires_grad=True)
+    masked = trie_mask(logits.permute(2, 1, 0), states, trie, 0, backend=backend)
+    assert masked.is_contiguous()
+    legal = torch.tensor([1, 0, 1, 0]).view(4, 1, 1)
+    weight = torch.arange(24.0).view(3, 2, 4)
+    masked.exp().mul(weight).sum().backward()
+    torch.testing.assert_close(
+        logits.grad, (logits.exp() * weight.permute(2, 1, 0) * legal).detach()
+    )
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_rows_at_any_distance(runner):
     random = np.random.default_rng(3)
