@@ -111,9 +111,14 @@ def fill_reservoir_(
         raise InvalidArgument(
             "reservoir.keys", f"fp64 [{total}]", f"{keys.dtype} {list(keys.shape)}"
         )
+    tensors = (found.codes, found.norms, rows, keys)
+    names = ("found.codes", "found.norms", "reservoir.rows", "reservoir.keys")
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.device != x.device:
+            raise InvalidArgument(name, f"a tensor on {x.device}, as x", tensor.device)
     if not 0 <= seed < 2**32:
         raise InvalidArgument("seed", "a number in [0, 2^32)", seed)
-    batch = (x.detach(), found.codes, found.norms, packed.detach())
+    batch = (x.detach(), found.codes, found.norms.detach(), packed.detach())
     _op(rows, keys, *batch, sizes, seed, backend=backend)
     return reservoir
 

@@ -53,7 +53,7 @@ def revive_codes(
         The new codebook and which codes were replaced.
 
     Raises:
-        InvalidArgument: a shape or dtype is not as above.
+        InvalidArgument: a shape, dtype or device is not as above.
     """
     if codebook.ndim != 2 or not codebook.is_floating_point():
         raise InvalidArgument(
@@ -71,6 +71,10 @@ def revive_codes(
         raise InvalidArgument(
             "keys", f"floating point [{len(rows)}]", f"{keys.dtype} {list(keys.shape)}"
         )
+    for name, tensor in (("dead", dead), ("rows", rows), ("keys", keys)):
+        if tensor.device != codebook.device:
+            expected = f"a tensor on {codebook.device}, as codebook"
+            raise InvalidArgument(name, expected, tensor.device)
     return RevivedCodes(
         *_op(codebook.detach(), dead, rows.detach(), keys.detach(), backend=backend)
     )

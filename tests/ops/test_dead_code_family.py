@@ -131,6 +131,8 @@ def test_revive_codes_bad_arguments():
             revive_codes(codebook, torch.ones(2) > 0, wrong, keys)
     with pytest.raises(InvalidArgument, match="keys"):
         revive_codes(codebook, torch.ones(2) > 0, rows, torch.ones(2))
+    with pytest.raises(InvalidArgument, match="rows: expected a tensor on cpu, as codebook, got"):
+        revive_codes(codebook, torch.ones(2) > 0, rows.to("meta"), keys)
 
 
 def stream(n: int = 60, d: int = 6, seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -249,6 +251,8 @@ def test_fill_reservoir_bad_arguments():
         ({"found": found._replace(norms=found.norms[:, :1])}, r"found\.norms"),
         ({"reservoir": empty_reservoir([5, 2], 6)}, r"reservoir\.rows"),
         ({"reservoir": reservoir._replace(keys=reservoir.keys.float())}, r"reservoir\.keys"),
+        ({"reservoir": empty_reservoir([5, 3], 6, device="meta")}, r"reservoir\.rows: .* on cpu"),
+        ({"found": found._replace(norms=found.norms.to("meta"))}, r"found\.norms: .* on cpu"),
         ({"seed": -1}, "seed"),
     ):
         arguments = {"reservoir": reservoir, "x": x, "found": found, "codebooks": books, "seed": 0}
