@@ -57,9 +57,9 @@ class Backend:
             return self.missing()
 
     def takes(self, device: torch.device) -> bool:
-        """Says whether it takes tensors on a device; Triton's interpreter takes any."""
+        """Says whether it takes tensors on a device; Triton's interpreter takes any with values."""
         interpreted = self.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        return interpreted or device.type in (self.device, "meta")
+        return device.type == self.device or (interpreted and device.type != "meta")
 
     def why_not(self, device: torch.device | None = None) -> str | None:
         """Returns why the automatic choice leaves it out on a device of its type, or None."""

@@ -144,6 +144,8 @@ def test_compiles_without_a_graph_break():
 def test_meta_tensors():
     usage = code_usage(torch.empty(5, 2, dtype=torch.int32, device="meta"), [4, 2])
     assert usage.shape == (6,) and usage.dtype == torch.int64 and usage.is_meta
+    with pytest.raises(BackendUnavailable, match="it takes cpu tensors, not such on meta"):
+        code_usage(torch.empty(5, 2, dtype=torch.int32, device="meta"), [4, 2], backend="cpu")
 
 
 def test_unknown_instruction_set_in_the_environment_is_an_error():
