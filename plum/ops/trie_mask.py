@@ -148,6 +148,13 @@ def _cpu(
     _native.trie_mask_cpu(flat, flat, states.contiguous(), index, level, each, columns)
     if flat.data_ptr() != logits.data_ptr():
         logits.copy_(flat.view(logits.shape))
+    _changed(logits)
+
+
+def _changed(logits: Tensor) -> None:
+    """Tells autograd, which may have saved the logits, what it cannot see a kernel do."""
+    if not logits.is_inference():
+        torch.autograd.graph.increment_version(logits)
 
 
 def _matrix(logits: Tensor) -> Tensor:
@@ -175,6 +182,7 @@ def _triton(
     kernel.trie_mask_(rows, states.reshape(*shape, 2), trie, each, columns)
     if rows.data_ptr() != logits.data_ptr():
         logits.copy_(rows.view(logits.shape))
+    _changed(logits)
 
 
 def _fake(

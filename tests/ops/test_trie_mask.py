@@ -92,6 +92,20 @@ def test_the_gradient_flows_to_what_is_legal(backend):
     )
 
 
+@pytest.mark.parametrize("backend", [None, "reference", "cpu"])
+def test_autograd_notices_that_what_it_saved_was_masked(backend):
+    trie = SidTrie.from_codes([[0], [2]], codebook_sizes=[4])
+    saved = torch.zeros(1, 4, requires_grad=True).exp()
+    with torch.no_grad():
+        trie_mask_(saved, trie.root_states(1)[0], trie, 0, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+    with torch.inference_mode():
+        logits = torch.zeros(1, 4)
+        trie_mask_(logits, trie.root_states(1)[0], trie, 0, backend=backend)
+    assert logits.tolist() == [[0, -INF, 0, -INF]]
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_rows_at_any_distance(runner):
     random = np.random.default_rng(3)
