@@ -220,9 +220,9 @@ def check_states(states: Tensor, trie: SidTrie) -> None:
 
 
 def check_codes(name: str, codes: Tensor, trie: SidTrie) -> None:
-    """Raises InvalidArgument unless ``codes`` is an integer tensor on the trie's device."""
+    """Raises InvalidArgument unless ``codes`` are integers, as below, on the trie's device."""
     if codes.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise InvalidArgument(name, "a tensor of integer codes", codes.dtype)
+        raise InvalidArgument(name, "int64, int32, int16 or uint8 codes", codes.dtype)
     check_device(name, codes, trie)
 
 

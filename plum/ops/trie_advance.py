@@ -29,7 +29,7 @@ def trie_advance(
 
     Args:
         states: int64 ``[..., 2]``, states of ``level`` (``level`` codes already taken).
-        tokens: Integer codes of the level, ``[...]``.
+        tokens: Codes of the level, int64, int32, int16 or uint8 ``[...]``.
         trie: The catalog's trie.
         level: The level of ``tokens``, 0 to ``trie.depth - 1``; or int64 ``[...]``, one a state. At
             a level that the trie has not, nothing follows.

@@ -25,8 +25,8 @@ def trie_walk(
     An engine that resubmits its beams as token lists gets their states back this way.
 
     Args:
-        prefixes: Integer codes ``[M, P]``, P at most ``trie.depth``. A shorter prefix is padded
-            with -1 at its end.
+        prefixes: Codes int64, int32, int16 or uint8 ``[M, P]``, P at most ``trie.depth``. A shorter
+            prefix is padded with -1 at its end.
         trie: The catalog's trie.
         roots: int64 ``[M, 2]``, the state each walk begins with, for tries that are joined; the
             trie's first root by default.
