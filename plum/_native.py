@@ -544,24 +544,23 @@ def _columns(columns: np.ndarray, roots: Sequence[int]) -> tuple[int, int, int, 
 
 
 def _trie(index: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
-    table, _, codes, starts, begins, ranks, masks = index
-    assert table.is_cpu and codes.is_cpu and table.shape[1] == 9
-    addresses = (
-        table.data_ptr(),
-        codes.data_ptr(),
-        starts.data_ptr(),
-        begins.data_ptr(),
-        ranks.data_ptr(),
-        masks.data_ptr(),
-    )
-    return addresses, table.shape[0]
+    table, _, *arrays = index
+    assert table.shape[1] == 9
+    for tensor in (table, *arrays):
+        _check_cpu(tensor)
+    return tuple(tensor.data_ptr() for tensor in (table, *arrays)), table.shape[0]
 
 
 def _levels(level: int, levels: Tensor | None) -> tuple[int, int]:
-    return level, 0 if levels is None else levels.data_ptr()
+    if levels is None:
+        return level, 0
+    _check_cpu(levels, torch.int64)
+    return level, levels.data_ptr()
 
 
 def _filter(filter: Sequence[Tensor]) -> tuple[int, ...]:
+    for tensor in filter:
+        _check_cpu(tensor)
     return tuple(tensor.data_ptr() for tensor in filter) if filter else (0, 0, 0)
 
 

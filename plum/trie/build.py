@@ -113,11 +113,11 @@ def build_index(
     index = TrieIndex(
         host,
         host,
-        codes=torch.zeros(at[CODES_AT], dtype=torch.int16),
-        starts=torch.zeros(at[STARTS_AT], dtype=torch.int32),
-        begins=torch.zeros(at[BEGINS_AT], dtype=torch.int64),
-        ranks=torch.zeros(at[RANKS_AT], dtype=torch.int32),
-        masks=torch.zeros(at[MASKS_AT], dtype=torch.int64),
+        codes=host.new_zeros(at[CODES_AT], dtype=torch.int16),
+        starts=host.new_zeros(at[STARTS_AT], dtype=torch.int32),
+        begins=host.new_zeros(at[BEGINS_AT]),
+        ranks=host.new_zeros(at[RANKS_AT], dtype=torch.int32),
+        masks=host.new_zeros(at[MASKS_AT]),
     )
     (_native.fill_trie if native else _fill_trie)(columns, roots, changes, index)
     return index

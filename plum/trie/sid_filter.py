@@ -56,7 +56,7 @@ def make_filter(allowed: Tensor, index: TrieIndex, *, native: bool = True) -> Si
     bits = packed(allowed, blocks * RANK_BITS // 64)
     masks = torch.zeros_like(index.masks)
     if native and allowed.is_cpu and _native.missing() is None:
-        ranks = torch.empty(blocks, dtype=torch.int32)
+        ranks = bits.new_empty(blocks, dtype=torch.int32)
         _native.fill_filter(index, (bits, ranks, masks))
         return SidFilter(rows, bits, ranks, masks)
     padded = torch.nn.functional.pad(allowed, (0, blocks * RANK_BITS - rows))

@@ -84,6 +84,17 @@ def test_states_and_items():
         trie.codes_at(torch.tensor([0, 3]))
 
 
+def test_a_trie_and_its_filters_are_built_on_the_cpu_whatever_the_default_device():
+    codes = np.random.default_rng(0).integers(0, 99, (700, 2))
+    expected = SidTrie.from_codes(codes)
+    allowed = torch.arange(expected.num_sids) % 2 > 0
+    with torch.device("meta"):
+        trie = SidTrie.from_codes(codes)
+        found = trie.filter(allowed)
+    assert same(trie, expected)
+    assert all(map(torch.equal, found[1:], expected.filter(allowed)[1:]))
+
+
 def test_each_request_begins_in_its_own_trie():
     parts = [SidTrie.from_codes(codes) for codes in ([[0], [1]], [[1]], [[0], [1], [2]])]
     joined = SidTrie.join(parts)
