@@ -179,11 +179,10 @@ def _on_a_gpu(
         reasons = {backend.name: backend.why_not(device) for backend in backends}
         can = [backend for backend in backends if reasons[backend.name] is None]
         found = [(backend.fits, _on_its_device(backend)) for backend in can]
-        wanted = can or os.environ.get(GPU_KERNELS) == "off"
-        return [
-            *found,
-            (lambda *args: True, reference if wanted else _warned(name, reasons, reference)),
-        ]
+        unfit = "it does not take these arguments"
+        why = {backend: reason or unfit for backend, reason in reasons.items()}
+        off = os.environ.get(GPU_KERNELS) == "off"
+        return [*found, (lambda *args: True, reference if off else _warned(name, why, reference))]
 
     def run(*args: Any) -> Any:
         return next(way for fits, way in ways(args[0].device) if fits(*args))(*args)
