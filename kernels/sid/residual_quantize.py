@@ -408,6 +408,7 @@ def pack_codebooks(codebooks: Tensor, sizes: Sequence[int]) -> PackedCodebooks:
     """
     assert codebooks.dtype == torch.float32 and codebooks.is_contiguous()
     assert codebooks.ndim == 2 and codebooks.shape[0] == sum(sizes)
+    codebooks = codebooks.detach()
     device, width = codebooks.device, codebooks.shape[1]
     chunk, chunks = _chunks(width)
     padded = [-(-size // _PAD) * _PAD for size in sizes]
@@ -481,7 +482,8 @@ def residual_quantize(
         x: fp32, bf16 or fp16 ``[N, D]``, contiguous, on the device of the codebooks.
         packed: What :func:`pack_codebooks` returned.
         return_residual: Also return the residual after the last level.
-        usage: int64 ``[ΣK]`` to which the counts of the codes are added, those of bad rows too.
+        usage: int64 ``[ΣK]``, contiguous, to which the counts of the codes are added, those of bad
+            rows too.
         config: Tile sizes and compiler options; None for :func:`default_config`.
 
     Returns:
@@ -489,6 +491,9 @@ def residual_quantize(
     """
     count, width = x.shape
     assert x.is_contiguous() and width == packed.codebooks.shape[1]
+    if usage is not None:
+        assert usage.dtype == torch.int64 and usage.is_contiguous()
+        assert usage.shape == (sum(packed.sizes),)
     num_levels = len(packed.sizes)
     device = x.device
     codes = torch.empty(count, num_levels, dtype=torch.int32, device=device)

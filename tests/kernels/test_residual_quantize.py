@@ -202,6 +202,15 @@ def test_usage_counts_the_codes():
     codes = kernel.residual_quantize(x.to(DEVICE), packed, usage=usage).codes.long()
     counts = [torch.bincount(codes[:, level], minlength=k) for level, k in enumerate((8, 4))]
     assert torch.equal(usage, 3 + torch.cat(counts))
+    for wrong in (usage[:11], usage.int(), usage.repeat(2)[::2]):
+        with pytest.raises(AssertionError):
+            kernel.residual_quantize(x.to(DEVICE), packed, usage=wrong)
+
+
+def test_codebooks_that_are_trained_are_packed():
+    books = torch.nn.Parameter(torch.arange(8.0, device=DEVICE).view(4, 2))
+    found = kernel.residual_quantize(books, kernel.pack_codebooks(books, [4]))
+    assert found.codes.flatten().tolist() == [0, 1, 2, 3] and not found.norms.requires_grad
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
