@@ -56,9 +56,10 @@ def codebook_sums(
     """
     packed, sizes = pack_codebooks(codebooks, sizes)
     check_rows(x, packed)
+    if codes.shape != (len(x), len(sizes)):
+        expected = f"int32 or int64 {[len(x), len(sizes)]}, a row for each of x"
+        raise InvalidArgument("codes", expected, f"{codes.dtype} {list(codes.shape)}")
     check_codes(codes, sizes)
-    if len(codes) != len(x):
-        raise InvalidArgument("codes", f"{len(x)} rows as x", str(len(codes)))
     if codes.device != x.device:
         raise InvalidArgument("codes", f"a tensor on {x.device}, as x", str(codes.device))
     return _op(x.detach(), codes, packed.detach(), sizes, backend=backend)

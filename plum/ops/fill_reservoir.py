@@ -96,11 +96,11 @@ def fill_reservoir_(
     """
     packed, sizes = pack_codebooks(codebooks, sizes)
     check_rows(x, packed)
-    check_codes(found.codes, sizes)
     for name, tensor in (("found.codes", found.codes), ("found.norms", found.norms)):
         if tensor.shape != (len(x), len(sizes)):
             expected = f"{[len(x), len(sizes)]}, a row for each of x"
             raise InvalidArgument(name, expected, str(list(tensor.shape)))
+    check_codes(found.codes, sizes)
     total = sum(reservoir_sizes(sizes))
     rows, keys = reservoir
     if rows.shape != (total, x.shape[1]) or rows.dtype != torch.float32:

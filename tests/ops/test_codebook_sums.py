@@ -150,7 +150,8 @@ def test_backend_that_is_not_there():
             torch.tensor([[0], [-1]]),
             r"codes\[1, 0\]: expected a code in \[0, 3\)",
         ),
-        (torch.ones(2, 2), torch.tensor([[0]]), "codes: expected 2 rows"),
+        (torch.ones(2, 2), torch.tensor([[0]]), r"^codes: expected int32 or int64 \[2, 1\]"),
+        (torch.ones(2, 2), torch.zeros(2, 3).int(), r"^codes: expected int32 or int64 \[2, 1\]"),
         (
             torch.ones(2, 2),
             torch.zeros(2, 1, device="meta").int(),

@@ -249,6 +249,7 @@ def test_fill_reservoir_bad_arguments():
         ({"x": x.double()}, "x: expected fp32, bf16 or fp16"),
         ({"x": x[:9]}, r"found\.codes"),
         ({"found": found._replace(norms=found.norms[:, :1])}, r"found\.norms"),
+        ({"found": found._replace(codes=found.codes[:, :1])}, r"found\.codes"),
         ({"reservoir": empty_reservoir([5, 2], 6)}, r"reservoir\.rows"),
         ({"reservoir": reservoir._replace(keys=reservoir.keys.float())}, r"reservoir\.keys"),
         ({"reservoir": empty_reservoir([5, 3], 6, device="meta")}, r"reservoir\.rows: .* on cpu"),
