@@ -544,11 +544,17 @@ def _columns(columns: np.ndarray, roots: Sequence[int]) -> tuple[int, int, int, 
 
 
 def _trie(index: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
-    table, _, *arrays = index
-    assert table.shape[1] == 9
-    for tensor in (table, *arrays):
-        _check_cpu(tensor)
-    return tuple(tensor.data_ptr() for tensor in (table, *arrays)), table.shape[0]
+    table, _, codes, starts, begins, ranks, masks = index
+    assert table.is_cpu and codes.is_cpu and table.shape[1] == 9
+    addresses = (
+        table.data_ptr(),
+        codes.data_ptr(),
+        starts.data_ptr(),
+        begins.data_ptr(),
+        ranks.data_ptr(),
+        masks.data_ptr(),
+    )
+    return addresses, table.shape[0]
 
 
 def _levels(level: int, levels: Tensor | None) -> tuple[int, int]:
