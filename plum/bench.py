@@ -234,13 +234,15 @@ def _read(path: Path) -> dict[str, Any]:
     for number, bench in enumerate(results["benchmarks"]):
         try:
             stats = bench["stats"]
-            times = [float(stats[key]) for key in ("min", "median")]
-            fits = min(times) > 0 and float(stats["iqr"]) >= 0 and int(stats["rounds"]) >= 1
+            figures = [stats[key] for key in ("min", "median", "iqr", "rounds")]
+            fits = all(map(math.isfinite, figures)) and min(figures[:2]) > 0
+            fits &= figures[2] >= 0 and figures[3] >= 1
             fits &= isinstance(bench.get("fullname", bench["name"]), str)
-        except (KeyError, TypeError, ValueError) as error:
+            _is_peer(bench)
+        except (AttributeError, KeyError, TypeError) as error:
             got = f"{type(error).__name__}: {error} in benchmark {number}"
             raise InvalidData(path, expected, got) from None
-        if not (fits and all(map(math.isfinite, times))):
+        if not fits:
             raise InvalidData(path, expected, f"times that are no times in benchmark {number}")
     return results
 

@@ -119,11 +119,16 @@ def test_runs_that_do_not_fit_are_told(comparison, tmp_path):
         (tmp_path / "wrong.json").write_text(json.dumps(wrong))
         with pytest.raises(InvalidData, match=r"wrong\.json: expected a JSON file that plum bench"):
             compare(tmp_path / "before.json", tmp_path / "wrong.json")
-    for key, value in (("min", 0), ("median", float("nan")), ("rounds", 0), ("iqr", "much")):
+    for key, value in (
+        *(("min", 0), ("median", float("nan")), ("rounds", 0), ("iqr", "much")),
+        *(("min", "1.0"), ("iqr", "0.1"), ("iqr", float("inf")), ("rounds", float("inf"))),
+    ):
         broken = copy.deepcopy(bench)
         broken[0]["stats"][key] = value
         with pytest.raises(InvalidData, match="in benchmark 0"):
             comparison(bench, broken)
+    with pytest.raises(InvalidData, match="in benchmark 0"):
+        comparison(bench, [entry("plum cpu", 1.0) | {"params": "cpu"}])
     with pytest.raises(InvalidData, match="no such file"):
         compare(tmp_path / "before.json", tmp_path / "absent.json")
 
