@@ -25,7 +25,7 @@ from typing import Any
 
 import plum
 from plum.errors import InvalidArgument, InvalidData, MissingDependency
-from plum.files import read_json
+from plum.files import read_json, write_text
 
 LEAST = 0.05
 STANDARD_ERRORS = 3.0
@@ -116,7 +116,7 @@ def run_suite(
     machine then matter less.
 
     Args:
-        output: Where the JSON file goes; nowhere by default.
+        output: Where the JSON file goes when the run has come to its end; nowhere by default.
         select: An expression of pytest's ``-k`` over the names of benchmarks.
         full: Full size instead of small.
 
@@ -133,7 +133,7 @@ def run_suite(
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise InvalidArgument("output", "a file in a folder that exists", str(output))
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "bench.json" if output is None else output.absolute()
+        path = Path(scratch) / "bench.json"
         command = [
             *(sys.executable, "-m", "pytest", str(folder), "-m", "not gpu", "-q"),
             *("--benchmark-columns=min,rounds", f"--benchmark-json={path}"),
@@ -143,6 +143,9 @@ def run_suite(
         ]
         # The progress of the run goes where it does not mix with the table.
         ran = subprocess.run(command, cwd=folder.parent, stdout=sys.stderr, check=False)
+        # Pytest's statuses: 0 and 1 with the suite at its end, 4 for a usage error, 5 for no test.
+        if output is not None and ran.returncode in (0, 1) and path.exists():
+            write_text(output, path.read_text(encoding="utf-8"))
         if ran.returncode == 5:
             raise InvalidArgument("select", "an expression that selects a benchmark", repr(select))
         if ran.returncode:

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -192,3 +193,17 @@ def test_errors_of_the_command_are_one_line(tmp_path):
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "a.json" in wrong.stderr
     nothing = cli("--select", "no_such_benchmark")
     assert nothing.returncode == 1 and nothing.stderr.splitlines()[-1].startswith("error: select:")
+
+
+def test_a_run_that_is_interrupted_leaves_the_results_of_before(tmp_path, monkeypatch):
+    def interrupted(command, **options):
+        (path,) = [part for part in command if part.startswith("--benchmark-json=")]
+        Path(path.partition("=")[2]).write_text('{"benchmarks": [')
+        raise KeyboardInterrupt
+
+    before = tmp_path / "before.json"
+    before.write_text("{}")
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(before)
+    assert before.read_text() == "{}" and list(tmp_path.iterdir()) == [before]
