@@ -122,7 +122,8 @@ def run_suite(
 
     Raises:
         InvalidData: there is no suite, or it failed.
-        InvalidArgument: ``select`` selects nothing, or ``output`` is in no folder.
+        InvalidArgument: ``select`` is no expression or selects nothing, or ``output`` is in no
+            folder.
         MissingDependency: pytest-benchmark is not installed.
     """
     folder = suite_folder()
@@ -146,7 +147,7 @@ def run_suite(
         # Pytest's statuses: 0 and 1 with the suite at its end, 4 for a usage error, 5 for no test.
         if output is not None and ran.returncode in (0, 1) and path.exists():
             write_text(output, path.read_text(encoding="utf-8"))
-        if ran.returncode == 5:
+        if ran.returncode == 5 or (select and ran.returncode == 4):
             raise InvalidArgument("select", "an expression that selects a benchmark", repr(select))
         if ran.returncode:
             raise InvalidData("benchmarks", "a suite that passes", f"exit status {ran.returncode}")

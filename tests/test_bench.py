@@ -191,8 +191,10 @@ def test_errors_of_the_command_are_one_line(tmp_path):
             run_suite(output)
     wrong = cli("compare", tmp_path / "a.json", tmp_path / "b.json")
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "a.json" in wrong.stderr
-    nothing = cli("--select", "no_such_benchmark")
-    assert nothing.returncode == 1 and nothing.stderr.splitlines()[-1].startswith("error: select:")
+    for select in ("no_such_benchmark", "one and"):
+        nothing = cli("--select", select)
+        assert nothing.returncode == 1
+        assert nothing.stderr.splitlines()[-1].startswith("error: select:")
 
 
 def test_a_run_that_is_interrupted_leaves_the_results_of_before(tmp_path, monkeypatch):
