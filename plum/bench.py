@@ -112,8 +112,8 @@ def run_suite(
 ) -> dict[str, Any]:
     """Runs the benchmarks for the CPU and returns what pytest-benchmark writes.
 
-    The processor time of this process and its workers is what is timed: other programs on the
-    machine then matter less.
+    With one thread the processor time of this process and its workers is what is timed: other
+    programs on the machine then matter less.
 
     Args:
         output: Where the JSON file goes when the run has come to its end; nowhere by default.

@@ -34,7 +34,7 @@ from benchmarks import (
 from benchmarks.cases import embedding_like, make_case, share_equal
 from benchmarks.ceilings import Ceiling
 from benchmarks.peers import PeerAbsent, checkouts, generate_ours, ours, trie_gpu, trie_ours
-from benchmarks.worker import Worker, prepare_here
+from benchmarks.worker import Worker, prepare_here, processor_time
 from plum.ops.trie_walk import trie_walk
 from plum.trie import SidTrie
 
@@ -223,6 +223,20 @@ def test_a_worker_answers_as_this_process_does_and_outlives_errors():
 def _answer(job):
     job()
     return job.result()
+
+
+def test_only_one_thread_is_timed_by_processor_time():
+    def timed(threads):
+        torch.set_num_threads(threads)
+        start = processor_time()
+        time.sleep(0.2)
+        return processor_time() - start
+
+    before = torch.get_num_threads()
+    try:
+        assert timed(1) < 0.1 and timed(2) >= 0.2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_worker_has_the_blas_it_was_asked_for(monkeypatch):
