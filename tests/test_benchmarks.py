@@ -198,6 +198,7 @@ def test_shares_of_rows_and_of_the_floor():
     ceiling = Ceiling(fp32=10, bf16=100, bandwidth=50)
     assert ceiling.seconds(1000, 100) == 10
     assert ceiling.seconds(100, 1000) == 20
+    assert Ceiling(fp32=100, bf16=10, bandwidth=50).seconds(1000, 100) == 10
 
 
 def test_a_worker_answers_as_this_process_does_and_outlives_errors():
