@@ -134,7 +134,7 @@ def residual_quantize() -> list[str]:
     for shape in shapes:
         rate = source.get("plum cpu fp32", shape) or 0
         share.append(f"{rate * 2 * _products(shape) / best:.0%}")
-    rows.append(["without bf16: of the fastest fp32 product here", *share])
+    rows.append(["without bf16: of the rate of torch's fastest fp32 product", *share])
     head = "`residual_quantize`, million rows/s, and times as fast as"
     return [_from(source), "", *_table(head, _shapes(shapes), rows)]
 
@@ -202,7 +202,7 @@ def kmeans() -> list[str]:
         for label, peer in labels.items()
     ]
     titles = ("64k rows, D=384, K=256", "64k, 384, 2048", "200k, 32, 256")
-    return _table("k-means, 10 iterations, times as fast as", titles, rows)
+    return [_from(source), "", *_table("k-means, 10 iterations, times as fast as", titles, rows)]
 
 
 def training_step() -> list[str]:
@@ -216,7 +216,7 @@ def training_step() -> list[str]:
         for kind in ("", ", expiry")
     ]  # fmt: skip
     head = "a training step of `ResidualVQ`, 8,192 rows, times as fast as"
-    return _table(head, _shapes(shapes), rows)
+    return [_from(source), "", *_table(head, _shapes(shapes), rows)]
 
 
 _BEAMS = {
@@ -256,7 +256,11 @@ def trie_mask() -> list[str]:
             if (share := source.times("plum cpu", provider, shape))
         ]
         row.append(f"{min(shares):.0%} to {max(shares):.0%}" if shares else "")
-    return _table("masks, times as fast as", tuple(_BEAMS.values()), [*rows, row])
+    return [
+        _from(source),
+        "",
+        *_table("masks, times as fast as", tuple(_BEAMS.values()), [*rows, row]),
+    ]
 
 
 def trie_filter() -> list[str]:
@@ -274,7 +278,7 @@ def trie_filter() -> list[str]:
         cells = f"{middle:.2f}", f"{found[-1]:.2f}", f"{within} of {len(found)} at most {asked}"
         rows.append([label, *cells])
     heads = ("median", "most", "cases")
-    return _table("times as long as the step without", heads, rows)
+    return [_from(source), "", *_table("times as long as the step without", heads, rows)]
 
 
 def trie_decode() -> list[str]:
@@ -324,7 +328,7 @@ def trie_build() -> list[str]:
         as_long, as_many = both(list(map(_times, longer))), both(list(map(_times, more)))
         rows.append([label, f"{as_long} as long", f"{as_many} as many"])
     heads = ("build from unsorted codes, sort included", "bytes a SID, item ids apart")
-    return _table("5 million SIDs, 3 / 8 levels", heads, rows)
+    return [_from(source), "", *_table("5 million SIDs, 3 / 8 levels", heads, rows)]
 
 
 def trie_large() -> list[str]:

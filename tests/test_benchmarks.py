@@ -548,6 +548,8 @@ def test_tables_of_the_pages_are_in_step_with_the_results(page):
     text = page.read_text(encoding="utf-8")
     assert text == tables.filled(text), "run: python -m benchmarks.tables"
     assert "<!-- figures: " in text
+    for block in text.split("<!-- figures: ")[1:]:
+        assert block.startswith("recommendation") or "rom `benchmarks/results/" in block
 
 
 def test_tables_follow_the_newest_results(tmp_path, monkeypatch):
