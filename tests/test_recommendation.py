@@ -21,7 +21,7 @@ from benchmarks.quality.recommendation_inputs import (
     load_inputs,
     unique_sids,
 )
-from plum.files import read_json
+from plum.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,12 @@ def test_a_run_writes_its_results_and_is_not_repeated(folder, tmp_path, monkeypa
     assert run(folder, tmp_path, monkeypatch, *more) == 0
     assert capfd.readouterr().out == ""
     assert read_json(tmp_path / "recommendation.json") == result
+    # Of another preset a job of the same name has other settings.
+    other = {"runs": [run | {"preset": "gpu"} for run in result["runs"]]}
+    write_json(tmp_path / "recommendation.json", other)
+    assert run(folder, tmp_path, monkeypatch, *more) == 0
+    (added,) = read_json(tmp_path / "recommendation.json")["runs"][len(other["runs"]) :]
+    assert (added["model"], added["preset"]) == ("generator", "smoke")
 
 
 def test_a_job_that_is_short_of_time_reports_what_it_has(folder):

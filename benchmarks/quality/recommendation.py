@@ -5,10 +5,11 @@ Usage: python -m benchmarks.quality.recommendation prepare --data DIR --inputs D
 
 ``prepare`` needs the data sets and no GPU; ``run`` needs what it wrote and, with the preset gpu, a
 GPU. Jobs run side by side in processes of their own, the most important first; each result is
-written as soon as it is there, and jobs of an earlier run are not repeated. With ``--minutes`` a
-job that is short of time trains fewer epochs, and its learning rate still comes to its end. Weights
-are chosen on validation; the test set is looked at once, after that. Every model is scored twice:
-over the whole catalog, and without the items that the user has had, as most published figures are.
+written as soon as it is there, and jobs of an earlier run of the preset are not repeated. With
+``--minutes`` a job that is short of time trains fewer epochs, and its learning rate still comes to
+its end. Weights are chosen on validation; the test set is looked at once, after that. Every model
+is scored twice: over the whole catalog, and without the items that the user has had, as most
+published figures are.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from plum.files import read_json, write_json
 NAME = "recommendation"
 # Names of the metrics with nothing left out, and without the items of the history.
 METRICS = {"metrics": False, "metrics_unseen": True}
+# The baselines without training.
+SIMPLE = ("popularity", "item_knn")
 # Validation users at most; all are used at the test.
 VALIDATION_USERS = 6040
 
@@ -199,8 +202,7 @@ def tiger_jobs(
 
 
 def simple_jobs() -> list[Job]:
-    models = ("popularity", "item_knn")
-    return [Job(dataset, model) for dataset in ("ml-1m", "beauty") for model in models]
+    return [Job(dataset, model) for dataset in ("ml-1m", "beauty") for model in SIMPLE]
 
 
 def smoke_jobs() -> list[Job]:
@@ -222,7 +224,7 @@ def run_job(
     job: Job, inputs: Inputs, seconds: float | None, *, graphs: bool = True
 ) -> dict[str, Any]:
     """Trains and tests one model; prints a line per validation."""
-    if job.model in ("popularity", "item_knn"):
+    if job.model in SIMPLE:
         return _run_simple(job, inputs)
     if job.model in ("flat", "tiger"):
         return run_flat(job, inputs, seconds)
@@ -339,7 +341,12 @@ class Runner:
         self.deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
         self.lock = threading.Lock()
         self.result = read_json(self.path) if self.path.exists() else {"runs": []}
-        done = {run["key"] for run in self.result["runs"]}
+        # A preset's own jobs, and what has no settings that a preset could change.
+        done = {
+            run["key"]
+            for run in self.result["runs"]
+            if run["preset"] == options.preset or run["model"] in SIMPLE
+        }
         self.waiting = [
             (index, job, True)
             for index, job in enumerate(PRESETS[options.preset]())
