@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +74,7 @@ def test_a_run_writes_its_results_and_is_not_repeated(folder, tmp_path, monkeypa
     assert run(folder, tmp_path, monkeypatch, *more) == 0
     (added,) = read_json(tmp_path / "recommendation.json")["runs"][len(other["runs"]) :]
     assert (added["model"], added["preset"]) == ("generator", "smoke")
+    assert added["versions"]["torch"] == version("torch")
 
 
 def test_a_job_that_is_short_of_time_reports_what_it_has(folder):

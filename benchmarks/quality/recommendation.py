@@ -398,10 +398,10 @@ class Runner:
                         self.failed += 1
                 continue
             run = {"key": job.key, **asdict(job), "preset": self.options.preset, **found}
-            run["seconds"] = round(time.monotonic() - start, 1)
+            run |= {"seconds": round(time.monotonic() - start, 1), "versions": versions()}
             with self.lock:
                 self.result["runs"].append(run)
-                write_json(self.path, {"versions": versions(), **self.result})
+                write_json(self.path, self.result)
             shown = {
                 name: [round(run[kind][name], 4) for kind in METRICS]
                 for name in ("recall@10", "ndcg@10")
