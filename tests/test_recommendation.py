@@ -77,6 +77,13 @@ def test_a_run_writes_its_results_and_is_not_repeated(folder, tmp_path, monkeypa
     assert added["versions"]["torch"] == version("torch")
 
 
+def test_preparing_without_data_is_refused_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recommendation", "prepare"])
+    with pytest.raises(SystemExit):
+        recommendation.main()
+    assert "error: prepare needs --data" in capsys.readouterr().err
+
+
 def test_a_job_that_is_short_of_time_reports_what_it_has(folder):
     inputs = load_inputs(folder / "smoke.safetensors")
     for job in recommendation.smoke_jobs():

@@ -529,6 +529,8 @@ def main() -> int:
     parser.add_argument("--until", type=float, help="when one job must be done, in Unix time")
     options = parser.parse_args()
     if options.command == "prepare":
+        if options.data is None:
+            parser.error("prepare needs --data, the folder of the data sets")
         prepare(options.data, options.inputs, options.cache)
         return 0
     if options.command == "run":
