@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "drop_in.md", ROOT / "docs" / "speed.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_DATED = re.compile(r"\d{4}-\d\d-\d\d$")
 _TIMES = "\N{MULTIPLICATION SIGN}"
 # The SIDs of the generator that is shown, the best first.
 _SIDS = ("fused, multi-resolution", "fused")
@@ -38,9 +39,9 @@ class Source:
         Raises:
             LookupError: no file has it.
         """
-        files = sorted(
-            RESULTS.glob("*.json"), key=lambda path: (path.stem[-10:], path.stem), reverse=True
-        )
+        # What `make bench` leaves there has no date.
+        dated = (path for path in RESULTS.glob("*.json") if _DATED.search(path.stem))
+        files = sorted(dated, key=lambda path: (path.stem[-10:], path.stem), reverse=True)
         for path in files:
             results = json.loads(path.read_text(encoding="utf-8"))
             # Sweeps have another form.
