@@ -25,10 +25,8 @@ from benchmarks import (
     bench_trie,
     bench_trie_build,
     gpu_run,
-    plots,
     report,
     sweep_gpu,
-    tables,
     trie_catalogs,
 )
 from benchmarks.cases import embedding_like, make_case, share_equal
@@ -541,57 +539,3 @@ def test_generation_is_timed_on_a_gpu_after_both_found_the_same(kind):
     other = SidTrie.from_codes(codes[:20], codebook_sizes=[10] * 3, token_offsets=[30, 40, 50])
     with pytest.raises(AssertionError):
         bench.check_equal(bench.Case(model.float(), other, tokens), prompts, 4)
-
-
-@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
-def test_tables_of_the_pages_are_in_step_with_the_results(page):
-    text = page.read_text(encoding="utf-8")
-    assert text == tables.filled(text), "run: python -m benchmarks.tables"
-    assert "<!-- figures: " in text
-    for block in text.split("<!-- figures: ")[1:]:
-        assert block.startswith("recommendation") or "rom `benchmarks/results/" in block
-
-
-def test_tables_follow_the_newest_results(tmp_path, monkeypatch):
-    before = tables.trie_decode()
-    newest = tables.ROOT / before[0].split("`")[1]
-    results = json.loads(newest.read_text())
-    for bench in results["benchmarks"]:
-        if bench["params"]["provider"] == "STATIC":
-            bench["extra_info"]["rows_per_second"] /= 2
-    for path in tables.RESULTS.glob("*.json"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "another-2099-01-01.json").write_text(json.dumps(results))
-    # What `make bench` writes beside them.
-    (tmp_path / "cpu.json").write_text(json.dumps(results))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    after = tables.trie_decode()
-    assert "another-2099-01-01.json" in after[0]
-    first, second = (
-        float(lines[4].split("|")[2].split(tables._TIMES)[0]) for lines in (before, after)
-    )
-    assert second == pytest.approx(2 * first, rel=0.01)
-    with pytest.raises(KeyError):
-        tables.filled("<!-- figures: nothing -->\n<!-- end -->")
-    with pytest.raises(LookupError, match="no result of nothing"):
-        tables.Source("nothing")
-
-
-@pytest.mark.parametrize("name", plots.PLOTS)
-def test_plots_are_in_step_with_the_results(name, tmp_path):
-    pytest.importorskip("matplotlib").use("agg")
-    points, draw = plots.PLOTS[name]
-    digest = plots.digest(points())
-    assert digest in (plots.FOLDER / name).read_text(), "run: python -m benchmarks.plots"
-    draw(tmp_path / name)
-    assert digest in (tmp_path / name).read_text()
-
-
-def test_a_plot_follows_the_newest_results(tmp_path, monkeypatch):
-    before = plots.digest(plots.curves())
-    newest = tables.ROOT / tables.scaling()[0].split("`")[1]
-    results = json.loads(newest.read_text())
-    results["benchmarks"][0]["stats"]["min"] *= 1.5
-    (tmp_path / "scaling-2099-01-01.json").write_text(json.dumps(results))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert plots.digest(plots.curves()) != before
