@@ -407,7 +407,7 @@ def scaling() -> list[str]:
     search, decode = Source("search_scaling"), Source("decode_scaling")
     if search.place == decode.place:
         return [_from(search)]
-    return ["The search:", _from(search), "The decode:", _from(decode)]
+    return [f"From {search.place}; the decode from {decode.place}."]
 
 
 def _from(source: Source) -> str:
