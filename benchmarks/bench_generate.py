@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,15 @@ def _bench(
     operations = 2.0 * (layers * tokens + hidden * vocabulary * predicted)
     nbytes = steps * 4 * (layers + hidden * vocabulary)
     record(benchmark, batch, operations=operations, nbytes=nbytes, ceiling=ceiling("cpu"), **facts)
+    name_ratios(benchmark.extra_info, provider, SEARCHES)
+
+
+def name_ratios(facts: dict[str, Any], provider: str, searches: Iterable[str]) -> None:
+    """Has the table say which search a ratio is to: one with another score is not the same work."""
+    if provider == PEER:
+        facts["against"] = dict.fromkeys(searches)
+    elif provider != "plum full":
+        facts["against"] = {}
 
 
 def share_equal(found: Tensor, expected: Tensor) -> float:

@@ -348,6 +348,20 @@ def test_report_names_the_forms_of_plum_and_sums_up_over_sets():
     assert f"| plum cpu, half alive to plum cpu | {worst} | - |" in text
 
 
+def test_report_says_which_search_generate_is_held_against():
+    pytest.importorskip("transformers")
+    from benchmarks import bench_generate
+
+    benches = []
+    for provider, rate in ((bench_generate.PEER, 1.0), ("plum full", 4.0), ("plum valid", 8.0)):
+        benches.append(_bench(provider, rate))
+        bench_generate.name_ratios(benches[-1]["extra_info"], provider, bench_generate.SEARCHES)
+    text = report.report({"machine_info": {}, "benchmarks": benches})
+    ratios = f"**4{TIMES}** plum full, **8{TIMES}** plum valid"
+    assert f"| transformers generate | 1 /s, {ratios} |" in text
+    assert "| plum full | 4 /s, 50% of the floor |" in text and "| plum valid | 8 /s |" in text
+
+
 def _step(code, seconds=30.0, **options):
     return gpu_run.Step("step", [sys.executable, "-c", code], seconds, **options)
 
