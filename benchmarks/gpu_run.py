@@ -29,7 +29,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCTOR = "import json; from plum.doctor import diagnose; print(json.dumps(diagnose(), indent=2))"
+DOCTOR = (
+    "import sys; from plum.doctor import diagnose; from plum.files import write_json;"
+    " write_json(sys.argv[1], diagnose())"
+)
 # Small inputs and the tiles in use: random cases by the hundred take minutes in a sanitizer. Each
 # part runs by itself, side by side with the others.
 SANITIZED = {
@@ -152,8 +155,6 @@ def main() -> int:
             print(f"{step.name}: {step.status} in {step.took:.0f} s. {step.summary}", flush=True)
             if step.failed:
                 print(step.output[-4000:], flush=True)
-            if step.name == "doctor" and not step.failed:
-                (results / "doctor.json").write_text(step.output)
             file = "sanitizer.txt" if step.name.startswith(TOOLS) else "log.txt"
             logs[file] += f"##### {step.name}: {step.status}\n{step.output}\n"
     for name, text in logs.items():
@@ -205,7 +206,7 @@ def plan(results: Path, *, build: bool, cpu: bool) -> list[list[Step]]:
     gpu_json, cpu_json = (f"--benchmark-json={results / name}.json" for name in ("gpu", "cpu"))
     return [
         [build_step],
-        [Step("doctor", [python, "-c", DOCTOR], 60)],
+        [Step("doctor", [python, "-c", DOCTOR, str(results / "doctor.json")], 60)],
         [
             Step("tests", [*tests, *workers, *tests_to_run()], math.inf, 0.45),
             Step("warm-up", [python, "-c", WARM_UP], math.inf, 0.45, skip=no_gpu),

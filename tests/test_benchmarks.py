@@ -413,6 +413,12 @@ def test_the_plan_keeps_to_its_time_and_what_was_asked_for(tmp_path, monkeypatch
         assert (steps["CPU benchmarks"].skip is None) == cpu and steps["build"].skip
         assert f"--ignore={gpu_run.AHEAD_OF_TIME}" in steps["tests"].command
     assert (gpu_run.ROOT / gpu_run.AHEAD_OF_TIME).exists()
+    # Whatever else is said on the way, a warning of torch's for one.
+    doctor = steps["doctor"]
+    doctor.environment = {"PYTHONWARNINGS": "always", "PYTHONVERBOSE": "1"}
+    doctor.run(time.monotonic() + 60)
+    assert doctor.status == "passed" and doctor.output
+    assert "ops" in json.loads((tmp_path / "doctor.json").read_text())
 
 
 @pytest.mark.parametrize("kernel", list(sweep_gpu.SWEEPS))
