@@ -145,7 +145,7 @@ def main() -> int:
     options = parser.parse_args()
     results = options.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * options.minutes
+    deadline, started = time.monotonic() + 60 * options.minutes, time.time()
     groups = plan(results, build=not options.no_build, cpu=options.cpu)
     logs = {"log.txt": "", "sanitizer.txt": ""}
     for group in groups:
@@ -159,7 +159,7 @@ def main() -> int:
             logs[file] += f"##### {step.name}: {step.status}\n{step.output}\n"
     for name, text in logs.items():
         (results / name).write_text(text[-KEPT:])
-    write_tables(results)
+    write_tables(results, started)
     steps = [step for group in groups for step in group]
     facts = ("name", "status", "took", "summary")
     (results / "steps.json").write_text(
@@ -244,10 +244,12 @@ def exit_code(groups: list[list[Step]]) -> int:
     return sum(any(step.failed for step in group) << i for i, group in enumerate(groups))
 
 
-def write_tables(results: Path) -> None:
+def write_tables(results: Path, since: float) -> None:
+    """Makes the tables of what was written since a time: an earlier run's files may lie there."""
     files = [results / name for name in ("gpu.json", "cpu.json")]
     # pytest-benchmark leaves an empty file behind when it is killed.
-    written = [str(file) for file in files if file.exists() and file.stat().st_size]
+    there = [file for file in files if file.exists() and file.stat().st_size]
+    written = [str(file) for file in there if file.stat().st_mtime >= since]
     report = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "report.py"), *written],
         capture_output=True,

@@ -421,6 +421,15 @@ def test_the_plan_keeps_to_its_time_and_what_was_asked_for(tmp_path, monkeypatch
     assert "ops" in json.loads((tmp_path / "doctor.json").read_text())
 
 
+def test_tables_of_a_gpu_run_are_not_those_of_an_earlier_one(tmp_path):
+    results = {"machine_info": {"cpu": "a CPU"}, "benchmarks": [_bench("plum cpu", 3e6)]}
+    (tmp_path / "cpu.json").write_text(json.dumps(results))
+    written = (tmp_path / "cpu.json").stat().st_mtime
+    for since, there in ((written, True), (written + 1, False)):
+        gpu_run.write_tables(tmp_path, since)
+        assert ("plum cpu" in (tmp_path / "tables.md").read_text()) == there
+
+
 @pytest.mark.parametrize("kernel", list(sweep_gpu.SWEEPS))
 def test_a_sweep_writes_what_it_timed(kernel, monkeypatch, tmp_path):
     monkeypatch.setattr(sweep_gpu, "BEAM_SHAPES", {"tiny": ("skew", 500, 16, 2, 3, 1)})
