@@ -147,7 +147,13 @@ def test_the_recall_of_the_ablation_goes_on_where_it_was(folder, tmp_path, monke
     assert f"{shared['metrics_unseen']['recall@10']:.4f}" in page and "14.4%" in page
     sid_v2_recall.main()
     assert made == ["SID-v2", "SID-v1"]
-    assert read_json(tmp_path / "sid_v2_recall.json") == result
+    path = tmp_path / "sid_v2_recall.json"
+    assert read_json(path) == result
+    # Another process adds a run while one is made.
+    write_json(path, result | {"runs": [shared]})
+    monkeypatch.setattr(sid_v2_recall, "run_job", lambda *_: write_json(path, result) or unique)
+    sid_v2_recall.main()
+    assert [run["variant"] for run in read_json(path)["runs"]] == ["SID-v2", "SID-v1", "SID-v1"]
 
 
 def test_sids_are_unique():

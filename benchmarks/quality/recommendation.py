@@ -37,7 +37,7 @@ from benchmarks.quality.recommendation_inputs import (
     load_inputs,
     prepare,
 )
-from benchmarks.quality.results import RESULTS, filled, table, versions
+from benchmarks.quality.results import RESULTS, filled, runs_in, table, versions
 from plum.files import read_json, write_json
 
 NAME = "recommendation"
@@ -400,7 +400,7 @@ class Runner:
             run = {"key": job.key, **asdict(job), "preset": self.options.preset, **found}
             run |= {"seconds": round(time.monotonic() - start, 1), "versions": versions()}
             with self.lock:
-                self.result["runs"].append(run)
+                self.result["runs"] = [*runs_in(self.path), run]
                 write_json(self.path, self.result)
             shown = {
                 name: [round(run[kind][name], 4) for kind in METRICS]
