@@ -59,9 +59,7 @@ bench: $(STAMP)
 		vector_quantize_pytorch, xgrammar" 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet -e ".[bench]"
 	mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest benchmarks -m "not gpu" $(if $(FULL),--full) -q \
-		--benchmark-columns=min,rounds --benchmark-json=$(RESULTS)/cpu.json
-	$(BIN)/python benchmarks/report.py $(RESULTS)/cpu.json
+	$(BIN)/plum bench $(if $(FULL),--full) --output $(RESULTS)/cpu.json
 
 # One call on a GPU machine without a network: build, GPU tests, compute-sanitizer, benchmarks.
 # GPU_BUILD=0 takes the build that is there, CPU=1 adds the CPU benchmarks.

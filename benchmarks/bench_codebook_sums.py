@@ -32,7 +32,6 @@ PROVIDERS = {
     "torch one-hot product": ("torch_kmeans:one_hot_product",),
 }
 GPU_PROVIDERS = {
-    "plum cuda": ("ours:sums", "cuda"),
     "plum triton": ("ours:sums", "triton"),
     **{name: peer for name, peer in PROVIDERS.items() if name != "plum cpu"},
 }

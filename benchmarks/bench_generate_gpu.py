@@ -24,6 +24,7 @@ from benchmarks.bench_generate import (
     WORDS,
     Case,
     make_catalog,
+    name_ratios,
     share_equal,
 )
 from benchmarks.ceilings import ceiling
@@ -134,6 +135,7 @@ def bench_generate_gpu(benchmark, prepare, budget, provider, shape):
     record(
         benchmark, batch, operations=0, nbytes=levels * weights, ceiling=ceiling("cuda"), **facts
     )
+    name_ratios(benchmark.extra_info, provider, GPU_SEARCHES)
     if provider.startswith("plum full"):
         benchmark.extra_info["target_over"] = [PEER, 8]
 

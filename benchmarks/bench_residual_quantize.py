@@ -2,7 +2,7 @@
 
 plum's codes are asserted against the reference on every row before they are timed; of the peers,
 which promise less, the share of rows with equal codes is stated. A row costs 2 D ΣK operations,
-which at the rate of the best bf16 matrix product, or the bytes of the row at that of memory, is the
+which at the rate of the best matrix product, or the bytes of the row at that of memory, is the
 floor. ``--full`` for full size; on a machine that does other work, processor time of one thread:
 
 python -m pytest benchmarks/bench_residual_quantize.py -k 1-thread \

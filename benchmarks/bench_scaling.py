@@ -31,6 +31,7 @@ SEARCH_PROVIDERS = {
     "plum cpu": "ours:cpu",
     "torch addmm + argmin": "torch_search:addmm",
     "faiss ResidualQuantizer": "worker faiss_search:residual_quantizer",
+    "faiss ResidualQuantizer, tuned BLAS": "tuned faiss_search:residual_quantizer",
     "vector-quantize-pytorch": "vector_quantize:encode",
 }
 DECODE_BASE = {"SIDs": 1_000_000, "W": 64, "L": 3}

@@ -22,8 +22,11 @@ class Ceiling:
     bandwidth: float
 
     def seconds(self, operations: float, nbytes: float) -> float:
-        """The floor: no less time than its slower part, arithmetic in bf16 or memory, needs."""
-        return max(operations / self.bf16, nbytes / self.bandwidth)
+        """The floor: no less time than its slower part, arithmetic or memory, needs.
+
+        Arithmetic is at the better rate: bf16 is slower than fp32 where a CPU has no such units.
+        """
+        return max(operations / max(self.fp32, self.bf16), nbytes / self.bandwidth)
 
 
 _measured: dict[str, Ceiling] = {}

@@ -29,7 +29,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCTOR = "import json; from plum.doctor import diagnose; print(json.dumps(diagnose(), indent=2))"
+DOCTOR = (
+    "import sys; from plum.doctor import diagnose; from plum.files import write_json;"
+    " write_json(sys.argv[1], diagnose())"
+)
 # Small inputs and the tiles in use: random cases by the hundred take minutes in a sanitizer. Each
 # part runs by itself, side by side with the others.
 SANITIZED = {
@@ -142,7 +145,7 @@ def main() -> int:
     options = parser.parse_args()
     results = options.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * options.minutes
+    deadline, started = time.monotonic() + 60 * options.minutes, time.time()
     groups = plan(results, build=not options.no_build, cpu=options.cpu)
     logs = {"log.txt": "", "sanitizer.txt": ""}
     for group in groups:
@@ -152,13 +155,11 @@ def main() -> int:
             print(f"{step.name}: {step.status} in {step.took:.0f} s. {step.summary}", flush=True)
             if step.failed:
                 print(step.output[-4000:], flush=True)
-            if step.name == "doctor" and not step.failed:
-                (results / "doctor.json").write_text(step.output)
             file = "sanitizer.txt" if step.name.startswith(TOOLS) else "log.txt"
             logs[file] += f"##### {step.name}: {step.status}\n{step.output}\n"
     for name, text in logs.items():
         (results / name).write_text(text[-KEPT:])
-    write_tables(results)
+    write_tables(results, started)
     steps = [step for group in groups for step in group]
     facts = ("name", "status", "took", "summary")
     (results / "steps.json").write_text(
@@ -205,7 +206,7 @@ def plan(results: Path, *, build: bool, cpu: bool) -> list[list[Step]]:
     gpu_json, cpu_json = (f"--benchmark-json={results / name}.json" for name in ("gpu", "cpu"))
     return [
         [build_step],
-        [Step("doctor", [python, "-c", DOCTOR], 60)],
+        [Step("doctor", [python, "-c", DOCTOR, str(results / "doctor.json")], 60)],
         [
             Step("tests", [*tests, *workers, *tests_to_run()], math.inf, 0.45),
             Step("warm-up", [python, "-c", WARM_UP], math.inf, 0.45, skip=no_gpu),
@@ -243,10 +244,12 @@ def exit_code(groups: list[list[Step]]) -> int:
     return sum(any(step.failed for step in group) << i for i, group in enumerate(groups))
 
 
-def write_tables(results: Path) -> None:
+def write_tables(results: Path, since: float) -> None:
+    """Makes the tables of what was written since a time: an earlier run's files may lie there."""
     files = [results / name for name in ("gpu.json", "cpu.json")]
     # pytest-benchmark leaves an empty file behind when it is killed.
-    written = [str(file) for file in files if file.exists() and file.stat().st_size]
+    there = [file for file in files if file.exists() and file.stat().st_size]
+    written = [str(file) for file in there if file.stat().st_mtime >= since]
     report = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "report.py"), *written],
         capture_output=True,

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.bench_scaling import BASE, DECODE_AXES, DECODE_BASE, SEARCH_AXES
 from benchmarks.quality.recommendation import PUBLISHED
-from benchmarks.tables import RESULTS, ROOT, Source
+from benchmarks.tables import RESULTS, ROOT, TUNED, Source
 from plum.files import atomic_path, read_json
 
 FOLDER = ROOT / "docs" / "figures"
@@ -41,8 +41,11 @@ _COLORS = {"plum cpu": "#5e35b1", "STATIC": "#d81b60", "torch addmm + argmin": "
 
 
 def curves() -> dict[str, Curves]:
-    """Returns the curves of each plot, named by the op and the size that changes."""
-    found: dict[str, Curves] = {}
+    """Returns the curves of each plot, named by the op and the size that changes.
+
+    A peer that was measured with two settings of its BLAS is shown with the better one.
+    """
+    found: dict[str, dict[str, dict[int, float]]] = {}
     for op, axes in (("search_scaling", SEARCH_AXES), ("decode_scaling", DECODE_AXES)):
         source = Source(op)
         for axis, values in axes.items():
@@ -51,8 +54,12 @@ def curves() -> dict[str, Curves]:
                 name, _, value = shape.partition("=")
                 if name == axis and int(value) in values:
                     seconds = source.figures[provider, shape]["seconds"]
-                    plot.setdefault(provider, []).append((int(value), seconds))
-    return found
+                    points = plot.setdefault(provider.removesuffix(TUNED), {})
+                    points[int(value)] = min(seconds, points.get(int(value), seconds))
+    return {
+        name: {provider: list(points.items()) for provider, points in plot.items()}
+        for name, plot in found.items()
+    }
 
 
 def recalls() -> dict[str, dict[str, float]]:

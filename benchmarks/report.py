@@ -5,8 +5,8 @@ Usage: python benchmarks/report.py benchmarks/results/FILE.json ...
 A cell is the provider's rate and how many times as fast plum's fastest kernel is; behind it stands
 the ratio that is asked for, where there is one; where plum has several forms of an answer, the
 ratio to each that does the same work. plum's own cells give the share of the floor: the time that
-the operations would take at the rate of the best bf16 matrix product, or the bytes at that of
-memory, over the time taken. Ratios that are asked for over a set of shapes follow in a table of
+the operations would take at the rate of the best matrix product, or the bytes at that of memory,
+over the time taken. Ratios that are asked for over a set of shapes follow in a table of
 their own, as the geometric mean and the worst.
 """
 

@@ -127,7 +127,13 @@ class Worker:
 
 
 def processor_time() -> float:
-    """Processor seconds of this process and its workers: a timer for a busy machine."""
+    """Processor seconds of this process and its workers: a timer for a busy machine.
+
+    With more than one thread it is seconds: what threads spend together, in wait for each other
+    too, is not what a call takes.
+    """
+    if torch.get_num_threads() > 1:
+        return time.perf_counter()
     return time.process_time() + sum(worker.processor_time() for worker in _workers)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import plum
 from plum.errors import InvalidArgument, InvalidData, MissingDependency
-from plum.files import read_json
+from plum.files import read_json, write_text
 
 LEAST = 0.05
 STANDARD_ERRORS = 3.0
@@ -112,17 +112,18 @@ def run_suite(
 ) -> dict[str, Any]:
     """Runs the benchmarks for the CPU and returns what pytest-benchmark writes.
 
-    The processor time of this process and its workers is what is timed: other programs on the
-    machine then matter less.
+    With one thread the processor time of this process and its workers is what is timed: other
+    programs on the machine then matter less.
 
     Args:
-        output: Where the JSON file goes; nowhere by default.
+        output: Where the JSON file goes when the run has come to its end; nowhere by default.
         select: An expression of pytest's ``-k`` over the names of benchmarks.
         full: Full size instead of small.
 
     Raises:
         InvalidData: there is no suite, or it failed.
-        InvalidArgument: ``select`` selects nothing, or ``output`` is in no folder.
+        InvalidArgument: ``select`` is no expression or selects nothing, or ``output`` is in no
+            folder.
         MissingDependency: pytest-benchmark is not installed.
     """
     folder = suite_folder()
@@ -133,7 +134,7 @@ def run_suite(
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise InvalidArgument("output", "a file in a folder that exists", str(output))
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "bench.json" if output is None else output.absolute()
+        path = Path(scratch) / "bench.json"
         command = [
             *(sys.executable, "-m", "pytest", str(folder), "-m", "not gpu", "-q"),
             *("--benchmark-columns=min,rounds", f"--benchmark-json={path}"),
@@ -143,7 +144,10 @@ def run_suite(
         ]
         # The progress of the run goes where it does not mix with the table.
         ran = subprocess.run(command, cwd=folder.parent, stdout=sys.stderr, check=False)
-        if ran.returncode == 5:
+        # Pytest's statuses: 0 and 1 with the suite at its end, 4 for a usage error, 5 for no test.
+        if output is not None and ran.returncode in (0, 1) and path.exists():
+            write_text(output, path.read_text(encoding="utf-8"))
+        if ran.returncode == 5 or (select and ran.returncode == 4):
             raise InvalidArgument("select", "an expression that selects a benchmark", repr(select))
         if ran.returncode:
             raise InvalidData("benchmarks", "a suite that passes", f"exit status {ran.returncode}")
@@ -234,13 +238,15 @@ def _read(path: Path) -> dict[str, Any]:
     for number, bench in enumerate(results["benchmarks"]):
         try:
             stats = bench["stats"]
-            times = [float(stats[key]) for key in ("min", "median")]
-            fits = min(times) > 0 and float(stats["iqr"]) >= 0 and int(stats["rounds"]) >= 1
+            figures = [stats[key] for key in ("min", "median", "iqr", "rounds")]
+            fits = all(map(math.isfinite, figures)) and min(figures[:2]) > 0
+            fits &= figures[2] >= 0 and figures[3] >= 1
             fits &= isinstance(bench.get("fullname", bench["name"]), str)
-        except (KeyError, TypeError, ValueError) as error:
+            _is_peer(bench)
+        except (AttributeError, KeyError, TypeError) as error:
             got = f"{type(error).__name__}: {error} in benchmark {number}"
             raise InvalidData(path, expected, got) from None
-        if not (fits and all(map(math.isfinite, times))):
+        if not fits:
             raise InvalidData(path, expected, f"times that are no times in benchmark {number}")
     return results
 

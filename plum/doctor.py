@@ -13,7 +13,8 @@ import torch
 import plum
 import plum.ops
 from plum import _native
-from plum._library import OPS
+from plum._library import GPU_KERNELS, OPS
+from plum.errors import PlumError
 
 
 def diagnose() -> dict[str, Any]:
@@ -22,8 +23,14 @@ def diagnose() -> dict[str, Any]:
     Returns:
         ``facts`` (name to value), ``ops`` (``op``, ``backend``, ``missing``: why it cannot run
         here or None, ``automatic_on``: devices whose automatic choice it is) and ``warnings``.
+
+    Raises:
+        PlumError: a variable of the environment asks for what there is not.
     """
-    build = _native.build_info()
+    try:
+        build = _native.build_info()
+    except ValueError as error:
+        raise PlumError(f"PLUM_CPU_ISA: {error}") from None
     package = Path(plum.__file__).resolve().parent
     facts = {
         "plum": f"{plum.__version__} from {package}",
@@ -61,4 +68,6 @@ def diagnose() -> dict[str, Any]:
         )
     if os.environ.get("PLUM_CPU_ISA"):
         warnings.append(f"PLUM_CPU_ISA={os.environ['PLUM_CPU_ISA']} overrides the instruction set")
+    if os.environ.get(GPU_KERNELS):
+        warnings.append(f"{GPU_KERNELS}={os.environ[GPU_KERNELS]} overrides which GPU kernels run")
     return {"facts": facts, "ops": rows, "warnings": warnings}

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -119,11 +120,16 @@ def test_runs_that_do_not_fit_are_told(comparison, tmp_path):
         (tmp_path / "wrong.json").write_text(json.dumps(wrong))
         with pytest.raises(InvalidData, match=r"wrong\.json: expected a JSON file that plum bench"):
             compare(tmp_path / "before.json", tmp_path / "wrong.json")
-    for key, value in (("min", 0), ("median", float("nan")), ("rounds", 0), ("iqr", "much")):
+    for key, value in (
+        *(("min", 0), ("median", float("nan")), ("rounds", 0), ("iqr", "much")),
+        *(("min", "1.0"), ("iqr", "0.1"), ("iqr", float("inf")), ("rounds", float("inf"))),
+    ):
         broken = copy.deepcopy(bench)
         broken[0]["stats"][key] = value
         with pytest.raises(InvalidData, match="in benchmark 0"):
             comparison(bench, broken)
+    with pytest.raises(InvalidData, match="in benchmark 0"):
+        comparison(bench, [entry("plum cpu", 1.0) | {"params": "cpu"}])
     with pytest.raises(InvalidData, match="no such file"):
         compare(tmp_path / "before.json", tmp_path / "absent.json")
 
@@ -185,5 +191,21 @@ def test_errors_of_the_command_are_one_line(tmp_path):
             run_suite(output)
     wrong = cli("compare", tmp_path / "a.json", tmp_path / "b.json")
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "a.json" in wrong.stderr
-    nothing = cli("--select", "no_such_benchmark")
-    assert nothing.returncode == 1 and nothing.stderr.splitlines()[-1].startswith("error: select:")
+    for select in ("no_such_benchmark", "one and"):
+        nothing = cli("--select", select)
+        assert nothing.returncode == 1
+        assert nothing.stderr.splitlines()[-1].startswith("error: select:")
+
+
+def test_a_run_that_is_interrupted_leaves_the_results_of_before(tmp_path, monkeypatch):
+    def interrupted(command, **options):
+        (path,) = [part for part in command if part.startswith("--benchmark-json=")]
+        Path(path.partition("=")[2]).write_text('{"benchmarks": [')
+        raise KeyboardInterrupt
+
+    before = tmp_path / "before.json"
+    before.write_text("{}")
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(before)
+    assert before.read_text() == "{}" and list(tmp_path.iterdir()) == [before]

@@ -25,16 +25,14 @@ from benchmarks import (
     bench_trie,
     bench_trie_build,
     gpu_run,
-    plots,
     report,
     sweep_gpu,
-    tables,
     trie_catalogs,
 )
 from benchmarks.cases import embedding_like, make_case, share_equal
 from benchmarks.ceilings import Ceiling
 from benchmarks.peers import PeerAbsent, checkouts, generate_ours, ours, trie_gpu, trie_ours
-from benchmarks.worker import Worker, prepare_here
+from benchmarks.worker import Worker, prepare_here, processor_time
 from plum.ops.trie_walk import trie_walk
 from plum.trie import SidTrie
 
@@ -198,6 +196,7 @@ def test_shares_of_rows_and_of_the_floor():
     ceiling = Ceiling(fp32=10, bf16=100, bandwidth=50)
     assert ceiling.seconds(1000, 100) == 10
     assert ceiling.seconds(100, 1000) == 20
+    assert Ceiling(fp32=100, bf16=10, bandwidth=50).seconds(1000, 100) == 10
 
 
 def test_a_worker_answers_as_this_process_does_and_outlives_errors():
@@ -223,6 +222,20 @@ def test_a_worker_answers_as_this_process_does_and_outlives_errors():
 def _answer(job):
     job()
     return job.result()
+
+
+def test_only_one_thread_is_timed_by_processor_time():
+    def timed(threads):
+        torch.set_num_threads(threads)
+        start = processor_time()
+        time.sleep(0.2)
+        return processor_time() - start
+
+    before = torch.get_num_threads()
+    try:
+        assert timed(1) < 0.1 and timed(2) >= 0.2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_worker_has_the_blas_it_was_asked_for(monkeypatch):
@@ -335,6 +348,20 @@ def test_report_names_the_forms_of_plum_and_sums_up_over_sets():
     assert f"| plum cpu, half alive to plum cpu | {worst} | - |" in text
 
 
+def test_report_says_which_search_generate_is_held_against():
+    pytest.importorskip("transformers")
+    from benchmarks import bench_generate
+
+    benches = []
+    for provider, rate in ((bench_generate.PEER, 1.0), ("plum full", 4.0), ("plum valid", 8.0)):
+        benches.append(_bench(provider, rate))
+        bench_generate.name_ratios(benches[-1]["extra_info"], provider, bench_generate.SEARCHES)
+    text = report.report({"machine_info": {}, "benchmarks": benches})
+    ratios = f"**4{TIMES}** plum full, **8{TIMES}** plum valid"
+    assert f"| transformers generate | 1 /s, {ratios} |" in text
+    assert "| plum full | 4 /s, 50% of the floor |" in text and "| plum valid | 8 /s |" in text
+
+
 def _step(code, seconds=30.0, **options):
     return gpu_run.Step("step", [sys.executable, "-c", code], seconds, **options)
 
@@ -386,6 +413,21 @@ def test_the_plan_keeps_to_its_time_and_what_was_asked_for(tmp_path, monkeypatch
         assert (steps["CPU benchmarks"].skip is None) == cpu and steps["build"].skip
         assert f"--ignore={gpu_run.AHEAD_OF_TIME}" in steps["tests"].command
     assert (gpu_run.ROOT / gpu_run.AHEAD_OF_TIME).exists()
+    # Whatever else is said on the way, a warning of torch's for one.
+    doctor = steps["doctor"]
+    doctor.environment = {"PYTHONWARNINGS": "always", "PYTHONVERBOSE": "1"}
+    doctor.run(time.monotonic() + 60)
+    assert doctor.status == "passed" and doctor.output
+    assert "ops" in json.loads((tmp_path / "doctor.json").read_text())
+
+
+def test_tables_of_a_gpu_run_are_not_those_of_an_earlier_one(tmp_path):
+    results = {"machine_info": {"cpu": "a CPU"}, "benchmarks": [_bench("plum cpu", 3e6)]}
+    (tmp_path / "cpu.json").write_text(json.dumps(results))
+    written = (tmp_path / "cpu.json").stat().st_mtime
+    for since, there in ((written, True), (written + 1, False)):
+        gpu_run.write_tables(tmp_path, since)
+        assert ("plum cpu" in (tmp_path / "tables.md").read_text()) == there
 
 
 @pytest.mark.parametrize("kernel", list(sweep_gpu.SWEEPS))
@@ -526,53 +568,3 @@ def test_generation_is_timed_on_a_gpu_after_both_found_the_same(kind):
     other = SidTrie.from_codes(codes[:20], codebook_sizes=[10] * 3, token_offsets=[30, 40, 50])
     with pytest.raises(AssertionError):
         bench.check_equal(bench.Case(model.float(), other, tokens), prompts, 4)
-
-
-@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
-def test_tables_of_the_pages_are_in_step_with_the_results(page):
-    text = page.read_text(encoding="utf-8")
-    assert text == tables.filled(text), "run: python -m benchmarks.tables"
-    assert "<!-- figures: " in text
-
-
-def test_tables_follow_the_newest_results(tmp_path, monkeypatch):
-    before = tables.trie_decode()
-    newest = tables.ROOT / before[0].split("`")[1]
-    results = json.loads(newest.read_text())
-    for bench in results["benchmarks"]:
-        if bench["params"]["provider"] == "STATIC":
-            bench["extra_info"]["rows_per_second"] /= 2
-    for path in tables.RESULTS.glob("*.json"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "another-2099-01-01.json").write_text(json.dumps(results))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    after = tables.trie_decode()
-    assert "another-2099-01-01.json" in after[0]
-    first, second = (
-        float(lines[4].split("|")[2].split(tables._TIMES)[0]) for lines in (before, after)
-    )
-    assert second == pytest.approx(2 * first, rel=0.01)
-    with pytest.raises(KeyError):
-        tables.filled("<!-- figures: nothing -->\n<!-- end -->")
-    with pytest.raises(LookupError, match="no result of nothing"):
-        tables.Source("nothing")
-
-
-@pytest.mark.parametrize("name", plots.PLOTS)
-def test_plots_are_in_step_with_the_results(name, tmp_path):
-    pytest.importorskip("matplotlib").use("agg")
-    points, draw = plots.PLOTS[name]
-    digest = plots.digest(points())
-    assert digest in (plots.FOLDER / name).read_text(), "run: python -m benchmarks.plots"
-    draw(tmp_path / name)
-    assert digest in (tmp_path / name).read_text()
-
-
-def test_a_plot_follows_the_newest_results(tmp_path, monkeypatch):
-    before = plots.digest(plots.curves())
-    newest = tables.ROOT / tables.scaling()[0].split("`")[1]
-    results = json.loads(newest.read_text())
-    results["benchmarks"][0]["stats"]["min"] *= 1.5
-    (tmp_path / "scaling-2099-01-01.json").write_text(json.dumps(results))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert plots.digest(plots.curves()) != before

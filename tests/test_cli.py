@@ -47,6 +47,17 @@ def test_doctor_lists_every_op_with_its_backends():
     assert automatic == {"cpu"}
 
 
+def test_doctor_tells_what_the_environment_overrides(monkeypatch):
+    monkeypatch.setenv("PLUM_CPU_ISA", "generic")
+    monkeypatch.setenv("PLUM_GPU_KERNELS", "off")
+    first, second = json.loads(plum("doctor", "--json").stdout)["warnings"][-2:]
+    assert first.startswith("PLUM_CPU_ISA=generic") and second.startswith("PLUM_GPU_KERNELS=off")
+    monkeypatch.setenv("PLUM_CPU_ISA", "mmx")
+    wrong = plum("doctor")
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1
+    assert wrong.stderr.startswith("error: PLUM_CPU_ISA: ") and "got 'mmx'" in wrong.stderr
+
+
 def test_report_of_a_table(tmp_path):
     codes = np.array([[0, 1], [0, 1], [2, 0]], dtype=np.int32)
     SidTable(["a", "b", "c"], codes, (4, 2)).save(tmp_path / "table")

@@ -32,7 +32,7 @@ BELOW = {
     "pipeline": MIDDLE | {"config", "ops", "files", "errors"},
     "bench": {"files", "errors"},
     "bench_commands": {"bench"},
-    "doctor": {"ops", "_library", "_native"},
+    "doctor": {"ops", "_library", "_native", "errors"},
     "cli": MIDDLE
     | {
         "bench_commands",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from benchmarks.quality.recommendation_inputs import (
     load_inputs,
     unique_sids,
 )
-from plum.files import read_json
+from plum.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,20 @@ def test_a_run_writes_its_results_and_is_not_repeated(folder, tmp_path, monkeypa
     assert run(folder, tmp_path, monkeypatch, *more) == 0
     assert capfd.readouterr().out == ""
     assert read_json(tmp_path / "recommendation.json") == result
+    # Of another preset a job of the same name has other settings.
+    other = {"runs": [run | {"preset": "gpu"} for run in result["runs"]]}
+    write_json(tmp_path / "recommendation.json", other)
+    assert run(folder, tmp_path, monkeypatch, *more) == 0
+    (added,) = read_json(tmp_path / "recommendation.json")["runs"][len(other["runs"]) :]
+    assert (added["model"], added["preset"]) == ("generator", "smoke")
+    assert added["versions"]["torch"] == version("torch")
+
+
+def test_preparing_without_data_is_refused_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recommendation", "prepare"])
+    with pytest.raises(SystemExit):
+        recommendation.main()
+    assert "error: prepare needs --data" in capsys.readouterr().err
 
 
 def test_a_job_that_is_short_of_time_reports_what_it_has(folder):
@@ -132,7 +147,13 @@ def test_the_recall_of_the_ablation_goes_on_where_it_was(folder, tmp_path, monke
     assert f"{shared['metrics_unseen']['recall@10']:.4f}" in page and "14.4%" in page
     sid_v2_recall.main()
     assert made == ["SID-v2", "SID-v1"]
-    assert read_json(tmp_path / "sid_v2_recall.json") == result
+    path = tmp_path / "sid_v2_recall.json"
+    assert read_json(path) == result
+    # Another process adds a run while one is made.
+    write_json(path, result | {"runs": [shared]})
+    monkeypatch.setattr(sid_v2_recall, "run_job", lambda *_: write_json(path, result) or unique)
+    sid_v2_recall.main()
+    assert [run["variant"] for run in read_json(path)["runs"]] == ["SID-v2", "SID-v1", "SID-v1"]
 
 
 def test_sids_are_unique():

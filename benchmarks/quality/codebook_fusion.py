@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.codebook_catalogs import arguments, beauty, text_embeddings
-from benchmarks.quality.results import table
+from benchmarks.quality.results import runs_in, table
 from benchmarks.quality.sid_v2_ablation import prefix_lift
 from plum.data import Sequences, behavior_vectors, co_occurring_pairs, sequences_of
 from plum.files import read_json, write_json
@@ -122,8 +122,9 @@ def main() -> None:
         for variant in VARIANTS:
             if (variant, seed) in known:
                 continue
-            result["runs"].append(run(variant, seed, vectors, torch.from_numpy(present), sequences))
-            print(f"\r{result['runs'][-1]}", flush=True)
+            found = run(variant, seed, vectors, torch.from_numpy(present), sequences)
+            result["runs"] = [*runs_in(path), found]
+            print(f"\r{found}", flush=True)
             write_json(path, result)
     print(render(result))
 

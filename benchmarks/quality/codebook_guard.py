@@ -24,6 +24,7 @@ from benchmarks.quality.codebook_catalogs import (
     poster_features,
     text_embeddings,
 )
+from benchmarks.quality.results import runs_in
 from plum.files import read_json, write_json
 from plum.quantize import RQVAE, fit_tokenizer
 
@@ -72,7 +73,7 @@ def main() -> None:
             run |= {"unique_sid_ratio": len(codes.unique(dim=0)) / len(codes)}
             run |= {"seconds": round(time.perf_counter() - start)}
             print(run, flush=True)
-            result["runs"].append(run)
+            result["runs"] = [*runs_in(path), run]
             write_json(path, result)
     print(render(result))
 

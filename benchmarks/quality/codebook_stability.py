@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.quality.codebook_catalogs import arguments, text_embeddings
 from benchmarks.quality.codebook_usage import DEFINITIONS, measure
+from benchmarks.quality.results import runs_in
 from plum.files import read_json, write_json
 from plum.quantize import RQVAE, fit_tokenizer
 
@@ -56,7 +57,7 @@ def main() -> None:
             # The last state, not the best one: it shows where a run without a choice ends.
             run |= measure(model, embeddings) | {"usage": curve[-1], "curve": curve}
             print(run, flush=True)
-            result["runs"].append(run)
+            result["runs"] = [*runs_in(path), run]
             result["runs"].sort(key=lambda run: tuple(run[name] for name in KEY))
             write_json(path, result)
     print(render(result))

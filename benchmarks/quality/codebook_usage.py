@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.quality.codebook_catalogs import arguments, text_embeddings
+from benchmarks.quality.results import runs_in
 from plum.files import read_json, write_json
 from plum.quantize import RQVAE, balanced_codes, fit_tokenizer
 
@@ -119,7 +120,7 @@ def main() -> None:
                 "threads": torch.get_num_threads(),
             }
             print(f"\r{run}", flush=True)
-            result["runs"].append(run)
+            result["runs"] = [*runs_in(path), run]
             result["runs"].sort(key=lambda run: (run["table"], run["epochs"], run["seed"]))
             write_json(path, result)
     print(render(result))

@@ -42,7 +42,7 @@ PUBLISHED = {
     "TinyBERT, 128-d, enriched": (0.8124, 0.8310),
     "all-MiniLM-L6-v2, 384-d": (0.3658, 0.3412),
 }
-FIGURE = "encoder_similarity.svg"
+FIGURE = "figures/encoder_similarity.svg"
 
 
 def run(data: Path, cache: Path) -> dict[str, Any]:

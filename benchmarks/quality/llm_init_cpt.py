@@ -197,10 +197,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         found = run_cell(init, cpt, options, inputs, items, text)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         settings = PRESETS[options.preset]
-        result["runs"].append(
-            cell | {"settings": settings, "threads": torch.get_num_threads(), "device": device}
-            | {"general_text": "given" if options.text else "written by the base"} | found
-        )  # fmt: skip
+        facts = {"settings": settings, "threads": torch.get_num_threads(), "device": device}
+        facts |= {"general_text": "given" if options.text else "written by the base"}
+        result["runs"] = [*results.runs_in(path), cell | facts | found]
         results.save_result(NAME, result)
         print(init, cpt, {k: round(found["metrics"][k], 4) for k in ("recall@10", "ndcg@10")})
     return result

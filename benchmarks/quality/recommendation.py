@@ -5,10 +5,11 @@ Usage: python -m benchmarks.quality.recommendation prepare --data DIR --inputs D
 
 ``prepare`` needs the data sets and no GPU; ``run`` needs what it wrote and, with the preset gpu, a
 GPU. Jobs run side by side in processes of their own, the most important first; each result is
-written as soon as it is there, and jobs of an earlier run are not repeated. With ``--minutes`` a
-job that is short of time trains fewer epochs, and its learning rate still comes to its end. Weights
-are chosen on validation; the test set is looked at once, after that. Every model is scored twice:
-over the whole catalog, and without the items that the user has had, as most published figures are.
+written as soon as it is there, and jobs of an earlier run of the preset are not repeated. With
+``--minutes`` a job that is short of time trains fewer epochs, and its learning rate still comes to
+its end. Weights are chosen on validation; the test set is looked at once, after that. Every model
+is scored twice: over the whole catalog, and without the items that the user has had, as most
+published figures are.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ from benchmarks.quality.recommendation_inputs import (
     load_inputs,
     prepare,
 )
-from benchmarks.quality.results import RESULTS, filled, table, versions
+from benchmarks.quality.results import RESULTS, filled, runs_in, table, versions
 from plum.files import read_json, write_json
 
 NAME = "recommendation"
 # Names of the metrics with nothing left out, and without the items of the history.
 METRICS = {"metrics": False, "metrics_unseen": True}
+# The baselines without training.
+SIMPLE = ("popularity", "item_knn")
 # Validation users at most; all are used at the test.
 VALIDATION_USERS = 6040
 
@@ -199,8 +202,7 @@ def tiger_jobs(
 
 
 def simple_jobs() -> list[Job]:
-    models = ("popularity", "item_knn")
-    return [Job(dataset, model) for dataset in ("ml-1m", "beauty") for model in models]
+    return [Job(dataset, model) for dataset in ("ml-1m", "beauty") for model in SIMPLE]
 
 
 def smoke_jobs() -> list[Job]:
@@ -222,7 +224,7 @@ def run_job(
     job: Job, inputs: Inputs, seconds: float | None, *, graphs: bool = True
 ) -> dict[str, Any]:
     """Trains and tests one model; prints a line per validation."""
-    if job.model in ("popularity", "item_knn"):
+    if job.model in SIMPLE:
         return _run_simple(job, inputs)
     if job.model in ("flat", "tiger"):
         return run_flat(job, inputs, seconds)
@@ -339,7 +341,12 @@ class Runner:
         self.deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
         self.lock = threading.Lock()
         self.result = read_json(self.path) if self.path.exists() else {"runs": []}
-        done = {run["key"] for run in self.result["runs"]}
+        # A preset's own jobs, and what has no settings that a preset could change.
+        done = {
+            run["key"]
+            for run in self.result["runs"]
+            if run["preset"] == options.preset or run["model"] in SIMPLE
+        }
         self.waiting = [
             (index, job, True)
             for index, job in enumerate(PRESETS[options.preset]())
@@ -391,10 +398,10 @@ class Runner:
                         self.failed += 1
                 continue
             run = {"key": job.key, **asdict(job), "preset": self.options.preset, **found}
-            run["seconds"] = round(time.monotonic() - start, 1)
+            run |= {"seconds": round(time.monotonic() - start, 1), "versions": versions()}
             with self.lock:
-                self.result["runs"].append(run)
-                write_json(self.path, {"versions": versions(), **self.result})
+                self.result["runs"] = [*runs_in(self.path), run]
+                write_json(self.path, self.result)
             shown = {
                 name: [round(run[kind][name], 4) for kind in METRICS]
                 for name in ("recall@10", "ndcg@10")
@@ -522,6 +529,8 @@ def main() -> int:
     parser.add_argument("--until", type=float, help="when one job must be done, in Unix time")
     options = parser.parse_args()
     if options.command == "prepare":
+        if options.data is None:
+            parser.error("prepare needs --data, the folder of the data sets")
         prepare(options.data, options.inputs, options.cache)
         return 0
     if options.command == "run":

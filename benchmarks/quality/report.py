@@ -31,8 +31,8 @@ In all tables:
 - Figures by level begin with level 0, the coarsest; *by length* with prefixes of one code. *First
   level* is the number of codes at level 0.
 - *Unique* is the number of distinct SIDs over that of items.
-- Files with `versions` say which Python, torch and plum wrote them. None names a commit; where a
-  row is of older code, its section says so.
+- `versions` says which Python, torch and plum wrote a run, or, where a file has it once, one of its
+  runs. No file names a commit; where a row is of older code, its section says so.
 """
 
 

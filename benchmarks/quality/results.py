@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import plum
-from plum.files import write_text
+from plum.files import read_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
@@ -24,6 +24,11 @@ def save_result(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     write_text(path, text)
     return path
+
+
+def runs_in(path: Path) -> list[dict[str, Any]]:
+    """Returns the runs of a file, for one more: another process may have added some meanwhile."""
+    return read_json(path)["runs"] if path.exists() else []
 
 
 def load_result(name: str) -> dict[str, Any]:

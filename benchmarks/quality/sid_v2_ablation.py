@@ -28,6 +28,7 @@ from benchmarks.quality.codebook_catalogs import (
     poster_features,
     text_embeddings,
 )
+from benchmarks.quality.results import runs_in
 from plum.data import Sequences, co_occurring_pairs, filter_interactions, sequences_of
 from plum.files import read_json, write_json
 from plum.quantize import RQVAE, fit_tokenizer, multi_resolution_sizes
@@ -178,7 +179,7 @@ def main() -> None:
             "seconds": round(time.perf_counter() - start),
         }
         print(run, flush=True)
-        result["runs"].append(run)
+        result["runs"] = [*runs_in(path), run]
         write_json(path, result)
     print(render(result))
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.quality.recommendation import METRICS, Job, run_job
 from benchmarks.quality.recommendation_inputs import Inputs
-from benchmarks.quality.results import filled, table
+from benchmarks.quality.results import filled, runs_in, table
 from benchmarks.quality.sid_v2_ablation import (
     KEY,
     PUBLISHED,
@@ -63,7 +63,7 @@ def main() -> None:
             **{kind: found[kind] for kind in METRICS},
             **{name: found[name] for name in KEPT + SPENT},
         }
-        result["runs"].append(run)
+        result["runs"] = [*runs_in(path), run]
         write_json(path, result)
     print(render(result))
 
