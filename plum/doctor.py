@@ -14,7 +14,6 @@ import plum
 import plum.ops
 from plum import _native
 from plum._library import GPU_KERNELS, OPS
-from plum.errors import PlumError
 
 
 def diagnose() -> dict[str, Any]:
@@ -25,12 +24,9 @@ def diagnose() -> dict[str, Any]:
         here or None, ``automatic_on``: devices whose automatic choice it is) and ``warnings``.
 
     Raises:
-        PlumError: a variable of the environment asks for what there is not.
+        InvalidConfig: PLUM_CPU_ISA asks for what there is not.
     """
-    try:
-        build = _native.build_info()
-    except ValueError as error:
-        raise PlumError(f"PLUM_CPU_ISA: {error}") from None
+    build = _native.build_info()
     package = Path(plum.__file__).resolve().parent
     facts = {
         "plum": f"{plum.__version__} from {package}",

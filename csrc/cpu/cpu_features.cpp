@@ -73,14 +73,14 @@ bool supported(Isa isa) {
 #endif
 }
 
-Isa by_name(const std::string& name) {
+Isa by_name(const std::string& name, const char* what) {
   std::string available;
   for (int i = 0; i < kNumIsas; ++i) {
     if (!supported(static_cast<Isa>(i))) continue;
     if (name == kNames[i]) return static_cast<Isa>(i);
     available += available.empty() ? kNames[i] : std::string(", ") + kNames[i];
   }
-  throw std::invalid_argument("CPU instruction set: expected one of " + available + ", got '" +
+  throw std::invalid_argument(std::string(what) + ": expected one of " + available + ", got '" +
                               name + "'");
 }
 
@@ -95,7 +95,8 @@ bool worthwhile(Isa isa) {
 }
 
 Isa initial() {
-  if (const char* name = std::getenv("PLUM_CPU_ISA")) return by_name(name);
+  const char* name = std::getenv("PLUM_CPU_ISA");
+  if (name != nullptr && *name != 0) return by_name(name, "PLUM_CPU_ISA");
   Isa best = Isa::kGeneric;
   for (int i = 1; i < kNumIsas; ++i) {
     if (supported(static_cast<Isa>(i)) && worthwhile(static_cast<Isa>(i))) {
@@ -125,6 +126,6 @@ Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
 std::string active_isa_name() { return kNames[static_cast<int>(active_isa())]; }
 
-void set_isa(const std::string& name) { active().store(by_name(name)); }
+void set_isa(const std::string& name) { active().store(by_name(name, "CPU instruction set")); }
 
 }  // namespace plum::cpu

@@ -254,7 +254,7 @@ def _beams_kernel(
         deny = (p_dead, dead_begin, dead_end)
         p_node_codes = p_codes + codes_at + first
         node = (level, low, first, last, p_node_codes, starts_at)
-        task = (row, trie, filter, deny, node, k, room)
+        task = (row, trie, filter, deny, node, tl.minimum(k, room), room)
         out = (p_keys, p_items, spread, p_node_codes, first)
         # Most nodes are narrow, and then most lanes of a wide block do nothing.
         count = last - first

@@ -244,6 +244,8 @@ def keep(
             b_place += tl.where(m_near, 0, reach)
         else:
             b_place = kept + _places(m_new & ~m_new, m_new, LANES)
+        # Children of a state that is no node may be equal, and then more than there is room for.
+        m_new &= b_place < room
         o_new = slot_of(b_place, spread)
         tl.store(p_keys + o_new, b_key, mask=m_new)
         if SLOTS:
@@ -254,4 +256,4 @@ def keep(
     if OLD > 1:
         # What one thread wrote, others read.
         tl.debug_barrier()
-    return kept + found, least, near
+    return tl.minimum(kept + found, room), least, near

@@ -248,6 +248,21 @@ def test_a_whole_search_gives_every_sid_once():
     assert all(bool(keep[row]) and row not in (0, 3, 7) for row in rows)
 
 
+@pytest.mark.parametrize(("rows", "k"), [(500, 20), (500, 3), (40, 8)])
+def test_states_that_are_no_nodes_of_the_level_write_nothing_beyond_the_lists(rows, k):
+    # A code comes many times below a root, if that is taken for a node of the last level.
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(8, (rows, 2), generator=generator)
+    trie = SidTrie.from_codes(codes, codebook_sizes=[8, 8]).to(DEVICE)
+    states = trie.root_states(2).view(2, 1, 2)
+    logits, scores = torch.zeros(2, 1, 8, device=DEVICE), torch.zeros(2, 1, device=DEVICE)
+    logits[..., 5] = 3.0
+    step = trie_beam_step(logits, scores, states, trie, 1, k=k, backend="triton")
+    expected = torch.log_softmax(logits, dim=-1)[:, 0, 5]
+    torch.testing.assert_close(step.scores[:, 0], expected, rtol=0, atol=TOLERANCE)
+    assert (step.tokens[:, 0] == 5).all()
+
+
 def test_rows_behind_2_to_the_31():
     trie = SidTrie.from_codes([[0], [2]], codebook_sizes=[3]).to(DEVICE)
     step = (1 << 31) + 5

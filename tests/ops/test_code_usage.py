@@ -156,5 +156,5 @@ def test_unknown_instruction_set_in_the_environment_is_an_error():
         capture_output=True,
         text=True,
     )
-    message = "plum.errors.InvalidConfig: CPU instruction set: expected one of generic"
+    message = "plum.errors.InvalidConfig: PLUM_CPU_ISA: expected one of generic"
     assert result.returncode != 0 and message in result.stderr
