@@ -47,7 +47,8 @@ def prepare_deny(
 ) -> Callable[[], SidDeny]:
     """What a search does once with its denied rows ``[B, D]``."""
     require("trie_deny", backend)
-    return lambda: SidDeny(filter, trie_deny(rows, trie, filter, backend=backend))
+    table = trie.index.table
+    return lambda: SidDeny(table, filter, trie_deny(rows, trie, filter, backend=backend))
 
 
 def decode(

@@ -469,8 +469,9 @@ class _Limits(NamedTuple):
 
     def of(self, tensors: Sequence[Tensor]) -> _Limits:
         """Returns limits of the same kind that consist of other tensors."""
-        filter = None if self.filter is None else SidFilter(self.filter.rows, *tensors[:3])
-        return _Limits(filter, None if self.deny is None else SidDeny(filter, tensors[-1]))
+        filter = None if self.filter is None else SidFilter(self.filter.table, *tensors[:3])
+        deny = None if self.deny is None else SidDeny(self.deny.table, filter, tensors[-1])
+        return _Limits(filter, deny)
 
 
 class _ItemLimits:

@@ -242,6 +242,13 @@ def check_device(name: str, tensor: Tensor, trie: SidTrie) -> None:
         )
 
 
+def check_same_trie(name: str, table: Tensor, trie: SidTrie) -> None:
+    """Raises InvalidArgument unless ``table`` is that of the trie, or of one laid out like it."""
+    if table is not trie.index.table and not torch.equal(table, trie.index.table):
+        got = f"that of another, of {int(table[0, ROWS])} SIDs"
+        raise InvalidArgument(name, f"one that this trie of {trie.num_sids} SIDs made", got)
+
+
 def first_columns(trie: SidTrie, level: int | Tensor, width: int) -> list[int]:
     """Returns the column of code 0 of each level in logits of the given width.
 

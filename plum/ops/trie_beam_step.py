@@ -18,6 +18,7 @@ from plum.ops._trie_index import (
     check_device,
     check_level,
     check_logits,
+    check_same_trie,
     check_states,
     children,
     fill_by_level,
@@ -157,6 +158,7 @@ def limit_tensors(
         return tensors, None
     if isinstance(deny, Tensor):
         deny = trie.deny(deny, filter)
+    check_same_trie("deny", deny.table, trie)
     if deny.filter is not filter:
         expected = "a deny list prepared with the filter of the step"
         raise InvalidArgument("deny", expected, "another", "trie.deny(rows, filter)")

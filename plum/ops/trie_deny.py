@@ -11,7 +11,13 @@ from torch import Tensor
 from plum import _native
 from plum._library import Backend, Op
 from plum.errors import InvalidArgument
-from plum.ops._trie_index import TrieIndex, check_device, child_states, unpacked
+from plum.ops._trie_index import (
+    TrieIndex,
+    check_device,
+    check_same_trie,
+    child_states,
+    unpacked,
+)
 
 if TYPE_CHECKING:
     from plum.trie import SidFilter, SidTrie
@@ -58,9 +64,7 @@ def filter_tensors(filter: SidFilter | None, trie: SidTrie) -> list[Tensor]:
     """
     if filter is None:
         return []
-    if filter.rows != trie.num_sids or filter.masks.shape != trie.index.masks.shape:
-        expected = f"a filter made by this trie of {trie.num_sids} SIDs"
-        raise InvalidArgument("filter", expected, f"one of {filter.rows}")
+    check_same_trie("filter", filter.table, trie)
     check_device("filter", filter.bits, trie)
     return [filter.bits, filter.ranks, filter.masks]
 

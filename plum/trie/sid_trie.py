@@ -333,7 +333,7 @@ class SidTrie:
             InvalidArgument: the dtype, shape or device does not fit, or the filter is another
                 trie's.
         """
-        return SidDeny(filter, trie_deny(rows, self, filter))
+        return SidDeny(self.index.table, filter, trie_deny(rows, self, filter))
 
     def insert(self, codes: Any, item_ids: Any) -> SidTrie:
         """Adds items in place; the rows are renumbered, so states and filters of before are void.

@@ -116,8 +116,24 @@ def test_refuses_what_does_not_fit():
     for rows in (torch.zeros(2, dtype=torch.int64), torch.zeros(1, 2), torch.zeros(1, 2).int()):
         with pytest.raises(InvalidArgument, match=r"deny: expected an int64 tensor \[B, D\]"):
             trie.deny(rows)
-    with pytest.raises(InvalidArgument, match="filter: expected a filter made by this trie of 2"):
+    with pytest.raises(InvalidArgument, match="filter: expected one that this trie of 2 SIDs made"):
         trie.deny(torch.tensor([[0]]), other.filter(torch.ones(3, dtype=torch.bool)))
+
+
+def test_filters_and_deny_lists_of_another_trie_of_the_same_size_are_refused(tmp_path):
+    trie = SidTrie.from_codes([[0, 1], [1, 0], [1, 1]], codebook_sizes=(2, 2))
+    other = SidTrie.from_codes([[0, 1], [2, 0], [1, 1]], codebook_sizes=(3, 2))
+    args = torch.zeros(1, 1, 2), torch.zeros(1, 1), trie.root_states(1), trie, 0
+    keep, rows = torch.tensor([True, False, True]), torch.tensor([[1]])
+    for name, made in (("filter", other.filter(keep)), ("deny", other.deny(rows))):
+        message = f"{name}: expected one that this trie of 3 SIDs made, got that of another, of 3"
+        with pytest.raises(InvalidArgument, match=message):
+            trie_beam_step(*args, k=2, **{name: made})
+    # The same trie from a file is no other.
+    trie.save(tmp_path / "t.safetensors")
+    again = SidTrie.load(tmp_path / "t.safetensors")
+    step = trie_beam_step(*args, k=2, filter=again.filter(keep))
+    assert all(map(torch.equal, step, trie_beam_step(*args, k=2, filter=trie.filter(keep))))
 
 
 def test_opcheck_and_compile():
