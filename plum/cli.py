@@ -86,7 +86,8 @@ def main() -> None:
         else:
             raise
     if code == _INTERRUPTED:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        goes_on = "" if sys.argv[1:2] == ["bench"] else "; the same command goes on from here"
+        print(f"interrupted{goes_on}", file=sys.stderr)
     raise SystemExit(code or 0)
 
 

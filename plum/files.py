@@ -26,14 +26,18 @@ except ImportError:  # Windows
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; on success it is synced and renamed over it.
 
-    If the body raises, ``path`` keeps what it held before and the temporary file is removed.
+    If the body raises, ``path`` keeps what it held before and the temporary file is removed. Others
+    may read the file as far as the umask says, whatever the writer thinks of that.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last because some writers choose the format by it.
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        os.chmod(temporary, mode)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -56,7 +60,11 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        # As `atomic_path`: safetensors, for one, writes files that only their owner may read.
+        mode = temporary.stat().st_mode & 0o666
         for file in [*temporary.rglob("*"), temporary]:
+            if file.is_file():
+                os.chmod(file, mode)
             _sync(file)
         _take_place(temporary, path, replace)
         _sync(path.parent)

@@ -215,6 +215,9 @@ def test_an_interrupt_says_how_to_go_on(kind, monkeypatch, capsys):
     monkeypatch.setattr("plum.doctor.diagnose", interrupt)
     assert run_here(monkeypatch, "doctor") == 130
     assert capsys.readouterr().err.strip() == "interrupted; the same command goes on from here"
+    monkeypatch.setattr("plum.bench.compare", lambda *arguments, **options: interrupt())
+    assert run_here(monkeypatch, "bench", "compare", "a.json", "b.json") == 130
+    assert capsys.readouterr().err.strip() == "interrupted"
 
 
 def test_a_run_keeps_its_data_under_a_preset_or_a_file(tmp_path, monkeypatch):

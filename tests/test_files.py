@@ -10,6 +10,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from plum.errors import InvalidData
 from plum.files import (
@@ -33,6 +35,22 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         raise RuntimeError
     assert read_json(path) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "file.safetensors") as temporary:
+            save_file({"x": torch.ones(1)}, temporary)
+        with atomic_folder(tmp_path / "folder") as temporary:
+            save_file({"x": torch.ones(1)}, temporary / "model.safetensors")
+            (temporary / "sub").mkdir()
+            write_json(temporary / "sub" / "x.json", 1)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {modes.pop("folder"), modes.pop("sub")} == {0o750}
+    assert modes == {"file.safetensors": 0o640, "model.safetensors": 0o640, "x.json": 0o640}
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 100_000, b"9" * 10_000])

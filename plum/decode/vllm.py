@@ -33,8 +33,8 @@ class SidProcessor(v1.LogitsProcessor, v2.LogitsProcessor):
 
     - ``trie``: The file of a :class:`~plum.trie.SidTrie` with ``token_offsets``.
     - ``end_token_id``: What is left to a row whose codes are in no SID, and after a whole SID.
-    - ``begin_token_id``: A SID follows this token, other text is left as it is. Without it a SID
-      follows every prompt, also one that ends in the SIDs of a history.
+    - ``begin_token_id``: A SID follows this token, and text that does not end in a code is left as
+      it is. Without it a SID follows every prompt, also one that ends in the SIDs of a history.
 
     A row that ends in the first l codes of a SID is at level l. vLLM ranks beams by
     log-probabilities of the unmasked logits unless ``logprobs_mode`` is ``"processed_logprobs"``;

@@ -94,12 +94,22 @@ def trie_mask_(
         raise InvalidArgument(
             "logits", "a tensor without gradient", "one with it", "call it under torch.no_grad()"
         )
-    shape, strides = logits.shape, logits.stride()
-    if 0 in strides and any(n > 1 and not s for n, s in zip(shape, strides, strict=True)):
+    if not logits.is_contiguous() and _overlaps(logits):
         got = f"strides {list(logits.stride())} of shape {list(logits.shape)}"
         raise InvalidArgument("logits", "rows with memory of their own", got, "clone it")
     _op(logits, states, list(trie.index), every, each, columns, backend=backend)
     return logits
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Says whether elements may share memory: a stride does not reach over those below it."""
+    sizes = zip(tensor.stride(), tensor.shape, strict=True)
+    reach = 1
+    for stride, size in sorted((stride, size) for stride, size in sizes if size > 1):
+        if stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _check(

@@ -80,11 +80,6 @@ class ItemIds(ABC):
         """Returns one id as a Python value."""
         return self.span(row, row + 1)[0]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return sum(array.nbytes for array in self.arrays().values())
-
     def joined(self, other: ItemIds) -> ItemIds:
         """Returns these ids followed by others.
 

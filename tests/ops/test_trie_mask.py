@@ -146,9 +146,12 @@ def test_many_rows_on_several_threads():
 
 def test_one_memory_for_several_rows_is_refused():
     trie = SidTrie.from_codes([[0], [2]], codebook_sizes=[3])
-    shared = torch.zeros(1, 3).expand(2, 3)
-    with pytest.raises(InvalidArgument, match="logits: expected rows with memory of their own"):
-        trie_mask_(shared, trie.root_states(2)[:, 0], trie, 0)
+    states = trie.root_states(2)[:, 0]
+    for shared in (torch.zeros(1, 3).expand(2, 3), torch.zeros(5).as_strided((2, 3), (2, 1))):
+        with pytest.raises(InvalidArgument, match="logits: expected rows with memory of their own"):
+            trie_mask_(shared, states, trie, 0)
+    apart = torch.zeros(7).as_strided((2, 3), (4, 1))
+    assert (trie_mask_(apart, states, trie, 0) == 0).tolist() == [[True, False, True]] * 2
 
 
 def test_refuses_what_does_not_fit():
