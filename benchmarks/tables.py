@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, geometric_mean, median
 from typing import Any
@@ -70,6 +71,7 @@ class Source:
                 if device == "gpu":
                     where = f"one {facts['gpu']}"
                 self.ceilings = results["ceilings"]
+                self.file = path.name
                 self.place = f"`benchmarks/results/{path.name}`: {where}, torch {facts['torch']}"
                 return
         raise LookupError(f"no result of {op} at size {size} in {RESULTS}")
@@ -115,17 +117,47 @@ def _recall(runs: Sequence[dict[str, Any]]) -> str:
     return " / ".join(f"{fmean(run[kind]['recall@10'] for run in runs):.3f}" for kind in kinds)
 
 
-def residual_quantize() -> list[str]:
+def summary() -> list[str]:
+    """How many times as fast as the best known peer of each kind, on two CPUs."""
+    isas = {"AMX": "amx_bf16", "AVX-512 with VNNI": "avx512_vnni"}
+    search, kmeans, step = (
+        {isa: Source(op, isa=isa) for isa in isas.values()}
+        for op in ("residual_quantize", "kmeans", "training_step")
+    )
+    torch, vector = ("torch addmm + argmin",), ("vector-quantize-pytorch",)
+    decode, generate = Source("trie_decode"), Source("generate")
+
+    def on_both(
+        sources: dict[str, Source], ours: str, peers: Sequence[str], shape: str
+    ) -> list[str]:
+        return [_over(sources[isa], (ours,), peers, shape) for isa in isas.values()]
+
+    shape = "D=384 3x256"
+    rows = [
+        [f"search of {_shapes([shape])[0]}: torch's `addmm` + `argmin`",
+         *on_both(search, "plum cpu", torch, shape)],
+        ["the same: vector-quantize-pytorch", *on_both(search, "plum cpu", vector, shape)],
+        ["a training step of it: vector-quantize-pytorch's `ResidualVQ`",
+         *on_both(step, "plum ResidualVQ", vector, shape)],
+        ["k-means, 2,048 clusters: faiss",
+         *on_both(kmeans, "plum KMeans", ("faiss Kmeans",), "D=384 K=2048")],
+        [f"a constrained decode, 8 {_TIMES} 64 beams: STATIC", "",
+         _over_catalogs(decode, "plum cpu", "8x64")],
+        ["a whole search, GPT-2-small shape: transformers' `generate`", "",
+         _over(generate, ("plum full",), ("transformers generate",), "256 tokens, W=32, L=3")],
+    ]  # fmt: skip
+    files = [*search.values(), decode, generate]
+    names = ", ".join(dict.fromkeys(f"`{each.file}`" for each in files))
+    return [
+        f"From `benchmarks/results/`: {names}.",
+        "",
+        *_table("times as fast as", tuple(isas), rows),
+    ]
+
+
+def residual_quantize(isa: str = "amx_bf16") -> list[str]:
     """Rates of plum, and how many times as fast it is as each peer."""
-    return _search(Source("residual_quantize", isa="amx_bf16"))
-
-
-def residual_quantize_int16() -> list[str]:
-    """The same on a CPU without bf16."""
-    return _search(Source("residual_quantize", isa="avx512_vnni"))
-
-
-def _search(source: Source) -> list[str]:
+    source = Source("residual_quantize", isa=isa)
     shapes = ("D=384 3x256", "D=384 2048+1024+512", "D=384 3x64", "D=32 3x256")
     peers = {
         "torch `addmm` + `argmin`, in chunks": ("torch addmm + argmin",),
@@ -145,8 +177,11 @@ def _search(source: Source) -> list[str]:
         [label, *(_over(source, ("plum cpu",), names, shape) for shape in shapes)]
         for label, names in peers.items()
     ]
-    over = [_over(source, ("plum cpu fp32",), ("torch addmm + argmin",), s) for s in shapes]
-    rows.append(["the search in fp32: over torch", *over])
+    for kind in ("int16", "fp32"):
+        ours, peer = (f"plum cpu {kind}",), ("torch addmm + argmin",)
+        if source.get(*ours, shapes[0]) is not None:
+            row = [_over(source, ours, peer, shape) for shape in shapes]
+            rows.append([f"the search in {kind}: over torch", *row])
     best, share = source.ceilings["1 thread(s)"]["fp32"], []
     for shape in shapes:
         rate = source.get("plum cpu fp32", shape) or 0
@@ -204,9 +239,9 @@ def trie_step_gpu() -> list[str]:
     return [_from(source), "", *_table("µs a step", shapes, rows)]
 
 
-def kmeans() -> list[str]:
+def kmeans(isa: str = "amx_bf16") -> list[str]:
     """How many times as fast ten iterations are."""
-    source = Source("kmeans")
+    source = Source("kmeans", isa=isa)
     shapes = ("D=384 K=256", "D=384 K=2048", "D=32 K=256")
     labels = {
         "faiss": "faiss Kmeans",
@@ -222,9 +257,9 @@ def kmeans() -> list[str]:
     return [_from(source), "", *_table("k-means, 10 iterations, times as fast as", titles, rows)]
 
 
-def training_step() -> list[str]:
+def training_step(isa: str = "amx_bf16") -> list[str]:
     """How many times as fast a step of ResidualVQ is."""
-    source = Source("training_step")
+    source = Source("training_step", isa=isa)
     shapes = ("D=384 3x256", "D=384 2048+1024+512", "D=32 3x256")
     rows = [
         [f"vector-quantize-pytorch{kind}"]
@@ -310,14 +345,19 @@ def trie_decode() -> list[str]:
     for score, provider in (("full", "plum cpu"), ("valid", "plum cpu valid")):
         row = [f'`score="{score}"`']
         for name in beams:
-            shapes = [shape for ours, shape in source.figures
-                      if ours == provider and shape.endswith(f" {name}")]  # fmt: skip
-            ratios = [source.times(provider, "STATIC", shape) for shape in shapes]
-            known = [ratio for ratio in ratios if ratio]
-            row.append(f"{_times(geometric_mean(known))} ({_times(min(known))})" if known else "")
+            row.append(_over_catalogs(source, provider, name))
         rows.append(row)
     head = "whole decode, times as fast as STATIC: mean over the catalogs (worst)"
     return [_from(source), "", *_table(head, tuple(beams.values()), rows)]
+
+
+def _over_catalogs(source: Source, provider: str, beams: str) -> str:
+    shapes = [
+        shape for ours, shape in source.figures if ours == provider and shape.endswith(f" {beams}")
+    ]
+    ratios = [source.times(provider, "STATIC", shape) for shape in shapes]
+    known = [ratio for ratio in ratios if ratio]
+    return f"{_times(geometric_mean(known))} ({_times(min(known))})" if known else ""
 
 
 def trie_build() -> list[str]:
@@ -464,7 +504,11 @@ def _table(head: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "recommendation": recommendation,
+    "summary": summary,
     "residual_quantize": residual_quantize,
+    "residual_quantize_vnni": partial(residual_quantize, "avx512_vnni"),
+    "kmeans_vnni": partial(kmeans, "avx512_vnni"),
+    "training_step_vnni": partial(training_step, "avx512_vnni"),
     "residual_quantize_gpu": residual_quantize_gpu,
     "trie_step_gpu": trie_step_gpu,
     "kmeans": kmeans,
