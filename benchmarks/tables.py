@@ -336,9 +336,9 @@ def trie_filter() -> list[str]:
     return [_from(source), "", *_table("times as long as without", heads, rows)]
 
 
-def trie_decode() -> list[str]:
+def trie_decode(isa: str = "avx512") -> list[str]:
     """The geometric mean over catalogs, and the worst, of how many times as fast as STATIC."""
-    source = Source("trie_decode")
+    source = Source("trie_decode", isa=isa)
     beams = {"1x32": f"1 {_TIMES} 32 beams", "2x70": f"2 {_TIMES} 70", "8x64": f"8 {_TIMES} 64",
              "32x128": f"32 {_TIMES} 128"}  # fmt: skip
     rows = []
@@ -514,6 +514,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "kmeans": kmeans,
     "training_step": training_step,
     "trie_decode": trie_decode,
+    "trie_decode_avx2": partial(trie_decode, "avx2"),
     "trie_mask": trie_mask,
     "trie_filter": trie_filter,
     "trie_build": trie_build,
