@@ -1,5 +1,8 @@
 // The variants that screen in int16: rows and codewords as numbers of steps, whose products have
-// exact sums. Included inside the namespace of the instruction set, without which it is nothing.
+// exact sums.
+
+namespace plum::cpu::PLUM_ISA {
+namespace {
 
 using residual::kRowUnit;
 using residual::Level;
@@ -54,3 +57,12 @@ inline Vec score_of(Sum sum, Vec bias, float row_step, float step) {
 
 #include "residual_quantize_dot.inl"
 #include "residual_quantize_kernel.inl"
+
+}  // namespace
+
+int64_t residual_quantize_block(const Problem& problem, int64_t begin, int64_t count, int64_t next,
+                                float* workspace) {
+  return quantize_block(problem, begin, count, next, workspace);
+}
+
+}  // namespace plum::cpu::PLUM_ISA
