@@ -191,6 +191,12 @@ void PackedCodebooks::pack(const float* codebook, int64_t size, Level& level) co
   auto* halves = reinterpret_cast<uint16_t*>(level.panels.data());
   if (element == Element::kInt16) level.step = integer_step(level.rows, level.mean);
   const double per_step = 1 / double{level.step};
+  // Where the dimensions of a lane are among its halves.
+  std::vector<int64_t> places;
+  for (int64_t d = 0; pairs && d < width_; ++d) {
+    const int64_t pair = d / (2 * apart) * apart + d % apart;
+    places.push_back(pair * lanes * 2 + d / apart % 2);
+  }
   for (int64_t u = 0; u < count; ++u) {
     const int64_t panel = u / lanes * lanes * stride_, lane = u % lanes;
     double norm = 0, error = 0;
@@ -208,8 +214,7 @@ void PackedCodebooks::pack(const float* codebook, int64_t size, Level& level) co
           half = static_cast<uint16_t>(steps);
           multiplied = static_cast<double>(steps) * level.step;
         }
-        const int64_t pair = d / (2 * apart) * apart + d % apart;
-        halves[panel + (pair * lanes + lane) * 2 + d / apart % 2] = half;
+        halves[panel + lane * 2 + places[d]] = half;
       } else {
         level.panels[panel + d * lanes + lane] = rounded;
       }
