@@ -5,18 +5,33 @@ Callers pass tensors that are already checked; what is asserted here is what mem
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+
+def outdated(built_from: str, bindings: Path) -> bool:
+    """Says whether a checkout has other bindings by now, as after a pull without a build."""
+    if built_from == "" or not bindings.is_file():
+        return False
+    return hashlib.sha256(bindings.read_bytes()).hexdigest() != built_from
+
+
 try:
     from plum import _C  # type: ignore[attr-defined]
+
+    _bindings = Path(__file__).parents[1] / "csrc" / "bindings" / "module.cpp"
+    if outdated(getattr(_C, "bindings", "unknown"), _bindings):
+        _C = None
+        _why = "the native module is of another version than this checkout; run: pip install -e ."
 except ImportError as error:
     _C = None
     _why = f"the native module is not built ({error}); run: pip install -e ."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -224,3 +225,15 @@ def test_defaults_of_torch_do_not_matter(name, args):
         torch.set_default_dtype(torch.float32)
     for _, one in found:
         torch.testing.assert_close(one, pytree.tree_leaves(expected))
+
+
+def test_a_native_module_of_other_bindings_is_out_of_date(tmp_path):
+    bindings = Path(__file__).parents[1] / "csrc" / "bindings" / "module.cpp"
+    assert not _native.outdated(_native._C.bindings, bindings)
+    newer = tmp_path / "module.cpp"
+    newer.write_bytes(bindings.read_bytes() + b"\n")
+    assert _native.outdated(_native._C.bindings, newer)
+    assert _native.outdated("unknown", bindings)
+    # An installed wheel has no sources, and a build of one's own may not tell.
+    assert not _native.outdated(_native._C.bindings, tmp_path / "nothing.cpp")
+    assert not _native.outdated("", newer)

@@ -23,6 +23,11 @@
 #include "plum/trie_mask.h"
 #include "plum/trie_walk.h"
 
+// The hash of this file, or nothing where the build does not tell.
+#ifndef PLUM_BINDINGS
+#define PLUM_BINDINGS ""
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -319,6 +324,7 @@ void translate(std::exception_ptr error) {
 
 PYBIND11_MODULE(_C, module) {
   py::register_local_exception_translator(&translate);
+  module.attr("bindings") = PLUM_BINDINGS;
   module.def("build_info", &build_info);
   module.def("set_cpu_isa", &plum::cpu::set_isa);
   module.def("code_usage_cpu", &code_usage_cpu);
