@@ -82,9 +82,13 @@ def open_catalog(run_dir: Path, *, appended: bool = True) -> Catalog:
     # The catalog may have been given columns since, or the items themselves.
     items = read_parquet(folder / "items.parquet")
     items = items.filter(~pl.col("item_id").is_in(dataset.items["item_id"].implode()))
+    stale = read_json(folder / "manifest.json")["base"] != table.digest
+    if stale and items.is_empty():
+        # All of them are in the run itself by now.
+        return Catalog(dataset, table, trie)
     items = pl.concat([dataset.items, with_columns(items, dataset.items.columns)])
     dataset = replace(dataset, items=items)
-    if read_json(folder / "manifest.json")["base"] != table.digest:
+    if stale:
         return Catalog(dataset, table, trie, stale=True)
     return Catalog(dataset, SidTable.load(folder / "table"), folder / "trie.safetensors")
 

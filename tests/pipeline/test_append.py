@@ -244,6 +244,11 @@ def test_appended_items_that_come_into_the_catalog(finished, tmp_path, encoder):
     table = append_items(tmp_path / "run", new)
     assert sorted(table.item_ids) == sorted([*items["item_id"], "x", "y"])
     assert recommender(tmp_path / "run").dataset.items["age"].to_list().count(None) == 1
+    # Once the run has them all, what was appended is not missed.
+    grown = pl.concat([grown, pl.read_parquet(new).select(items.columns)[1:]])
+    grown.write_parquet(tmp_path / "items.parquet")
+    run_tables()
+    assert recommender(tmp_path / "run").table.item_ids == grown["item_id"].to_list()
 
 
 def test_a_table_is_not_measured_by_the_embeddings_of_another(copied, encoder):
