@@ -84,8 +84,7 @@ def _data_files(settings: DataConfig) -> list[Path]:
 
 
 def _embed_files(settings: EmbedConfig) -> list[Path]:
-    models = _files(settings.encoder, settings.image)
-    return models + _files(settings.images, pattern="**/*")
+    return _files(settings.encoder, settings.image, settings.images, pattern="**/*")
 
 
 def _pretrain_files(settings: PretrainSettings) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,19 @@ def test_a_vision_model_and_an_inner_layer(
     inner = encode_texts(list(WORDS), encoder=str(encoder), layer=1, cache_dir=None)
     np.testing.assert_allclose(tensors["text"].numpy(), inner, atol=1e-6)
     assert tensors["image"].shape == (20, 16)
+
+
+def test_a_part_of_an_encoder_that_changes_is_noticed(
+    catalog: list[str], encoder: Path, tmp_path: Path
+) -> None:
+    pooling = shutil.copytree(encoder, tmp_path / "model") / "1_Pooling" / "config.json"
+    pooling.parent.mkdir()
+    pooling.write_text("{}")
+    settings = [*catalog, f"embed.encoder={json.dumps(str(tmp_path / 'model'))}"]
+    assert run(tmp_path / "run", settings) == ["data", "embed"]
+    assert run(tmp_path / "run", settings) == []
+    pooling.write_text('{"pooling_mode_cls_token": true}')
+    assert run(tmp_path / "run", settings) == ["embed"]
 
 
 def test_a_data_set_without_images_is_told(
