@@ -22,6 +22,15 @@ from plum.files import read_json
 _Place = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
+def _whole_if_folder(name: str) -> str:
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
+
+
+# A folder, or a name that stands for itself, such as one on the hub.
+_Model = Annotated[str, AfterValidator(_whole_if_folder)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -42,12 +51,12 @@ class DataConfig(_Section):
 class EmbedConfig(_Section):
     """How the text and the image of an item become vectors."""
 
-    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    encoder: _Model = "sentence-transformers/all-MiniLM-L6-v2"
     layer: int | None = Field(default=None, ge=0, description="inner layer of the text encoder")
     template: str | None = Field(
         default=None, description="columns in braces, or naive, enriched, plots or abstracts"
     )
-    image: str | None = Field(default=None, description="image encoder; none without it")
+    image: _Model | None = Field(default=None, description="image encoder; none without it")
     images: _Place | None = Field(
         default=None, description="folder or tar of <item id>.jpg; the data set's own without it"
     )
@@ -95,7 +104,7 @@ class TokenizeConfig(_Section):
 class PretrainConfig(_Section):
     """Continued pre-training; see :class:`plum.lm.PretrainConfig`. Off while ``steps`` is 0."""
 
-    base: str | None = Field(
+    base: _Model | None = Field(
         default=None, description="folder or hub name of a language model that reads text"
     )
     steps: int = Field(default=0, ge=0)
@@ -131,7 +140,7 @@ class PretrainConfig(_Section):
 class FinetuneConfig(_Section):
     """How the generator is trained; see :class:`plum.lm.FinetuneConfig`."""
 
-    base: str = "scratch:small"
+    base: _Model = "scratch:small"
     epochs: float = Field(default=8, gt=0)
     batch_size: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)

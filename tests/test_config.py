@@ -75,6 +75,21 @@ def test_a_run_finds_its_data_from_another_folder(tmp_path, monkeypatch):
     assert (data.items, data.interactions) == (tmp_path / "i.csv", Path.home() / "l.csv")
 
 
+@pytest.mark.parametrize("key", ["embed.encoder", "embed.image", "pretrain.base", "finetune.base"])
+def test_a_run_finds_its_models_from_another_folder(tmp_path, monkeypatch, key):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    section, name = key.split(".")
+    for value, found in (
+        ("mine", tmp_path / "mine"),
+        ("~/mine", tmp_path / "mine"),
+        ("a/b", "a/b"),
+    ):
+        config = resolve_config(settings=[f"{key}={value}"])
+        assert getattr(getattr(config, section), name) == str(found)
+
+
 def test_a_file_over_a_run_keeps_what_it_does_not_say(tmp_path):
     (tmp_path / "x.yaml").write_text("finetune: {epochs: 5}\n")
     config = resolve_config(file=tmp_path / "x.yaml", base=SAVED)
