@@ -379,8 +379,12 @@ def recommend(
     from plum.config import load_config
     from plum.pipeline.recommender import Recommender
 
+    try:
+        fields = next(csv.reader([history], skipinitialspace=True), [])
+    except csv.Error:
+        expected = "item ids in one line, separated by commas"
+        raise InvalidArgument("history", expected, repr(history[:80])) from None
     recommender = Recommender.load(run_dir, load_config(run_dir / "config.json"))
-    fields = next(csv.reader([history], skipinitialspace=True), [])
     ids = [item.strip() for item in fields if item.strip()]
     found = recommender.recommend(ids, num_items)
     if as_json:

@@ -128,6 +128,7 @@ def test_own_embeddings_become_a_table_and_a_page(tmp_path):
         (["tokenize", "-o", "{}", "--embeddings", "e", "--sizes", "4;4"], 1, "sizes: expected"),
         (["tokenize", "-o", "{}", "--embeddings", "e", "--append", "--seed", "1"], 1, "'seed'"),
         (["recommend", "--run", "{}", "--history", "1"], 1, "config.json: expected a JSON file"),
+        (["recommend", "--run", "{}", "--history", "a\nb"], 1, r"separated by commas, got 'a\nb'"),
         (["data", "--output", "{}/file"], 1, "output: expected the folder of a run, got the file"),
         (["data", "--output", "{}/file/run"], 1, "{}/file/run: Not a directory"),
         (["data", "--output", "{}", "--config", "{}"], 1, "{}: expected a YAML file, got: Is a"),
