@@ -426,6 +426,7 @@ class SidTrie:
             if name != "table_on_device":
                 tensors[name] = tensor.cpu()
         config = {
+            "format": FORMAT,
             "codebook_sizes": self.codebook_sizes,
             "token_offsets": self.token_offsets,
             "roots": self.roots,
@@ -433,7 +434,8 @@ class SidTrie:
             "num_items": self.num_items,
         }
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, {"format": FORMAT, "config": json.dumps(config)})
+            # In one key: several are written in any order, and equal tries are equal files.
+            save_file(tensors, temporary, {"config": json.dumps(config)})
 
     @classmethod
     def load(cls, path: str | Path, *, check: bool = True) -> SidTrie:

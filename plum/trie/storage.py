@@ -45,13 +45,15 @@ def read_trie(path: str | Path, format: str) -> tuple[dict[str, Tensor], dict[st
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InvalidData(path, expected, error, "run `plum index` again") from None
-    if metadata.get("format") != format:
-        hint = "run `plum index` again"
-        raise InvalidData(path, f"the format {format}", metadata.get("format"), hint)
     try:
-        return tensors, dict(json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        config = dict(json.loads(metadata.get("config", "{}")))
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidData(path, expected, f"{type(error).__name__}: {error}") from None
+    # Earlier files say it beside.
+    found = config.get("format", metadata.get("format"))
+    if found != format:
+        raise InvalidData(path, f"the format {format}", found, "run `plum index` again")
+    return tensors, config
 
 
 def check_index(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -263,6 +265,22 @@ def test_a_file_that_contradicts_itself_is_noticed(tmp_path, name, value, messag
     save_file({key: t for key, t in tensors.items() if t is not None}, path, metadata)
     with pytest.raises(InvalidData, match=message):
         SidTrie.load(path)
+
+
+def test_equal_tries_are_equal_files_and_earlier_ones_are_read(tmp_path):
+    path = tmp_path / "trie.safetensors"
+    trie = SidTrie.from_codes([[0, 0], [1, 1]], ["a", "b"])
+    saved = set()
+    for _ in range(20):
+        trie.save(path)
+        saved.add(path.read_bytes())
+    assert len(saved) == 1
+    with safe_open(path, framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    name = config.pop("format")
+    save_file(tensors, path, {"format": name, "config": json.dumps(config)})
+    assert SidTrie.load(path).items(trie.root_states(1)) == [[["a", "b"]]]
 
 
 OTHERS = [
