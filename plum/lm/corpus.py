@@ -151,9 +151,13 @@ def tokenize(
         targets: Find out where each target begins.
 
     Raises:
-        InvalidArgument: many tokens are unknown to the tokenizer.
+        InvalidArgument: many tokens are unknown to the tokenizer, or it cannot say where a token
+            begins, which finding targets needs.
     """
     teller: Any = tokenizer
+    if targets and not teller.is_fast:
+        expected = "a model with a fast tokenizer, which says where in the text a token begins"
+        raise InvalidArgument("base", expected, type(tokenizer).__name__)
     before = [] if teller.bos_token_id is None else [teller.bos_token_id]
     after = [] if teller.eos_token_id is None else [teller.eos_token_id]
     rows: list[np.ndarray] = []

@@ -108,6 +108,15 @@ def test_a_tokenizer_that_knows_only_sids_is_refused():
         tokenize(iter([Document("text_to_sid", "a red tent", "")]), scratch.tokenizer, 64)
 
 
+def test_targets_need_a_tokenizer_that_says_where_tokens_begin():
+    from transformers import ByT5Tokenizer
+
+    document = Document("sid_to_text", "ab", "cd")
+    assert tokenize(iter([document]), ByT5Tokenizer(), 64).lengths.tolist() == [5]
+    with pytest.raises(InvalidArgument, match=r"base: .* a fast tokenizer.* got ByT5Tokenizer"):
+        tokenize(iter([document]), ByT5Tokenizer(), 64, targets=True)
+
+
 def documents_of(lengths: list[int], task: str = "behavior", first: int = 1) -> Documents:
     offsets = np.cumsum([0, *lengths])
     tokens = np.arange(first, first + offsets[-1])
