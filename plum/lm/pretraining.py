@@ -100,8 +100,9 @@ def pretrain(
         :func:`held_out_losses` returns.
 
     Raises:
-        InvalidArgument: the tokenizer cannot read text, the model takes shorter sequences than
-            ``config.sequence_length``, or cannot keep packed documents apart.
+        InvalidArgument: the tokenizer cannot read text or cannot say where a token begins in it,
+            the model takes shorter sequences than ``config.sequence_length``, which does not hold
+            a SID, or cannot keep packed documents apart.
         InvalidData: a history has an index outside the catalog, there is nothing to train on, or
             the loss is not finite.
         MissingDependency: ``config.lora_rank`` is set and peft is not installed.
@@ -112,6 +113,10 @@ def pretrain(
     longest = getattr(generator.model.config, "max_position_embeddings", None)
     if longest is not None and longest < config.sequence_length:
         expected = f"at most {longest}, the context of the base"
+        raise InvalidArgument("sequence_length", expected, config.sequence_length)
+    least = len(generator.codebook_sizes) + 2
+    if config.sequence_length < least:
+        expected = f"at least {least}, a SID with a token before and behind it"
         raise InvalidArgument("sequence_length", expected, config.sequence_length)
     check_packing(generator.model)
     form = generator.format(codes, config.max_items)

@@ -233,6 +233,8 @@ def test_bad_inputs_are_refused(tmp_path, bases, histories, codes, items):
         run("scratch:t5-tiny")
     with pytest.raises(InvalidArgument, match="sequence_length: expected at most 96"):
         run(bases["tied"], PretrainConfig(sequence_length=97))
+    with pytest.raises(InvalidArgument, match="sequence_length: expected at least 5, a SID with"):
+        run(bases["tied"], PretrainConfig(sequence_length=4))
     with pytest.raises(InvalidData, match=r"items\.texts: expected 30 items, got 2"):
         run(bases["tied"], texts=ItemTexts(["a", "b"], {}, items.attributes))
     with pytest.raises(InvalidData, match=r"items\.columns\['name'\]: expected 30 items, got 1"):
