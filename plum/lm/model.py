@@ -174,7 +174,9 @@ def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int
         tokenizer = AutoTokenizer.from_pretrained(base)
         config = AutoConfig.from_pretrained(base)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = kind.from_pretrained(base, dtype=torch.float32)
+        # What the folder lacks, such as a head, is drawn.
+        with seeded(seed):
+            model = kind.from_pretrained(base, dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidArgument(
@@ -198,7 +200,8 @@ def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int
             tokenizer.pad_token = tokenizer.eos_token
     # Some bases have more rows than tokens; shrinking them would break the published shapes.
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with seeded(seed):
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tables = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
     if head is not None and head.weight is not tables[0]:

@@ -160,6 +160,24 @@ def test_what_cannot_be_loaded_is_named(base, tmp_path):
         load_generator("scratch:tiny", VOCABULARY, max_length=1)
 
 
+def test_what_a_base_lacks_is_drawn_from_the_seed(base, tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    AutoModel.from_pretrained(base).save_pretrained(tmp_path)
+    # The tokenizer has more tokens than the model has rows.
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<{n}>" for n in range(9)])
+    tokenizer.save_pretrained(tmp_path)
+    first, again, other = (
+        load_generator(str(tmp_path), VOCABULARY, seed=seed).model.state_dict()
+        for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    rows = "model.embed_tokens.weight"
+    assert torch.equal(first[rows][:30], other[rows][:30])
+    assert not torch.equal(first[rows][30:36], other[rows][30:36])
+
+
 def test_a_base_with_another_tables_tokens_is_refused(tmp_path, generator):
     generator.model.save_pretrained(tmp_path)
     generator.tokenizer.save_pretrained(tmp_path)
