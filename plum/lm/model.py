@@ -177,7 +177,8 @@ def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int
         # What the folder lacks, such as a head, is drawn.
         with seeded(seed):
             model = kind.from_pretrained(base, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
+    # Weights of another shape are a RuntimeError.
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidArgument(
             "base",

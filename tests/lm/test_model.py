@@ -152,6 +152,10 @@ def test_what_cannot_be_loaded_is_named(base, tmp_path):
     (tmp_path / "torn" / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(InvalidArgument, match=r"base: expected scratch.*torn.*header"):
         load_generator(str(tmp_path / "torn"), VOCABULARY)
+    config = shutil.copytree(base, tmp_path / "other") / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+    with pytest.raises(InvalidArgument, match=r"base: expected scratch.*other' .*mismatched"):
+        load_generator(str(tmp_path / "other"), VOCABULARY)
     with pytest.raises(
         InvalidArgument, match="context of at least 41 tokens, got 40; lower max_it"
     ):
