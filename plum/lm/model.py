@@ -104,7 +104,8 @@ def load_generator(
         The model in evaluation mode, on the CPU, with its tokenizer and token offsets.
 
     Raises:
-        InvalidArgument: ``base`` is not known or cannot be loaded, or takes shorter sequences.
+        InvalidArgument: ``base`` is not known or cannot be loaded, takes shorter sequences, or is
+            neither causal nor an encoder-decoder.
         InvalidData: the tokenizer does not give the SID tokens consecutive ids.
     """
     if max_length is not None and max_length < 2:
@@ -214,7 +215,23 @@ def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int
             noise = torch.randn(new.shape, generator=draw, dtype=table.dtype)
             new.copy_(old.mean(0) + 0.1 * old.std(0) * noise)
     model.config.pad_token_id = tokenizer.pad_token_id
+    if not config.is_encoder_decoder:
+        _check_causal(model)
     return model, tokenizer
+
+
+@torch.no_grad()
+def _check_causal(model: Any) -> None:
+    """Raises InvalidArgument if tokens see those behind them, the ones they are to predict."""
+    tokens = torch.arange(8)[None] % model.get_input_embeddings().weight.shape[0]
+    whole = model(input_ids=tokens, use_cache=False).logits[:, :4]
+    alone = model(input_ids=tokens[:, :4], use_cache=False).logits
+    scale = 1e-3 * float(alone.abs().max())
+    if not torch.allclose(whole, alone, rtol=1e-3, atol=scale, equal_nan=True):
+        expected = "a causal or encoder-decoder language model"
+        got = f"{type(model).__name__}, whose tokens see those behind them"
+        hint = "some are causal with is_decoder=True in their config"
+        raise InvalidArgument("base", expected, got, hint)
 
 
 @contextlib.contextmanager

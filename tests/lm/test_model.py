@@ -182,6 +182,21 @@ def test_what_a_base_lacks_is_drawn_from_the_seed(base, tmp_path):
     assert not torch.equal(first[rows][30:36], other[rows][30:36])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_base_whose_tokens_see_the_next_ones_is_refused(base, tmp_path, causal):
+    from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
+
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path)
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=30, num_hidden_layers=2, is_decoder=causal, **shape)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    if causal:
+        load_generator(str(tmp_path), VOCABULARY)
+        return
+    with pytest.raises(InvalidArgument, match=r"base: expected a causal or .* got BertLMHeadModel"):
+        load_generator(str(tmp_path), VOCABULARY)
+
+
 def test_a_base_with_another_tables_tokens_is_refused(tmp_path, generator):
     generator.model.save_pretrained(tmp_path)
     generator.tokenizer.save_pretrained(tmp_path)
