@@ -34,7 +34,8 @@ DEPTH_SHAPES: dict[str, dict[str, int]] = {
 def is_depth_generator(folder: str | Path) -> bool:
     """Tells whether :meth:`DepthGenerator.save_pretrained` wrote this folder."""
     path = Path(folder) / "config.json"
-    return path.is_file() and read_json(path).get("architecture") == ARCHITECTURE
+    config = read_json(path) if path.is_file() else None
+    return isinstance(config, dict) and config.get("architecture") == ARCHITECTURE
 
 
 class DepthGenerator(NextItemModel):
@@ -171,14 +172,20 @@ class DepthGenerator(NextItemModel):
         folder = Path(folder)
         if not is_depth_generator(folder):
             raise InvalidData(folder, "a saved DepthGenerator", "none")
-        config = read_json(folder / "config.json")
-        shape = TimelineShape(**config["shape"])
-        model = cls(codes, config["codebook_sizes"], shape)
-        weights = folder / "model.safetensors"
+        path, weights = folder / "config.json", folder / "model.safetensors"
+        config = read_json(path)
+        try:
+            sizes, shape = config["codebook_sizes"], TimelineShape(**config["shape"])
+        except (InvalidArgument, KeyError, TypeError) as error:
+            got = f"{type(error).__name__}: {error}"
+            raise InvalidData(path, "sizes and shape of a DepthGenerator", got) from None
+        model = cls(codes, sizes, shape)
         try:
             model.load_state_dict(load_file(weights))
-        except (OSError, SafetensorError) as error:
-            raise InvalidData(weights, "a safetensors file", " ".join(str(error).split())) from None
+        # Weights that are not those of the config are a RuntimeError.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            expected = "a safetensors file of the weights of its config.json"
+            raise InvalidData(weights, expected, " ".join(str(error).split())) from None
         return model.eval()
 
     def level_losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

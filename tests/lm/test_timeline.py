@@ -395,6 +395,18 @@ def test_a_saved_generator_is_loaded_for_a_grown_catalog(codes, histories, tmp_p
     assert len(set(grown.search(histories, 30)[0][0].tolist())) == 30
     with pytest.raises(InvalidData, match="DepthGenerator"):
         DepthGenerator.from_pretrained(tmp_path, codes)
+    config = tmp_path / "model" / "config.json"
+    whole = config.read_text()
+    for text, message in (
+        (whole.replace('"width": 32', '"width": 64'), r"model\.safetensors: .* size mismatch"),
+        (whole.replace('"shape"', '"form"'), r"config\.json: expected sizes and shape .*'shape'"),
+        (whole.replace('"width"', '"wide"'), r"config\.json: expected sizes and shape .*'wide'"),
+        ("[]", "a saved DepthGenerator, got none"),
+    ):
+        config.write_text(text)
+        with pytest.raises(InvalidData, match=message):
+            DepthGenerator.from_pretrained(tmp_path / "model", codes)
+    config.write_text(whole)
     (tmp_path / "model" / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(InvalidData, match=r"model\.safetensors: expected a safetensors file"):
         DepthGenerator.from_pretrained(tmp_path / "model", codes)
