@@ -16,7 +16,7 @@ from torch.nn import functional
 from plum._seed import seeded
 from plum.errors import InvalidArgument, InvalidData
 from plum.files import atomic_folder, read_json, write_json
-from plum.lm.examples import IGNORED
+from plum.lm.examples import IGNORED, check_histories
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
 from plum.ops.trie_beam_step import trie_beam_step
 from plum.trie import SidTrie
@@ -289,7 +289,14 @@ class DepthGenerator(NextItemModel):
         Returns:
             ``(rows, scores)``, int64 and fp32 ``[B, W]``, best first: rows of the trie's table and
             sums of log-probabilities; -1 and minus infinity where there are no more SIDs.
+
+        Raises:
+            InvalidArgument: ``num_beams`` is below 1.
+            InvalidData: a history is empty, or an item index is outside the catalog.
         """
+        if num_beams < 1:
+            raise InvalidArgument("num_beams", "an int >= 1", num_beams)
+        histories = check_histories("histories", histories, self.num_items)
         self.eval()
         device = self.codes.device
         self.trie = self.trie.to(device)

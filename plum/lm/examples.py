@@ -48,8 +48,13 @@ class SidFormat:
         return 1 + self.levels * (self.max_items + 1)
 
     def prompt(self, history: np.ndarray) -> np.ndarray:
-        """Writes the last ``max_items`` items of a history, int ``[n]``, as int64 token ids."""
-        return self._tokens(np.asarray(history)[-self.max_items :])
+        """Writes the last ``max_items`` items of a history, int ``[n]``, as int64 token ids.
+
+        Raises:
+            InvalidData: an item index is outside the catalog.
+        """
+        (history,) = check_histories("history", [history], len(self.item_tokens))
+        return self._tokens(history[-self.max_items :])
 
     def pad_prompts(self, histories: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes prompts as one batch, padded on the left so that all end in the same column.
@@ -60,8 +65,12 @@ class SidFormat:
         Returns:
             ``(input_ids, attention_mask)``, both int64 ``[B, T]``. Models with learned positions
             need ``position_ids`` counted from the mask.
+
+        Raises:
+            InvalidData: an item index is outside the catalog.
         """
-        rows = [self.prompt(history) for history in histories]
+        histories = check_histories("histories", histories, len(self.item_tokens))
+        rows = [self._tokens(history[-self.max_items :]) for history in histories]
         width = max((len(row) for row in rows), default=0)
         tokens = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
@@ -262,6 +271,8 @@ def check_histories(name: str, histories: Sequence[np.ndarray], num_items: int) 
     checked = [np.asarray(history) for history in histories]
     for user, history in enumerate(checked):
         if history.size == 0:
+            # An empty list has no type.
+            checked[user] = np.zeros(0, dtype=np.int64)
             continue
         if history.ndim != 1 or history.dtype.kind not in "iu":
             got = f"{history.dtype} of shape {list(history.shape)}"

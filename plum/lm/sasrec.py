@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from plum._seed import seeded
 from plum.errors import InvalidArgument
-from plum.lm.examples import IGNORED
+from plum.lm.examples import IGNORED, check_histories
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
 
 # Rows of logits at a time on a CPU.
@@ -77,9 +77,14 @@ class SASRec(NextItemModel):
 
         Returns:
             int32 ``[U, k]``, best first; -1 where the catalog has no more.
+
+        Raises:
+            InvalidArgument: ``k`` is below 1.
+            InvalidData: a history is empty, or an item index is outside the catalog.
         """
         if k < 1:
             raise InvalidArgument("k", "an int >= 1", k)
+        histories = check_histories("histories", histories, self.num_items)
         self.eval()
         found = np.full((len(histories), k), -1, dtype=np.int32)
         # Histories of one length share a batch.

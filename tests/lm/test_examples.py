@@ -112,6 +112,13 @@ def test_rows_of_similar_length_share_a_batch():
 def test_bad_input_is_refused():
     with pytest.raises(InvalidArgument, match="max_items: expected an int >= 1, got 0"):
         SidFormat(TABLE, begin_token_id=10, pad_token_id=0, max_items=0)
+    for item in (-1, 4):
+        message = rf"expected item indices in \[0, 4\), got {item}"
+        with pytest.raises(InvalidData, match=rf"histories\[1\]: {message}"):
+            FORM.pad_prompts([[], np.array([0, item])])
+        with pytest.raises(InvalidData, match=message):
+            FORM.prompt(np.array([item]))
+    assert FORM.pad_prompts([[]])[0].tolist() == [[FORM.begin_token_id]]
     with pytest.raises(
         InvalidData, match=r"histories\[1\]: expected item indices in \[0, 4\), got 4"
     ):

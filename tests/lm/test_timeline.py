@@ -138,6 +138,17 @@ def test_what_cannot_be_trained_is_named(codes, histories):
         SASRec(30, SHAPE).recommend([np.array([], dtype=int)], 3)
 
 
+@pytest.mark.parametrize("item", [-1, 30])
+def test_items_outside_the_catalog_are_named(codes, item):
+    unknown, message = [np.array([1]), np.array([2, item])], r"histories\[1\]: .* \[0, 30\), got "
+    with pytest.raises(InvalidData, match=f"{message}{item}"):
+        SASRec(30, SHAPE).recommend(unknown, 3)
+    with pytest.raises(InvalidData, match=f"{message}{item}"):
+        generator(codes).search(unknown, 3)
+    with pytest.raises(InvalidArgument, match="num_beams: expected an int >= 1, got -1"):
+        generator(codes).search(unknown[:1], -1)
+
+
 def test_sasrec_ranks_by_its_scores_and_leaves_out_what_was_seen(histories):
     model = SASRec(30, SHAPE, seed=2)
     ranked = model.recommend(histories, 30, batch_size=7)
