@@ -57,13 +57,14 @@ class Generator:
             max_items: Most items of a history that a prompt shows.
 
         Raises:
-            InvalidArgument: ``codes`` has another number of levels than the model, or a code out
-                of range.
+            InvalidArgument: ``codes`` are no integers, have another number of levels than the
+                model, or a code out of range.
         """
         codes = np.asarray(codes)
-        if codes.ndim != 2 or codes.shape[1] != len(self.token_offsets):
-            expected = f"an array of shape [N, {len(self.token_offsets)}]"
-            raise InvalidArgument("codes", expected, f"shape {list(codes.shape)}")
+        levels = len(self.token_offsets)
+        if codes.ndim != 2 or codes.shape[1] != levels or codes.dtype.kind not in "iu":
+            expected = f"integers of shape [N, {levels}]"
+            raise InvalidArgument("codes", expected, f"{codes.dtype} of shape {list(codes.shape)}")
         for level, size in enumerate(self.codebook_sizes):
             bad = codes[(codes[:, level] < 0) | (codes[:, level] >= size), level]
             if len(bad):

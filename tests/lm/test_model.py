@@ -209,8 +209,10 @@ def test_the_format_uses_the_models_tokens(generator, codes):
     tokens = generator.tokenizer.convert_ids_to_tokens(form.prompt(np.array([7])).tolist())
     assert tokens == [VOCABULARY.begin, *VOCABULARY.tokens_of(codes[7])]
     assert form.pad_token_id == generator.tokenizer.pad_token_id
-    with pytest.raises(InvalidArgument, match=r"shape \[N, 3\], got shape \[30, 2\]"):
+    with pytest.raises(InvalidArgument, match=r"shape \[N, 3\], got int32 of shape \[30, 2\]"):
         generator.format(codes[:, :2], max_items=3)
+    with pytest.raises(InvalidArgument, match=r"codes: expected integers .*, got float64 of"):
+        generator.format(codes + 0.5, max_items=3)
     with pytest.raises(
         InvalidArgument, match=r"codes: expected codes of level 1 in \[0, 5\), got 5"
     ):
