@@ -203,7 +203,7 @@ class TimelineConfig:
         for name in names:
             if not getattr(self, name) > 0:
                 raise InvalidArgument(name, "a number above 0", getattr(self, name))
-        for name in ("warmup", "weight_decay"):
+        for name in ("warmup", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise InvalidArgument(name, "a number >= 0", getattr(self, name))
         if not 0 <= self.average < 1:

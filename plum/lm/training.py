@@ -64,7 +64,7 @@ class TrainingConfig:
         for name in ("warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidArgument(name, "a share in [0, 1)", getattr(self, name))
-        for name in ("weight_decay", "lora_rank"):
+        for name in ("weight_decay", "lora_rank", "seed"):
             if not getattr(self, name) >= 0:
                 raise InvalidArgument(name, "a number >= 0", getattr(self, name))
         if self.schedule not in ("cosine", "constant"):

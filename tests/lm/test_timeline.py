@@ -134,6 +134,8 @@ def test_what_cannot_be_trained_is_named(codes, histories):
         train_timeline(model, histories, CONFIG, validate=lambda: {"score": 0.0})
     with pytest.raises(InvalidArgument, match="heads"):
         TimelineShape(width=32, heads=5)
+    with pytest.raises(InvalidArgument, match="seed: expected a number >= 0, got -1"):
+        TimelineConfig(seed=-1)
     with pytest.raises(InvalidData, match="histories"):
         SASRec(30, SHAPE).recommend([np.array([], dtype=int)], 3)
 

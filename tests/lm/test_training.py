@@ -215,6 +215,7 @@ def test_a_checkpoint_counts_only_when_whole(tmp_path):
         ({"patience": 0}, "patience: expected a number above 0"),
         ({"warmup": 1.0}, r"warmup: expected a share in \[0, 1\)"),
         ({"weight_decay": -1.0}, "weight_decay: expected a number >= 0"),
+        ({"seed": -1}, "seed: expected a number >= 0, got -1"),
         ({"schedule": "linear"}, "schedule: expected 'cosine' or 'constant', got 'linear'"),
     ],
 )
