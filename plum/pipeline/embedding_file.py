@@ -17,6 +17,8 @@ from plum.errors import InvalidArgument, InvalidData
 from plum.quantize import RQVAE, Tokenizer
 
 ROWS_PER_CHUNK = 65536
+# On some damaged bytes polars panics.
+_DAMAGE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 
 
 class EmbeddingFile:
@@ -50,7 +52,7 @@ class EmbeddingFile:
             schema = self._scan.collect_schema()
             self.num_rows = int(self._scan.select(pl.len()).collect().item())
             first = self._scan.head(1).collect()
-        except (pl.exceptions.PolarsError, OSError) as error:
+        except _DAMAGE as error:
             raise self._damaged(error) from None
         if "item_id" not in schema:
             raise InvalidData(self.path, "a column 'item_id'", ", ".join(schema) or "none")
@@ -79,9 +81,13 @@ class EmbeddingFile:
         """Reads the ids alone.
 
         Raises:
-            InvalidData: an id is missing or stands there twice.
+            InvalidData: an id is missing or stands there twice, or the file is damaged.
         """
-        ids = self._ids(self._scan.select("item_id").collect(), 0)
+        try:
+            column = self._scan.select("item_id").collect()
+        except _DAMAGE as error:
+            raise self._damaged(error) from None
+        ids = self._ids(column, 0)
         if ids.n_unique() != len(ids):
             twice = ids.filter(ids.is_duplicated())[0]
             raise InvalidData(self.path, "every item once", f"{twice!r} twice")
@@ -102,7 +108,7 @@ class EmbeddingFile:
             for frame in frames:
                 yield self._ids(frame, start), self._vectors(frame, start)
                 start += len(frame)
-        except (pl.exceptions.PolarsError, OSError) as error:
+        except _DAMAGE as error:
             raise self._damaged(error) from None
 
     def sample(self, count: int, seed: int) -> dict[str, Tensor]:

@@ -378,6 +378,20 @@ def test_a_bad_file_is_one_line_and_leaves_no_table(tmp_path, name):
     assert len(tokenize_parquet(path, tmp_path / "t", codebook_sizes=(2, 2))) == 4
 
 
+@pytest.mark.parametrize("error", [pl.exceptions.ComputeError, pl.exceptions.PanicException])
+def test_damage_is_named_wherever_it_is_met(tmp_path, monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error("out of specification\nbacktrace")
+
+    path = bad_file(tmp_path, "good")
+    file = EmbeddingFile(path)
+    for name in ("collect", "collect_batches"):
+        monkeypatch.setattr(pl.LazyFrame, name, fail)
+    for read in (lambda: EmbeddingFile(path), file.check_ids, lambda: list(file.chunks())):
+        with pytest.raises(InvalidData, match=r"a whole Parquet file, got out of specification$"):
+            read()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
