@@ -200,6 +200,8 @@ class SidTable:
         """
         root = Path(root)
         folder = root / f"{_GENERATION}{self.generation}"
+        # What comes while the others are read is another append's, and no damage.
+        there = folder.exists()
         newest = _newest(SidTable, root)
         if (newest.digest if newest else None) != self.parent:
             raise InvalidArgument(
@@ -209,7 +211,7 @@ class SidTable:
                 f"{newest.generation if newest else 'none'}",
                 "load the newest and extend that",
             )
-        if folder.exists():
+        if there:
             aside = folder.with_suffix(".damaged")
             if aside.exists():
                 raise InvalidArgument("root", f"no {aside.name} in {root}", "one", "move it away")

@@ -12,6 +12,7 @@ import pytest
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.sid import SidTable
+from plum.sid import table as table_module
 
 SIZES = (4, 3)
 
@@ -105,6 +106,26 @@ def test_two_appends_at_once_lose_nothing(tmp_path, monkeypatch):
         assert SidTable.load(tmp_path).item_ids[-1] == "y"
 
 
+def test_an_append_that_another_one_overtakes_leaves_it_in_its_place(tmp_path, monkeypatch):
+    three_generations(tmp_path)
+    base = SidTable.load(tmp_path)
+    ours, theirs = base.extended(["x"], [[0, 0]]), base.extended(["y"], [[1, 1]])
+    newest = table_module._newest
+
+    def overtaken(*arguments):
+        # The other one starts and ends once this one has read what there is.
+        monkeypatch.setattr(table_module, "_newest", newest)
+        found = newest(*arguments)
+        theirs.save_generation(tmp_path)
+        return found
+
+    monkeypatch.setattr(table_module, "_newest", overtaken)
+    with pytest.raises(InvalidArgument, match=f"table: expected no .*generation-{ours.generation}"):
+        ours.save_generation(tmp_path)
+    assert SidTable.load(tmp_path).item_ids[-1] == "y"
+    assert not list(tmp_path.glob("*.damaged"))
+
+
 def test_an_extension_changes_no_sid(tmp_path):
     table = SidTable(["a", "b"], [[0, 1], [3, 2]], SIZES)
     with pytest.raises(InvalidArgument, match="never saved"):
@@ -125,6 +146,7 @@ def test_an_extension_changes_no_sid(tmp_path):
 KILLED = """
 import sys
 from plum.sid import SidTable
+from plum.sid import table as table_module
 while True:
     table = SidTable.load(sys.argv[1])
     table.extended([f"n{len(table)}"], [[len(table) % 4, 0]]).save_generation(sys.argv[1])
