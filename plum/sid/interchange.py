@@ -206,7 +206,8 @@ def _read_csv(path: Path) -> tuple[list[str], Wide]:
     item_ids, rows = [], []
     for number, line in enumerate(lines[1:], 2):
         try:
-            rows.append([int(code) for code in line[1:]])
+            # "1_12", level and code, is no number here, but 112 to int().
+            rows.append([int(code.replace("_", "x")) for code in line[1:]])
         except ValueError:
             raise InvalidData(f"{path}, row {number}", "whole numbers", repr(line)[:60]) from None
         item_ids.append(line[0])

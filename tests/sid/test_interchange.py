@@ -147,6 +147,7 @@ BAD_FILES = {
     "g.csv": ("item_id,code_1\n1,2\n1,3\n", "'1' twice"),
     "h.csv": ("item_id,code_1\n" + "a" * 200_000 + ",1\n", "a CSV file, got field larger"),
     "i.csv": ('item_id,code_1\n"a\nb",x\n', "row 2: expected whole numbers"),
+    "j.csv": ("item_id,code_1,code_2\n1,0_5,1_12\n", "row 2: expected whole numbers"),
     "o.json": ('{"1": ["<a_' + "9" * 5000 + '>"]}', "item '1': .* thousands of digits"),
     "k.parquet": (polars.DataFrame({"pid": [1, 2], "codes": [[1], [2**64 - 1]]}, {
         "pid": polars.Int64, "codes": polars.List(polars.UInt64)}), "item '2'.*got .18446744"),
