@@ -226,7 +226,8 @@ def _read_parquet(path: Path) -> tuple[list[str], Wide]:
     if not names or "codes" not in frame.columns:
         raise InvalidData(path, "columns item_id (or pid) and codes", ", ".join(frame.columns))
     ids, codes = frame[names[0]], frame["codes"]
-    if not (ids.dtype == polars.String or ids.dtype.is_integer()) or ids.null_count():
+    strings = (polars.String, polars.Categorical, polars.Enum)
+    if not (ids.dtype in strings or ids.dtype.is_integer()) or ids.null_count():
         raise InvalidData(
             f"{path}, column {names[0]!r}", "strings or whole numbers", f"{ids.dtype}, or empty"
         )
@@ -278,7 +279,8 @@ def _read_safetensors(path: Path) -> tuple[list[str], Wide]:
 
 def _from_grid(path: Path, array: npt.NDArray[Any]) -> tuple[list[str], Wide]:
     whole = array.dtype.kind in "iu" or (
-        array.dtype.kind == "f" and bool((array == np.floor(array)).all())
+        array.dtype.kind == "f"
+        and bool(((array == np.floor(array)) & (np.abs(array) < 2.0**63)).all())
     )
     if array.ndim != 2 or not whole or not array.size:
         raise InvalidData(path, "integers [L, N]", f"{array.dtype} {list(array.shape)}")

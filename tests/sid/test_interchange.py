@@ -167,6 +167,7 @@ BAD_FILES = {
     "j.parquet": ({"pid": [1, 2], "codes": [[1], [-2]]}, r"item '2': expected codes in"),
     "a.npy": (b"\x93NUMPY", "a NumPy array of integers"),
     "b.npy": (np.array([[0.5]]), r"integers \[L, N\], got float64"),
+    "g.npy": (np.array([[0.0, np.inf]]), r"integers \[L, N\], got float64"),
     "c.npy": (np.array([1, 2]), r"integers \[L, N\]"),
     "d.npy": (np.zeros((100, 3), dtype=int), "at most 26 levels.*transpose"),
     "e.npy": (np.array([Loud()], dtype=object), "a NumPy array of integers"),
@@ -198,6 +199,13 @@ def test_odd_item_ids_come_back(tmp_path, name):
     write_sids(SidTable(ids, [[row] for row in range(12)], (12,)), tmp_path / name)
     read = read_sids(tmp_path / name)
     assert (read.item_ids, read.codes[:, 0].tolist()) == (ids, list(range(12)))
+
+
+@pytest.mark.parametrize("dtype", [polars.Categorical(), polars.Enum(["a", "b"])])
+def test_item_ids_of_a_dictionary_are_strings(tmp_path, dtype):
+    ids = polars.Series("item_id", ["b", "a"], dtype=dtype)
+    polars.DataFrame({"item_id": ids, "codes": [[1], [0]]}).write_parquet(tmp_path / "t.parquet")
+    assert read_sids(tmp_path / "t.parquet").item_ids == ["b", "a"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
