@@ -324,9 +324,8 @@ def _evaluate(
             x = inputs[name]
             if masks is not None and name in masks:
                 x, decoded = x[masks[name]], decoded[masks[name]]
-            errors[name] += float((decoded - x).square().sum(dtype=torch.float64))
-            center = model.scaling_of(name).center
-            variances[name] += float((x - center).square().sum(dtype=torch.float64))
+            errors[name] += _squared_norm(decoded - x)
+            variances[name] += _squared_norm(x - model.scaling_of(name).center)
     table = torch.cat(codes)
     sizes = model.config.codebook_sizes
     # Of a constant modality there is nothing to explain.
@@ -341,6 +340,11 @@ def _evaluate(
     copy_from_first([agreed], None)
     *usage, unique, lost = agreed.tolist()
     return {"usage": usage, "unique_sid_ratio": unique, "unexplained_variance": lost}
+
+
+def _squared_norm(x: Tensor) -> float:
+    """Returns the sum of squares, added up and squared in fp64: in fp32 they leave its range."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 def _rank(measured: Mapping[str, Any], count: int, sizes: Sequence[int]) -> tuple[float, float]:

@@ -32,6 +32,16 @@ CONFIG = RQVAEConfig(
 )
 
 
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
+def test_the_variance_that_is_lost_does_not_depend_on_the_scale(tmp_path, scale):
+    x = {"text": clusters() * scale}
+    _, history = fit_rqvae(x, CONFIG, epochs=3, checkpoint=tmp_path / "state")
+    _, expected = fit_rqvae({"text": clusters()}, CONFIG, epochs=3)
+    lost, known = (records[-1]["unexplained_variance"] for records in (history, expected))
+    # A power of two changes no rounding.
+    assert lost == pytest.approx(known, rel=1e-12)
+
+
 def test_the_history_is_true_and_the_best_state_is_kept():
     x = {"text": clusters()}
     seen = []
