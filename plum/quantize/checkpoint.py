@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plum.errors import InvalidData
 from plum.files import atomic_folder, read_json, settle_folder, write_json
+from plum.quantize.storage import plain
 
 _STATE, _TENSORS = "state.json", "state.safetensors"
 _REACHED = ("epoch", "best_rank", "history")
@@ -51,7 +52,7 @@ def fingerprint(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
         for part in tensor.detach().split(65536):
             digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
         hashes[name] = digest.hexdigest()
-    return json.loads(json.dumps({"settings": settings, "inputs": hashes}))
+    return plain({"settings": settings, "inputs": hashes})
 
 
 def save_checkpoint(

@@ -25,10 +25,15 @@ def save_module(module: nn.Module, config: Mapping[str, Any], folder: str | Path
     """
     folder = Path(folder)
     state = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
-    config = {"architecture": type(module).__name__, **config}
+    config = plain({"architecture": type(module).__name__, **config})
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(state, temporary, metadata={"config": json.dumps(config, allow_nan=False)})
     write_json(folder / "config.json", config)
+
+
+def plain(value: Any) -> Any:
+    """Returns what JSON makes of a value, with numbers of NumPy as those of Python."""
+    return json.loads(json.dumps(value, allow_nan=False, default=lambda number: number.item()))
 
 
 def load_module(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -526,6 +527,11 @@ def test_saved_and_loaded(tmp_path):
         "config.json",
         "model.safetensors",
     ]
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    ResidualQuantizer(8, list(np.array([4, 2]))).save_pretrained(tmp_path)
+    assert ResidualQuantizer.from_pretrained(tmp_path).codebook_sizes == (4, 2)
 
 
 def test_options_are_saved_and_files_from_before_them_load(tmp_path):
