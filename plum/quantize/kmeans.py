@@ -131,7 +131,8 @@ class KMeans:
             centroids = self.init.detach().to(sample, copy=True)
         else:
             start = _plus_plus if self.init == "k-means++" else _random_rows
-            centroids = start(sample, self.num_clusters, generator)
+            with torch.autocast(x.device.type, enabled=False):
+                centroids = start(sample, self.num_clusters, generator)
         limit = self.tol * float((sample - sample.mean(dim=0)).square().mean())
         seen = torch.zeros(self.num_clusters, dtype=torch.int64, device=x.device)
         found = _assign(x, centroids)
