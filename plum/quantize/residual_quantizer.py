@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -524,6 +525,13 @@ class ResidualQuantizer(nn.Module):
         # In half precision a moving average stands still.
         self.usage_ema, self.sum_ema = self.usage_ema.float(), self.sum_ema.float()
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ResidualQuantizer:
+        # The processes are the same ones; they cannot be copied.
+        memo[id(self.process_group)] = self.process_group
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other parameters than the optimizer, and a weak reference cannot be pickled.
