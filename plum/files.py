@@ -56,20 +56,24 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
     path = Path(path)
     settle_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     temporary.mkdir()
     try:
-        yield temporary
-        # As `atomic_path`: safetensors, for one, writes files that only their owner may read.
-        mode = temporary.stat().st_mode & 0o666
-        for file in [*temporary.rglob("*"), temporary]:
-            if file.is_file():
-                os.chmod(file, mode)
-            _sync(file)
-        _take_place(temporary, path, replace)
-        _sync(path.parent)
-        for leftover in [*_leftovers(path, "tmp"), *_leftovers(path, "old")]:
-            shutil.rmtree(leftover)
+        # Locked, so that another writer can tell it from what a kill has left.
+        with locked(temporary):
+            yield temporary
+            # As `atomic_path`: safetensors, for one, writes files that only their owner may read.
+            mode = temporary.stat().st_mode & 0o666
+            for file in [*temporary.rglob("*"), temporary]:
+                if file.is_file():
+                    os.chmod(file, mode)
+                _sync(file)
+            _take_place(temporary, path, replace)
+            _sync(path.parent)
+        for leftover in _leftovers(path, "tmp"):
+            with contextlib.suppress(InvalidData, FileNotFoundError), locked(leftover):
+                shutil.rmtree(leftover)
+        _remove_old(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -79,9 +83,9 @@ def _take_place(temporary: Path, path: Path, replace: bool) -> None:
     while True:
         if replace and path.exists():
             # What an earlier kill has left must not be put back in its place.
-            for leftover in _leftovers(path, "old"):
-                shutil.rmtree(leftover)
-            os.replace(path, temporary.with_suffix(".old"))
+            _remove_old(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, temporary.with_suffix(".old"))
         try:
             os.replace(temporary, path)
             return
@@ -89,6 +93,19 @@ def _take_place(temporary: Path, path: Path, replace: bool) -> None:
             # A reader may have put the old one back between the two: once more.
             if not (replace and path.exists()):
                 raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _remove_old(path: Path) -> None:
+    """Removes what was set aside, renamed first: nobody must put back what is half removed."""
+    for aside in _leftovers(path, "old"):
+        doomed = _temporary(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(aside, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def settle_folder(path: str | Path) -> None:

@@ -82,6 +82,17 @@ def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_writer_leaves_what_another_one_is_writing(tmp_path):
+    with atomic_folder(tmp_path / "out") as slow:
+        (slow / "a").write_text("slow")
+        with atomic_folder(tmp_path / "out") as quick:
+            (quick / "a").write_text("quick")
+        assert (tmp_path / "out" / "a").read_text() == "quick"
+        (slow / "b").write_text("slow")
+    assert [path.read_text() for path in sorted((tmp_path / "out").iterdir())] == ["slow", "slow"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_only_what_a_killed_run_left_is_removed(tmp_path):
     target = tmp_path / "run[1]"
     for name in (".run[1].0123abcd.tmp", ".run[1].0123abcd.old", ".run[1].backup", ".run1.old"):
@@ -116,7 +127,7 @@ with files.atomic_folder(Path(sys.argv[1])) as folder:
 """
 
 
-@pytest.mark.parametrize("kill_at", range(1, 10))
+@pytest.mark.parametrize("kill_at", range(1, 11))
 def test_killed_anywhere_a_whole_folder_is_there(tmp_path, kill_at):
     target = tmp_path / "table"
 
@@ -125,7 +136,7 @@ def test_killed_anywhere_a_whole_folder_is_there(tmp_path, kill_at):
         return subprocess.run(command, check=False).returncode
 
     assert write(0, "old") == 0
-    assert write(kill_at, "new") == (-signal.SIGKILL if kill_at < 9 else 0)
+    assert write(kill_at, "new") == (-signal.SIGKILL if kill_at < 10 else 0)
     settle_folder(target)
     assert {(target / name).read_text() for name in "ab"} in ({"old"}, {"new"})
     assert write(0, "newer") == 0
@@ -147,7 +158,7 @@ def test_a_reader_that_puts_the_old_folder_back_does_not_stop_the_writer(tmp_pat
     monkeypatch.setattr(os, "replace", replaced)
     with atomic_folder(target) as folder:
         (folder / "w").write_text("2")
-    assert (target / "w").read_text() == "2" and len(calls) == 4
+    assert (target / "w").read_text() == "2" and len(calls) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
