@@ -138,6 +138,11 @@ def _unpack(path: Path, folder: str) -> None:
                     archive.extract(member, root)
             if not (root / folder).is_dir():
                 raise InvalidData(path, f"a folder {folder}", "none", "delete it and run again")
-            os.replace(root / folder, path.parent / folder)
+            try:
+                os.replace(root / folder, path.parent / folder)
+            except OSError:
+                # Another process may have been faster.
+                if not (path.parent / folder).is_dir():
+                    raise
     except zipfile.BadZipFile as error:
         raise InvalidData(path, "a zip archive", error, "delete it and run again") from None

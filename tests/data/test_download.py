@@ -64,6 +64,14 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
+def test_two_processes_may_unpack_at_once(tmp_path) -> None:
+    (tmp_path / "ml-1m.zip").write_bytes(zipped(MEMBERS))
+    for _ in range(2):
+        download._unpack(tmp_path / "ml-1m.zip", "ml-1m")
+    assert left_in(tmp_path) == ["ml-1m", "ml-1m.zip"]
+    assert left_in(tmp_path / "ml-1m") == ["movies.dat", "ratings.dat"]
+
+
 def test_download_verify_unpack_read(site, tmp_path, monkeypatch) -> None:
     folder, url = site
     data = zipped(MEMBERS)
