@@ -294,6 +294,21 @@ class SidTable:
 
     @classmethod
     def _read(cls, folder: Path) -> SidTable:
+        """Reads a table, again where another one takes its place meanwhile."""
+        while True:
+            before = _identity(folder)
+            try:
+                table = cls._read_once(folder)
+            except Exception:
+                # Files of two tables can be wrong in any way.
+                if _identity(folder) == before:
+                    raise
+            else:
+                if _identity(folder) == before:
+                    return table
+
+    @classmethod
+    def _read_once(cls, folder: Path) -> SidTable:
         polars = _polars("reading a SID table")
         path = folder / _MANIFEST
         if not path.is_file():
@@ -331,6 +346,15 @@ class SidTable:
             raise InvalidData(path, f"{counts} items and SIDs", (table.num_items, table.num_sids))
         table.digest = sha256(path)
         return table
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Tells a folder from another one that takes its place; None where there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def _generations(root: Path) -> list[int]:

@@ -9,6 +9,7 @@ import pytest
 
 from plum.errors import InvalidArgument, InvalidData
 from plum.sid import SidTable
+from plum.sid import table as table_module
 
 SIZES = (4, 3, 5)
 CODES = [[1, 2, 0], [0, 0, 4], [1, 2, 0], [3, 1, 1], [0, 0, 3]]
@@ -73,6 +74,23 @@ def test_round_trip_and_replacement(tmp_path):
     assert os.listdir(tmp_path) == ["t"]
     SidTable([], np.zeros((0, 2), dtype=np.int32), (2, 2)).save(tmp_path / "empty")
     assert len(SidTable.load(tmp_path / "empty")) == 0
+
+
+@pytest.mark.parametrize("items", [IDS, ["x"]])
+def test_a_table_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch, items):
+    table().save(tmp_path / "t")
+    other, read = SidTable(items, [[0, 0, 0]] * len(items), SIZES), table_module.read_json
+
+    def replaced(path):
+        monkeypatch.setattr(table_module, "read_json", read)
+        content = read(path)
+        other.save(tmp_path / "t")
+        return content
+
+    monkeypatch.setattr(table_module, "read_json", replaced)
+    loaded = SidTable.load(tmp_path / "t")
+    assert (loaded.item_ids, loaded.codes.tolist()) == (items, other.codes.tolist())
+    assert loaded.digest == other.digest
 
 
 def test_a_save_that_fails_leaves_the_old_table(tmp_path, monkeypatch):
