@@ -65,9 +65,11 @@ def count_pairs(
     histories = sequences.training()
     total = sequences.num_items
     items = np.concatenate([np.zeros(0, np.int64), *histories])
-    user = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    lengths = [len(history) for history in histories]
+    user = np.repeat(np.arange(len(histories)), lengths)
     keys, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for gap in range(1, window + 1):
+    # No two positions of a user are farther apart than the longest history.
+    for gap in range(1, min(window + 1, max(lengths, default=0))):
         for start in range(0, len(items) - gap, _CHUNK):
             stop = min(start + _CHUNK, len(items) - gap)
             a, b = items[start:stop], items[start + gap : stop + gap]
