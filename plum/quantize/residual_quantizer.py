@@ -519,12 +519,16 @@ class ResidualQuantizer(nn.Module):
                     value.copy_(stored[name])
             self._reservoir = blank
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
+        self._widen_averages()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidualQuantizer:
         super()._apply(fn, recurse)
+        self._widen_averages()
+        return self
+
+    def _widen_averages(self) -> None:
         # In half precision a moving average stands still.
         self.usage_ema, self.sum_ema = self.usage_ema.float(), self.sum_ema.float()
-        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ResidualQuantizer:
         # The processes are the same ones; they cannot be copied.

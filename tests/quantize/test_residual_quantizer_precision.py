@@ -45,6 +45,18 @@ def test_averages_of_a_model_in_half_precision_do_not_stand_still():
     )
 
 
+def test_averages_that_come_in_half_precision_are_widened():
+    state = {
+        name: value.bfloat16() if value.is_floating_point() else value
+        for name, value in fitted().state_dict().items()
+    }
+    model = fitted(seed=1).train()
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(model.usage_ema, state["usage_ema"].float())
+    model(rows())
+    assert model.usage_ema.dtype == model.sum_ema.dtype == torch.float32
+
+
 def test_steps_in_inference_mode_and_out_of_it_are_the_same():
     models = [fitted(revive_every=3, dead_share=1.0).train() for _ in range(2)]
     for step in range(8):
