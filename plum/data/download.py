@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -100,7 +99,7 @@ def _fetch(url: str, path: Path, progress: Callable[[int, int], None] | None) ->
                 done += len(chunk)
                 if progress is not None:
                     progress(done, total)
-    except (HTTPException, urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (HTTPException, OSError) as error:
         raise InvalidData(url, "a download", error, hint) from None
     if done < total:
         raise InvalidData(url, f"{total} bytes", f"only {done}", hint)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import http.client
 import http.server
 import io
+import ssl
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -123,6 +125,17 @@ def test_cut_off_download_is_refused_and_can_be_repeated(site, tmp_path, monkeyp
 def test_no_connection_says_what_to_do(tmp_path, base_url: str) -> None:
     with pytest.raises(InvalidData, match=rf"^{base_url}/ml-1m\.zip: .*--data-dir"):
         download_movielens("ml-1m", tmp_path / "cache", base_url=base_url)
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_a_connection_that_breaks_is_named(site, tmp_path, monkeypatch) -> None:
+    def broken(*_: object) -> bytes:
+        raise ssl.SSLEOFError("EOF occurred in violation of protocol")
+
+    (site[0] / "ml-1m.zip").write_bytes(b"x")
+    monkeypatch.setattr(http.client.HTTPResponse, "read", broken)
+    with pytest.raises(InvalidData, match=r"ml-1m\.zip: .*EOF occurred.*--data-dir"):
+        download_movielens("ml-1m", tmp_path / "cache", base_url=site[1])
     assert left_in(tmp_path / "cache") == []
 
 
