@@ -112,6 +112,7 @@ def test_metrics_agree_with_torchmetrics():
         ({"ks": (1, 3)}, r"ks: expected cutoffs in \[1, 2\], got 3; rank more items"),
         ({"ks": (0,)}, r"ks: expected cutoffs in \[1, 2\], got 0"),
         ({"num_items": 4}, "num_items: expected more than the highest item, 4, got 4"),
+        ({"num_items": 5, "targets": [1, 5]}, "num_items: .* the highest item, 5, got 5"),
     ],
 )
 def test_metrics_refuse_bad_input(change, message):
@@ -180,6 +181,7 @@ def test_the_order_depends_on_the_request_and_not_on_the_batch():
     ("change", "message"),
     [
         ({"sids": [[3]]}, r"sids: expected rows in \[0, 3\), or -1 for none, got 3"),
+        ({"sids": [[-2]]}, r"sids: expected rows in \[0, 3\), or -1 for none, got -2"),
         ({"sids": [[0, 1]]}, r"scores: expected shape \[1, 2\], got \[1, 1\]"),
         ({"k": 0}, "k: expected an int >= 1, got 0"),
         ({"sids": [[0], [1, 2]]}, "^sids: expected an array, got rows of different lengths"),
