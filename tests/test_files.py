@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from plum import files
 from plum.errors import InvalidData
 from plum.files import (
     atomic_folder,
@@ -63,8 +65,23 @@ def test_json_that_is_none(tmp_path, content):
 
 
 def test_sha256(tmp_path):
-    (tmp_path / "x").write_bytes(b"abc")
-    assert sha256(tmp_path / "x").startswith("ba7816bf8f01cfea")
+    # The second is read in several parts.
+    for content in (b"abc", bytes(5 << 20) + b"end"):
+        (tmp_path / "x").write_bytes(content)
+        assert sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+def test_json_is_for_people_too(tmp_path):
+    write_json(tmp_path / "x.json", {"title": "日本"})
+    assert "日本" in (tmp_path / "x.json").read_text(encoding="utf-8")
+
+
+def test_a_file_is_on_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    target, synced = tmp_path / "x", []
+    monkeypatch.setattr(files, "_sync", lambda path: synced.append((path, target.exists())))
+    with atomic_path(target) as temporary:
+        temporary.write_text("1")
+    assert synced == [(temporary, False), (tmp_path, True)]
 
 
 def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
@@ -198,6 +215,15 @@ def test_after_two_kills_the_newest_whole_folder_is_put_back(tmp_path, monkeypat
     monkeypatch.undo()
     settle_folder(target)
     assert (target / "w").read_text() == "2"
+
+
+def test_a_folder_that_a_kill_has_set_aside_is_there(tmp_path):
+    aside = tmp_path / ".model.0123abcd.old"
+    aside.mkdir()
+    (aside / "w").write_text("1")
+    with pytest.raises(OSError), atomic_folder(tmp_path / "model", replace=False) as folder:
+        (folder / "w").write_text("2")
+    assert (tmp_path / "model" / "w").read_text() == "1"
 
 
 def test_a_folder_is_worked_on_by_one_at_a_time(tmp_path):
