@@ -9,6 +9,7 @@ import torch
 
 from plum.errors import InvalidArgument, InvalidData, MissingDependency
 from plum.sid import quality_report, read_sids, resolve_collisions
+from plum.sid.collisions import _least_sum
 
 CODES = np.array([[1, 0], [0, 1], [1, 0], [1, 1], [1, 0]])
 
@@ -27,6 +28,8 @@ def test_suffix_numbers_the_items_of_a_sid():
     assert codes[:, 2].tolist() == [2, 0, 1, 0, 0]
     assert resolve_collisions(CODES[:2], (2, 2), "suffix")[1] == (2, 2, 1)
     assert resolve_collisions(CODES[:0], (2, 2), "suffix")[0].shape == (0, 3)
+    # The level holds the numbers that others have too.
+    assert resolve_collisions(CODES, (2, 2), "suffix", taken=[[0, 0, 6]])[1] == (2, 2, 7)
 
 
 def test_keys_may_be_an_array():
@@ -243,6 +246,36 @@ def test_balanced_shares_the_codes_evenly_and_takes_another_assignment():
             table, sizes, "balanced", residuals=residuals, codebook=codebook,
             assign=lambda costs, room: np.zeros(len(costs), dtype=int),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("taken", "room", "codes"), [([0, 0, 1], [1, 2], [0, 1]), ([0] * 5, [0, 4], [1, 1])]
+)
+def test_balanced_shares_what_is_taken_too(taken, room, codes):
+    """At most ⌈5 / 2⌉ and ⌈7 / 2⌉ items on a code, those that have it already among them."""
+    seen = []
+
+    def assign(costs, room):
+        seen.append(room.tolist())
+        return _least_sum(costs, room)
+
+    found, _ = resolve_collisions(
+        [[0, 0]] * 2, (1, 2), "balanced", taken=[[0, code] for code in taken],
+        residuals=[[0.0], [0.1]], codebook=[[0.0], [1.0]], assign=assign,
+    )  # fmt: skip
+    assert seen == [room] and found[:, 1].tolist() == codes
+
+
+@pytest.mark.parametrize("policy", ["nearest_free", "balanced"])
+def test_equal_items_take_their_codes_by_key(policy):
+    found = set()
+    for keys in permutations("abc"):
+        codes, _ = resolve_collisions(
+            [[0, 0]] * 3, (1, 3), policy, keys=keys,
+            residuals=np.zeros((3, 1)), codebook=[[0.0], [1.0], [2.0]],
+        )  # fmt: skip
+        found.add(tuple(sorted(zip(keys, codes[:, 1].tolist(), strict=True))))
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY)
