@@ -102,6 +102,13 @@ def test_grids_last_level_numbers_the_items_on_a_sid(tmp_path):
         assert table.codes.tolist() == [[9, 1, 1], [9, 1, 2], [4, 2, 0]]
 
 
+@pytest.mark.parametrize(("levels", "sizes"), [(1, (4,)), (26, (*[4] * 25, 3))])
+def test_a_grid_of_the_fewest_and_the_most_levels(tmp_path, levels, sizes):
+    np.save(tmp_path / "s.npy", np.full((levels, 5), 2))
+    table = read_sids(tmp_path / "s.npy")
+    assert table.codebook_sizes == sizes and table.codes.tolist() == [[2] * levels] * 5
+
+
 def test_sizes_are_guessed_or_given(tmp_path):
     write_sids(TABLE, tmp_path / "t.csv")
     assert read_sids(tmp_path / "t.csv").codebook_sizes == (8, 8)

@@ -142,6 +142,8 @@ def test_shuffled_labels_are_what_small_groups_give_by_chance():
     report = quality_report(codes, (20, 20), labels=noise)
     for prefix in report["prefixes"]:
         assert prefix["purity"] == pytest.approx(prefix["shuffled"], abs=0.03)
+    again, other = (quality_report(codes, (20, 20), labels=noise, seed=seed) for seed in (0, 1))
+    assert again == report and other != report
 
 
 def test_equal_rows_have_no_variance_to_lose():

@@ -89,6 +89,7 @@ def test_bad_input_is_named():
         words.codes_of(["hello"])
     with pytest.raises(InvalidArgument, match="template"):
         SidVocabulary((2,), "<{code}>")
+    assert SidVocabulary([4] * 26).tokens[-1] == "<s_z_3>"
     with pytest.raises(InvalidArgument, match="codebook_sizes"):
         SidVocabulary([4] * 27)
     with pytest.raises(InvalidArgument, match="codebook_sizes"):
