@@ -304,6 +304,7 @@ def test_refuses_what_does_not_fit():
         search.search(ids, mask, deny=[[1], []])
     with pytest.raises(InvalidArgument, match="item_ids: expected a sequence of ids, got one int"):
         search.search(ids, mask, deny=[1, 2])
+    assert search.search(*prompts([30, 4])).item_ids[0]
     with pytest.raises(InvalidArgument, match=r"at most 32 positions, codes included.* got 33"):
         search.search(*prompts([31, 4]))
     with pytest.raises(InvalidArgument, match="score: expected 'full' or 'valid'"):
@@ -328,7 +329,8 @@ def test_refuses_what_does_not_fit():
 @pytest.mark.parametrize("how", ["full", "valid"])
 def test_infinite_logits_are_an_error(how):
     model, trie = tiny("llama").eval(), catalog()
-    search = SidBeamSearch(model, trie, score=how)
+    # With "valid" it is seen at level 1 alone, and a step follows.
+    search = SidBeamSearch(model, trie, score=how, forced_tails=False)
     bias = torch.zeros(VOCABULARY)
     bias[OFFSETS[1] + 3] = float("inf")
     model.lm_head.bias = torch.nn.Parameter(bias)
@@ -336,6 +338,12 @@ def test_infinite_logits_are_an_error(how):
         search.search(*prompts([6, 3]))
     bias[OFFSETS[1] + 3] = -float("inf")
     assert search.search(*prompts([6, 3])).scores.isfinite().all()
+
+
+def test_a_beam_without_a_child_feeds_a_token_that_there_is():
+    trie = SidTrie.from_codes([[0, 0], [1, 1]], codebook_sizes=[2, 2], token_offsets=[0, 2])
+    search = SidBeamSearch(tiny("gpt2"), trie, forced_tails=False)
+    assert search.search(*prompts([3]), 2, deny=[[0]]).item_ids == [[1]]
 
 
 def test_draws_follow_the_scores_and_repeat():
