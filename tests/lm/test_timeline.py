@@ -236,6 +236,77 @@ def test_filling_has_no_share_in_the_loss(codes, kind):
     torch.testing.assert_close(found, wanted)
 
 
+@torch.no_grad()
+def test_losses_and_accuracy_of_the_levels_are_those_of_a_plain_loop(codes, histories):
+    model = generator(codes, label_smoothing=0.2).eval()
+    for head in model.heads:
+        head.mul_(50)
+    states = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    targets = torch.tensor([5, -100, 6, 17, -100, 29])
+    losses, hits, smooth = torch.zeros(3), torch.zeros(3), 0.0
+    for x, item in zip(states, targets.tolist(), strict=True):
+        for level in range(3) if item >= 0 else ():
+            like = (codes[:, :level] == codes[item, :level]).all(axis=1)
+            legal = np.unique(codes[like, level]).tolist()
+            logp = model.logits(x, level)[legal].log_softmax(0)
+            right = legal.index(codes[item, level])
+            losses[level] -= logp[right] / 4
+            hits[level] += (logp.argmax() == right) / 4
+            # The share is spread over the legal codes.
+            smooth -= (0.8 * logp[right] + 0.2 * logp.mean()) / 4
+            x = x + model.before[level][codes[item, level]] if level < 2 else x
+    found = model.level_losses(states, targets)
+    torch.testing.assert_close(found, (losses, hits))
+    torch.testing.assert_close(model.loss(states, targets), smooth)
+    wanted = np.array([(history[-1] + 1) % 30 for history in histories])
+    every = model.level_losses(model.last_states(histories), torch.from_numpy(wanted))
+    for batch_size in (7, 100):
+        scores = model.score(histories, wanted, batch_size=batch_size)
+        np.testing.assert_allclose(scores, torch.stack(every).numpy(), rtol=1e-5)
+
+
+def test_vectors_are_normalized_as_they_enter():
+    model = timeline.Timeline(SHAPE).eval()
+    model.positions.data.zero_()
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(1000 * x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_follows_its_schedule(histories):
+    """Rate, decay, moving average and losses of each step, by their formulas."""
+    config = replace(CONFIG, epochs=10, warmup=7)
+    rates, losses, weights = [], [], []
+
+    def on_step(done: int, total: int) -> None:
+        rates.append(float(run.rate))
+        weights.append(run.model.items.detach().clone())
+
+    better = itertools.count()
+    options = (lambda: {"score": float(next(better))}, None, None, on_step)
+    run = timeline._Run(SASRec(30, SHAPE), histories, config, *options)
+    run.advance = lambda items: losses.append(run._step(items)) or losses[-1]
+    history = run.train()
+    steps = run.batches.steps_per_epoch
+    assert rates == pytest.approx(
+        [0.0]
+        + [
+            5e-3 * min(1, (n + 1) / 7) * (1 + math.cos(math.pi * n / (10 * steps))) / 2
+            for n in range(10 * steps)
+        ],
+        rel=1e-5,
+    )
+    average = weights[0]
+    for n, weight in enumerate(weights[1:], 1):
+        average = average.lerp(weight, 1 - min(0.9, n / (n + 10)))
+    # What is kept is the average.
+    torch.testing.assert_close(run.model.items.data, average)
+    for record, part in zip(history, torch.stack(losses).split(5 * steps), strict=True):
+        assert record["train_loss"] == pytest.approx(float(part.mean()), rel=1e-5)
+    for group in run.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0)
+
+
 @pytest.mark.skipif(not hasattr(functional, "linear_cross_entropy"), reason="needs torch 2.13")
 def test_the_loss_by_chunks_is_the_plain_one():
     generator = torch.Generator().manual_seed(0)
@@ -445,3 +516,26 @@ def test_finetuning_writes_its_files_and_repeats(codes, histories, tmp_path):
     assert len(history[-1]["level_accuracy"]) == 3
     files = [tmp_path / name / "model" / "model.safetensors" for name in ("one", "other")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_finetuning_is_validated_as_it_says(codes, histories, tmp_path, monkeypatch):
+    """By some of the users, seen items left out; a hit on a SID of two items is half a hit."""
+    model, config = generator(codes[np.arange(30) // 2]), replace(CONFIG, epochs=1)
+    search, seen = model.search, []
+
+    def searched(known, *args, **options):
+        found = search(known, *args, **options)
+        seen.append((known, args, options, found[0]))
+        return found
+
+    monkeypatch.setattr(model, "search", searched)
+    train, options = [h[:-1] for h in histories], {"validation_users": 7}
+    history = finetune_depth(model, train, histories, tmp_path / "a", config, **options)
+    ((known, args, given, found),) = seen
+    assert len(known) == 7 and args == (10,) and given == {"exclude_seen": True}
+    wanted = model.rows[[(row[-1] + 1) % 30 for row in known]]
+    hits = [row in rows for row, rows in zip(wanted, found.tolist(), strict=True)]
+    assert history[-1]["score"] == sum(hits) / 2 / 7 > 0
+    # The same weights with other SIDs are another training.
+    with pytest.warns(RuntimeWarning, match="checkpoints belong to another configuration"):
+        finetune_depth(generator(codes), train, histories, tmp_path / "a", config, **options)
