@@ -71,10 +71,11 @@ def test_large_tries_and_many_states_on_several_threads():
     assert bool((expected[:, 1] == 0).any()) and bool((expected[:, 1] > 0).any())
 
 
-def test_states_that_are_not_of_the_trie_read_no_foreign_memory():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_states_that_are_not_of_the_trie_read_no_foreign_memory(backend):
     trie = SidTrie.from_codes(np.arange(1000)[:, None] % 10 + np.zeros((1, 2), dtype=np.int64))
     far = torch.tensor([[-(1 << 62), 1 << 62], [1 << 62, -5], [9, 3], [1 << 40, 1 << 41]])
-    after = trie_advance(far, torch.tensor([3, 3, 3, 1 << 40]), trie, 0)
+    after = trie_advance(far, torch.tensor([3, 3, 3, 1 << 40]), trie, 0, backend=backend)
     assert after.tolist() == [[3, 4], [0, 0], [0, 0], [0, 0]]
 
 

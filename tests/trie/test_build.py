@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from plum import _native
+from plum.trie import SidTrie
 from plum.trie.build import build_index, sort_sids
+from plum.trie.sid_filter import make_filter
 
 pytestmark = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
 
@@ -53,3 +56,21 @@ def test_the_first_code_out_of_range_is_found(sizes, bad):
         codes[row, level] = sizes[level] if bad == "size" else bad
         assert sort_sids(codes, sizes) == row * len(sizes) + level
         assert sort_sids(codes, sizes, native=False) == row * len(sizes) + level
+
+
+@pytest.mark.parametrize("shape", [(70, 2, 4000), (3, 8, 5000), (300, 1, 90), (2, 1, 2)])
+@pytest.mark.parametrize("joined", [False, True])
+def test_joined_and_filtered_like_numpy_and_torch(shape, joined):
+    size, depth, rows = shape
+    random = np.random.default_rng(rows)
+    parts = [
+        SidTrie.from_codes(random.integers(0, size, (rows, depth)), codebook_sizes=[size] * depth)
+        for _ in range(3)
+    ]
+    trie = SidTrie.join(parts) if joined else parts[0]
+    again = build_index(trie._columns(), trie.codebook_sizes, trie.roots, native=False)
+    assert all(map(torch.equal, trie.index, again))
+    for share in (0, 0.02, 0.5, 1):
+        allowed = torch.from_numpy(random.random(trie.num_sids) < share)
+        expected = make_filter(allowed, trie.index, native=False)
+        assert all(map(torch.equal, make_filter(allowed, trie.index), expected))

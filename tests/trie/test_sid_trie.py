@@ -214,6 +214,36 @@ def test_saved_and_loaded(tmp_path, strings):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_joined_tries_are_saved_and_not_changed(tmp_path):
+    # The second begins below the end of the first, and both have item 0.
+    parts = [SidTrie.from_codes([[0, 1], [2, 2]]), SidTrie.from_codes([[0, 0], [1, 1]])]
+    joined, path = SidTrie.join(parts), tmp_path / "t.safetensors"
+    joined.save(path)
+    assert same(SidTrie.load(path), joined) and SidTrie.load(path).roots == (0, 2, 4)
+    for change in (lambda: joined.insert([[0, 0]], [9]), lambda: joined.delete([1])):
+        with pytest.raises(InvalidArgument, match=r"trie: expected one trie to .*got 2 joined"):
+            change()
+    for wrong in (-1, 2):
+        with pytest.raises(InvalidArgument, match=f"trie: expected 0 to 1, got {wrong}"):
+            joined.rows([0], trie=wrong)
+    for other in (
+        SidTrie.from_codes([[0]]),
+        SidTrie.from_codes([[0, 1]], token_offsets=[0, 9]),
+        SidTrie.from_codes([[0, 1]], ["a"]),
+    ):
+        with pytest.raises(InvalidArgument, match="tries: expected the same depth, token_offsets"):
+            SidTrie.join([parts[0], other])
+    with pytest.raises(InvalidArgument, match="tries: expected at least one trie"):
+        SidTrie.join([])
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    config = json.loads(metadata["config"]) | {"roots": [0, 3, 2, 4]}
+    save_file(tensors, path, {**metadata, "config": json.dumps(config)})
+    with pytest.raises(InvalidData, match="roots rising from 0 to 4"):
+        SidTrie.load(path)
+
+
 def test_every_truncation_is_noticed(tmp_path):
     path = tmp_path / "trie.safetensors"
     SidTrie.from_codes([[0, 1], [1, 0]], ["a", "b"]).save(path)
@@ -252,6 +282,7 @@ def test_every_truncation_is_noticed(tmp_path):
         ("item_text", torch.tensor(list(b"ab\xff\xa9de"), dtype=torch.uint8), "UTF-8"),
         ("item_text", torch.tensor(list(b"aa\xc3\xa9de"), dtype=torch.uint8), "distinct item ids"),
         ("item_text", None, "a vector 'item_text' of uint8, got nothing"),
+        ("item_text", torch.zeros(6).short(), "a vector 'item_text' of uint8, got int16"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_noticed(tmp_path, name, value, message):
@@ -315,6 +346,13 @@ def test_a_trie_is_as_large_as_its_arrays_and_moves_as_one():
     assert moved.device.type == "meta"
     assert trie.device.type == "cpu"
     assert moved.root_states(3).shape == (3, 1, 2)
+
+
+@pytest.mark.parametrize(("children", "masks"), [(3, []), (4, [0b11011])])
+def test_a_node_has_a_mask_where_that_takes_no_more_than_its_codes(children, masks):
+    """Of 64 codes: 8 bytes, where a code takes 2."""
+    codes = np.array([0, 1, 3, 4])[:children, None]
+    assert SidTrie.from_codes(codes, codebook_sizes=[64]).index.masks.tolist() == masks
 
 
 def test_whatever_is_changed_in_a_file_is_noticed_or_another_trie(tmp_path):
