@@ -118,6 +118,12 @@ def test_bad_arguments(codes, sizes, name):
         code_usage(codes, sizes)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_most_levels(backend):
+    codes = random_codes(9, [3] * 64)
+    assert run(codes, [3] * 64, backend).tolist() == naive(codes, [3] * 64)
+
+
 def test_unknown_and_absent_backends():
     codes = torch.zeros(1, 1, dtype=torch.int32)
     with pytest.raises(InvalidArgument, match="backend: expected one of reference"):

@@ -234,6 +234,17 @@ def test_the_random_numbers_are_uniform_and_independent(width):
     assert blind == 0 if width < 40 else 10 < blind < 20
 
 
+def test_rows_that_differ_where_the_hash_does_not_look_are_told_apart_by_their_norms():
+    x = torch.zeros(3, 40)
+    x[:, 39] = torch.arange(3.0)
+    found = _keys(x, torch.tensor([[1.0, 2.0], [2.0, 2.0], [1.0, 2.0]]), 0)
+    assert (found > -math.inf).tolist() == [[True, True, False]] * 2
+
+
+def test_a_level_has_a_place_a_code_and_at_most_1024():
+    assert reservoir_sizes([5, 1023, 1025, 9000]) == [5, 1023, 1024, 1024]
+
+
 def test_a_batch_without_rows_changes_nothing():
     x, books = stream()
     before = filled(x, books, [(0, slice(0, 60))])
@@ -255,6 +266,7 @@ def test_fill_reservoir_bad_arguments():
         ({"reservoir": empty_reservoir([5, 3], 6, device="meta")}, r"reservoir\.rows: .* on cpu"),
         ({"found": found._replace(norms=found.norms.to("meta"))}, r"found\.norms: .* on cpu"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
     ):
         arguments = {"reservoir": reservoir, "x": x, "found": found, "codebooks": books, "seed": 0}
         with pytest.raises(InvalidArgument, match=f"^{name}"):

@@ -145,8 +145,14 @@ def test_refuses_what_does_not_fit():
     args = (torch.zeros(1, 1, 2), torch.zeros(1, 1), torch.zeros(1, 1).double())
     rest = (trie.root_states(1), trie, 0)
     seeds = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(InvalidArgument, match="temperature: expected a number above 0, got 0"):
-        trie_beam_sample(*args, *rest, k=1, seeds=seeds, temperature=0)
+    for wrong in (0, -1, INF, float("nan")):
+        message = f"temperature: expected a number above 0, got {wrong}"
+        with pytest.raises(InvalidArgument, match=message):
+            trie_beam_sample(*args, *rest, k=1, seeds=seeds, temperature=wrong)
+    with pytest.raises(InvalidArgument, match="seeds: expected a tensor on the trie's device cpu"):
+        trie_beam_sample(*args, *rest, k=1, seeds=seeds.to("meta"))
+    with pytest.raises(InvalidArgument, match="keys: expected a tensor on the trie's device cpu"):
+        trie_beam_sample(*args[:2], args[2].to("meta"), *rest, k=1, seeds=seeds)
     with pytest.raises(InvalidArgument, match=r"seeds: expected an int64 tensor \[1\]"):
         trie_beam_sample(*args, *rest, k=1, seeds=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(InvalidArgument, match=r"keys: expected a float64 tensor \[1, 1\]"):

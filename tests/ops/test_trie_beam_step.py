@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -410,6 +411,20 @@ def test_refuses_what_does_not_fit():
         trie_beam_step(logits, zero, root, trie, 0, k=1, deny=torch.tensor([0]))
     with pytest.raises(InvalidArgument, match="logits: expected 2 columns"):
         trie_beam_step(torch.zeros(1, 1, 3), zero, root, trie, 0, k=1)
+    with pytest.raises(InvalidArgument, match="logits: expected a tensor on the trie's device cpu"):
+        trie_beam_step(logits.to("meta"), zero, root, trie, 0, k=1)
+    deny = trie.deny(torch.tensor([[0]]))
+    deny = dataclasses.replace(deny, dead=deny.dead.to("meta"))
+    with pytest.raises(InvalidArgument, match="deny: expected a tensor on the trie's device cpu"):
+        trie_beam_step(logits, zero, root, trie, 0, k=1, deny=deny)
+    for level in (torch.zeros(2).long(), torch.zeros(1).int()):
+        with pytest.raises(InvalidArgument, match=r"level: expected .* an int64 tensor \[1\]"):
+            trie_beam_step(logits, zero, root, trie, level, k=1)
+    # A beam is 16 bits of the key that children are sorted by.
+    many = 65_537
+    args = logits.expand(1, many, 2), zero.expand(1, many), root.expand(1, many, 2)
+    with pytest.raises(InvalidArgument, match=r"states: expected at most 65536 beams .* got 65537"):
+        trie_beam_step(*args, trie, 0, k=1)
 
 
 @pytest.mark.parametrize("limited", [False, True])

@@ -41,6 +41,8 @@ def test_refuses_what_does_not_fit():
         trie_walk(torch.zeros(1, 3, dtype=torch.int64), trie)
     with pytest.raises(InvalidArgument, match="prefixes: expected int64, int32, int16 or uint8"):
         trie_walk(torch.zeros(1, 2), trie)
+    with pytest.raises(InvalidArgument, match=r"roots: expected shape \[1, 2\], got \[2, 2\]"):
+        trie_walk(torch.zeros(1, 2).long(), trie, roots=trie.root_states(2)[:, 0])
 
 
 def test_opcheck_and_compile():
