@@ -44,6 +44,15 @@ def test_the_dead_state_is_not_forced():
     assert forced_tail(trie.root_states(1), trie, 0).codes.tolist() == [[[3, 5]]]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_row_that_is_none_of_the_table_is_not_forced(backend):
+    trie = SidTrie.from_codes([[3, 5], [3, 6]])
+    states = torch.tensor([[-1, 0], [2, 3], [1 << 40, (1 << 40) + 1], [1, 2]])
+    tail, forced = forced_tail(states, trie, 1, backend=backend)
+    assert forced.tolist() == [False, False, False, True]
+    assert tail.tolist() == [[-1], [-1], [-1], [6]]
+
+
 def test_refuses_what_does_not_fit():
     trie = SidTrie.from_codes([[3, 5]])
     with pytest.raises(InvalidArgument, match="level: expected 0 to 2, got 3"):
