@@ -94,6 +94,15 @@ def test_ties_go_to_the_lowest_sid():
         assert beam.beam_encode(x, [book, book], width).tolist() == [[0, 1], [0, 0], [1, 1]]
 
 
+def test_equal_sums_are_told_from_rounding():
+    """Three codewords have one sum in any order, but not one score to the last bit."""
+    draw, scale = torch.Generator().manual_seed(0), torch.logspace(6, -2, 8)
+    book = torch.randn(6, 8, generator=draw) * scale
+    x = 2 * torch.randn(400, 8, generator=draw) * scale
+    codes = beam.beam_encode(x, [book] * 3, 216)
+    assert (codes.diff(dim=1) >= 0).all() and (codes[:, 0] < codes[:, 2]).float().mean() > 0.5
+
+
 def test_far_from_the_origin():
     x, books = case(200, 8, (5, 5, 5))
     offset = 1e3

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -37,6 +39,16 @@ def test_centroids_are_the_means_of_their_rows_at_convergence():
     codes = model.predict(x)
     for cluster in range(24):
         torch.testing.assert_close(model.centroids[cluster], x[codes == cluster].mean(dim=0))
+
+
+def test_stops_once_all_centroids_together_move_little():
+    x = blobs()
+    steps = [KMeans(20, max_iters=i, tol=0).fit(x).centroids.double() for i in range(8)]
+    shifts = [float((b - a).square().sum()) for a, b in itertools.pairwise(steps)]
+    variance = float((x - x.mean(dim=0)).square().mean())
+    for most in (1.001 * shifts[0], 1.001 * shifts[4]):
+        first = next(done for done, shift in enumerate(shifts, 1) if shift <= most)
+        assert KMeans(20, tol=most / variance).fit(x).num_iters == first
 
 
 def test_finds_separated_clusters():

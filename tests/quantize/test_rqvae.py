@@ -110,6 +110,8 @@ def test_whitening_gives_each_axis_the_same_variance():
             covariance, torch.diag(expected), rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n} {m}"
         )
         torch.testing.assert_close(scaling.inverse(scaling(x)), x, rtol=1e-3, atol=1e-3)
+        # An axis has no sign of its own: its largest entry is positive.
+        assert (scaling.axes.amax(dim=0) == scaling.axes.abs().amax(dim=0)).all()
     assert model(whiten=False).scaling_of("text").axes is None
 
 
@@ -288,7 +290,10 @@ def test_bad_inputs_are_named():
             vae.encode(items(), {"image": mask})
     spoiled = items()
     spoiled["text"][[4, 17], 0] = float("inf")
-    with pytest.raises(InvalidArgument, match=r"text.*rows 4, 17"):
+    with pytest.raises(InvalidArgument, match=r"text.*rows 4, 17;"):
+        vae.encode(spoiled)
+    spoiled["text"][:7] = float("nan")
+    with pytest.raises(InvalidArgument, match=r"rows 0, 1, 2, 3, 4 and 3 more;"):
         vae.encode(spoiled)
     with pytest.raises(InvalidArgument, match="input_dims"):
         RQVAEConfig({})
