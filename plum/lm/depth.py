@@ -19,6 +19,7 @@ from plum.files import atomic_folder, read_json, write_json
 from plum.lm.examples import IGNORED, check_histories
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
 from plum.ops.trie_beam_step import trie_beam_step
+from plum.ops.trie_mask import trie_mask
 from plum.trie import SidTrie
 
 ARCHITECTURE = "DepthGenerator"
@@ -288,7 +289,8 @@ class DepthGenerator(NextItemModel):
 
         Returns:
             ``(rows, scores)``, int64 and fp32 ``[B, W]``, best first: rows of the trie's table and
-            sums of log-probabilities; -1 and minus infinity where there are no more SIDs.
+            sums of log-probabilities, of all SIDs also where some are denied; -1 and minus infinity
+            where there are no more SIDs.
 
         Raises:
             InvalidArgument: ``num_beams`` is below 1.
@@ -315,10 +317,12 @@ class DepthGenerator(NextItemModel):
             states = self.trie.root_states(len(part))
             sums = torch.zeros(len(part), 1, device=device)
             for level in range(len(self.sizes)):
-                logits = self.logits(x, level)
-                k = widths[level]
+                logits, score = self.logits(x, level), "valid"
+                if deny is not None:
+                    # What is denied keeps its share, so that the others stay in their order.
+                    logits, score = trie_mask(logits, states, self.trie, level), "full"
                 step = trie_beam_step(
-                    logits, sums, states, self.trie, level, k=k, score="valid", deny=deny
+                    logits, sums, states, self.trie, level, k=widths[level], score=score, deny=deny
                 )
                 sums, states = step.scores, step.states
                 if level + 1 < len(self.sizes):
