@@ -216,6 +216,19 @@ def test_many_ties_fall_in_order(runner, k):
 
 
 @pytest.mark.parametrize("runner", RUNNERS[1:])
+@pytest.mark.parametrize("how", ["full", "valid"])
+def test_children_far_below_the_best_are_found(runner, how):
+    random = np.random.default_rng(1)
+    logits, *rest = search_step(random, 1, 900, 20_000, batch=3, beams=1)
+    options = {"k": 40, "score": how}
+    expected = trie_beam_step(100 * logits, *rest, **options, backend="reference")
+    with running(runner) as backend:
+        step = trie_beam_step(100 * logits, *rest, **options, backend=backend)
+    assert (step.scores[:, 0] - step.scores[:, -1]).min() > 100
+    assert torch.equal(step.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("runner", RUNNERS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_log_sum_is_as_exact_as_it_says(runner, dtype):
     random = np.random.default_rng(0)

@@ -63,6 +63,20 @@ def test_lists_the_children_without_a_row(backend, seed, size, depth, filtered):
             assert found == expected + [NO_ROW] * (len(found) - len(expected))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("children", [100, 1000])
+def test_a_wide_child_is_dead_with_the_last_row_that_the_filter_leaves(backend, children):
+    row = np.arange(children + 500)
+    codes = np.stack([row >= children, row], axis=1).astype(np.int64)
+    trie = SidTrie.from_codes(codes)
+    keep = torch.arange(len(row)) % 3 == 0
+    inside = keep[:children].nonzero().flatten()
+    for denied, first in ((inside, 0), (inside[1:], NO_ROW)):
+        dead = trie_deny(denied[None], trie, trie.filter(keep), backend=backend)
+        assert dead[0, 0].tolist() == [first] + [NO_ROW] * (len(denied) - 1)
+        assert dead[0, 1].tolist() == denied.tolist()
+
+
 def test_threads_do_not_change_the_lists():
     random = np.random.default_rng(0)
     trie = SidTrie.from_codes(random.integers(0, 30, (20_000, 3)), codebook_sizes=[30] * 3)
