@@ -296,6 +296,24 @@ def test_more_dead_codewords_than_rows():
     assert torch.equal(revived.sort(dim=0).values, x.sort(dim=0).values)
 
 
+def test_rows_and_codewords_that_take_them_are_drawn_at_random():
+    options = {"num_quantizers": 1, "codebook_size": 64, "threshold_ema_dead_code": 2}
+    taken, revived = ({10: set(), 200: set()} for _ in range(2))
+    for count in (10, 200):
+        x = rows(count)
+        for seed in range(4):
+            torch.manual_seed(0)
+            model = ResidualVQ(dim=DIM, **options)
+            torch.manual_seed(seed)
+            model(x)
+            fresh = model.layers[0]._codebook.cluster_size[0] == 2
+            drawn = torch.cdist(model.codebooks[0][fresh], x).argmin(dim=1)
+            taken[count].add(tuple(drawn.sort().values.tolist()))
+            revived[count].add(tuple(fresh.tolist()))
+    # Of few rows each is taken, of few dead codewords each is revived.
+    assert [len(taken[200]), len(revived[10])] == [4, 4]
+
+
 @pytest.mark.parametrize("cosine", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 def test_k_means_init(cosine, shared):
