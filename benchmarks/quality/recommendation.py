@@ -486,8 +486,8 @@ of them, and the evaluation behind the published figures of SASRec, eSASRec and 
 out, so these are the columns to hold against published figures. A row that lacks them was trained
 before they were measured, by the code of commit ca5e3e6: at a constant learning rate, without
 normalized inputs, and its weights were chosen with seen items left in. The generator's unseen
-columns are of a search that gave the probability of the seen items to those beside them in the trie,
-which can change the order of the rest; now the rest keeps its order.
+columns are of a search that gave the probability of the seen items to those beside them in the
+trie, which can change the order of the rest; now the rest keeps its order.
 
 SIDs: of text, of behavior (what the training log has side by side), or of both fused, 256 codes a
 level and three levels unless it says otherwise. *Multi-resolution* are those of PLUM's codebooks,

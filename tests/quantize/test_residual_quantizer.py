@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import json
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -527,27 +526,6 @@ def test_saved_and_loaded(tmp_path):
         "config.json",
         "model.safetensors",
     ]
-
-
-def test_a_copy_trains_with_the_same_processes():
-    class Group:
-        def __reduce__(self):
-            raise TypeError("cannot pickle 'ProcessGroup' object")
-
-    model = fitted().train()
-    model.process_group = Group()
-    copied = copy.deepcopy(model)
-    assert copied.process_group is model.process_group
-    copied.process_group = model.process_group = None
-    start = model.codebooks[0].clone()
-    copied(rows())
-    assert torch.equal(model.codebooks[0], start)
-    assert not torch.equal(copied.codebooks[0], start)
-
-
-def test_numbers_of_numpy_are_saved(tmp_path):
-    ResidualQuantizer(8, list(np.array([4, 2]))).save_pretrained(tmp_path)
-    assert ResidualQuantizer.from_pretrained(tmp_path).codebook_sizes == (4, 2)
 
 
 def test_options_are_saved_and_files_from_before_them_load(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from plum.errors import InvalidData
 from plum.quantize import ResidualQuantizer, load_tokenizer, storage
 
-from .test_residual_quantizer import fitted
+from .test_residual_quantizer import fitted, rows
 
 NEW = "save the module again, or delete config.json"
 
@@ -101,3 +103,24 @@ def test_what_cannot_be_loaded(tmp_path):
     save_file(load_file(weights), weights)
     with pytest.raises(InvalidData, match=r"fit config\.json"):
         ResidualQuantizer.from_pretrained(tmp_path / "m")
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    ResidualQuantizer(8, list(np.array([4, 2]))).save_pretrained(tmp_path)
+    assert ResidualQuantizer.from_pretrained(tmp_path).codebook_sizes == (4, 2)
+
+
+def test_a_copy_trains_with_the_same_processes():
+    class Group:
+        def __reduce__(self):
+            raise TypeError("cannot pickle 'ProcessGroup' object")
+
+    model = fitted().train()
+    model.process_group = Group()
+    copied = copy.deepcopy(model)
+    assert copied.process_group is model.process_group
+    copied.process_group = model.process_group = None
+    start = model.codebooks[0].clone()
+    copied(rows())
+    assert torch.equal(model.codebooks[0], start)
+    assert not torch.equal(copied.codebooks[0], start)

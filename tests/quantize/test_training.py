@@ -14,6 +14,7 @@ from plum.quantize import (
     fit_rqvae,
     fit_tokenizer,
     multi_resolution_sizes,
+    training,
 )
 from plum.quantize.residual_quantizer import memory_for
 from plum.quantize.tokenizer import KINDS
@@ -40,6 +41,30 @@ def test_the_variance_that_is_lost_does_not_depend_on_the_scale(tmp_path, scale)
     lost, known = (records[-1]["unexplained_variance"] for records in (history, expected))
     # A power of two changes no rounding.
     assert lost == pytest.approx(known, rel=1e-12)
+
+
+def test_rate_decay_and_losses_of_each_step_are_those_of_the_docstring(monkeypatch):
+    rates, losses, step = [], [], training._Training._step
+
+    def watched(self, items, *rest):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        books = {id(codebook) for codebook in self.model.quantizer.codebooks}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                assert group["weight_decay"] == (0 if id(parameter) in books else 0.5)
+        found = step(self, items, *rest)
+        losses.append(len(items) * float(found["loss"]))
+        return found
+
+    monkeypatch.setattr(training._Training, "_step", watched)
+    config = dataclasses.replace(CONFIG, update="gradient")
+    options = {"epochs": 4, "batch_size": 150, "lr": 0.01, "weight_decay": 0.5}
+    _, history = fit_rqvae({"text": clusters()}, config, **options)
+    # 150, 150 and 100 rows an epoch.
+    expected = [0.01 * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in range(4)]
+    assert rates == pytest.approx(np.repeat(expected, 3).tolist())
+    means = np.reshape(losses, (4, 3)).sum(axis=1) / 400
+    assert [record["loss"] for record in history] == pytest.approx(means.tolist(), rel=1e-5)
 
 
 def test_the_history_is_true_and_the_best_state_is_kept():
