@@ -43,4 +43,6 @@ class MissingDependency(PlumError, ImportError):
 
 def _sentence(name: str, expected: str, got: object, hint: str) -> str:
     text = f"{name}: expected {expected}, got {got}"
-    return f"{text}; {hint}" if hint else text
+    text = f"{text}; {hint}" if hint else text
+    # What came may be the message of another library, of several lines.
+    return " ".join(text.split()) if len(text.splitlines()) > 1 else text

@@ -186,7 +186,7 @@ class DepthGenerator(NextItemModel):
         # Weights that are not those of the config are a RuntimeError.
         except (OSError, RuntimeError, SafetensorError) as error:
             expected = "a safetensors file of the weights of its config.json"
-            raise InvalidData(weights, expected, " ".join(str(error).split())) from None
+            raise InvalidData(weights, expected, error) from None
         return model.eval()
 
     def level_losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

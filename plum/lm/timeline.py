@@ -169,7 +169,7 @@ class TimelineConfig:
         epochs: Most passes over all interactions.
         batch_size: Windows per optimizer step.
         learning_rate: Peak learning rate of AdamW, reached by a linear warm-up; from there it falls
-            to zero along a cosine.
+            to zero along a cosine. Gradients are cut to a norm of 1.
         warmup: Steps of the warm-up.
         weight_decay: AdamW's decay, on matrices and embeddings but not on biases and norms.
         average: Decay per step of the moving average of the weights, which is what is validated

@@ -215,7 +215,7 @@ def load_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | 
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise InvalidData(path, "a safetensors file", " ".join(str(error).split())) from None
+        raise InvalidData(path, "a safetensors file", error) from None
     present = {
         name: tensors.pop(f"{name}_present")
         for name in sorted(tensors)

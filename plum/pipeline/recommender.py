@@ -120,7 +120,7 @@ def as_trained(config: Config, run_dir: Path) -> Config:
             raise InvalidData(
                 run_dir / name / "manifest.json",
                 "settings of this version of plum",
-                " ".join(str(error).split()),
+                error,
                 f"run: plum run --output {run_dir}",
             ) from None
         made["seed"] = manifest["seed"]

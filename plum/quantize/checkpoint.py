@@ -117,8 +117,7 @@ def load_checkpoint(
     except FileNotFoundError:
         raise InvalidData(folder / _TENSORS, "a safetensors file", "no such file") from None
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InvalidData(folder / _TENSORS, "the tensors of this training", reason) from None
+        raise InvalidData(folder / _TENSORS, "the tensors of this training", error) from None
     best_rank = None if state["best_rank"] is None else tuple(state["best_rank"])
     return TrainingState(state["epoch"], state["history"], best_rank, groups["best"])
 

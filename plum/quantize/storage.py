@@ -60,9 +60,7 @@ def load_module(
     try:
         module.load_state_dict(load_file(weights))
     except RuntimeError as error:
-        raise InvalidData(
-            weights, "tensors that fit config.json", " ".join(str(error).split())
-        ) from None
+        raise InvalidData(weights, "tensors that fit config.json", error) from None
     return module.eval()
 
 
@@ -82,7 +80,7 @@ def read_config(folder: str | Path, what: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise InvalidData(weights, "a safetensors file", "no such file") from None
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise InvalidData(weights, "a safetensors file", " ".join(str(error).split())) from None
+        raise InvalidData(weights, "a safetensors file", error) from None
     config = saved if saved and not path.exists() else read_json(path)
     if not isinstance(config, dict):
         raise InvalidData(path, f"the configuration of a {what}", type(config).__name__)

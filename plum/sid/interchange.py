@@ -148,8 +148,7 @@ def _text(path: Path) -> str:
         with opener(path, "rb") as file:
             return file.read().decode("utf-8").removeprefix("\ufeff")
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InvalidData(path, "a whole file of UTF-8 text", reason, "copy it again") from None
+        raise InvalidData(path, "a whole file of UTF-8 text", error, "copy it again") from None
 
 
 def _pairs(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
@@ -167,7 +166,7 @@ def _read_index(path: Path) -> tuple[list[str], Wide]:
         content = json.loads(_text(path), object_pairs_hook=_pairs(path))
     # A ValueError, too, is what Python says of a number of thousands of digits.
     except (ValueError, RecursionError) as error:
-        raise InvalidData(path, "a JSON file", " ".join(str(error).split())) from None
+        raise InvalidData(path, "a JSON file", error) from None
     if not isinstance(content, dict):
         raise InvalidData(path, "an object of items and their tokens", type(content).__name__)
     item_ids, rows = list(content), []
@@ -256,7 +255,7 @@ def _read_npy(path: Path) -> tuple[list[str], Wide]:
         # Mapped, a header that promises more than the file holds is an error and no allocation.
         array = np.load(path, allow_pickle=False, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise InvalidData(path, "a NumPy array of integers", " ".join(str(error).split())) from None
+        raise InvalidData(path, "a NumPy array of integers", error) from None
     if not isinstance(array, np.ndarray):
         raise InvalidData(path, "a NumPy array of integers", "an archive of arrays")
     return _from_grid(path, np.asarray(array))
@@ -270,8 +269,7 @@ def _read_safetensors(path: Path) -> tuple[list[str], Wide]:
         tensors = load_file(path)
     # The last two are of types that NumPy has not, bf16 and fp8.
     except (SafetensorError, OSError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise InvalidData(path, "a whole safetensors file of integers", reason) from None
+        raise InvalidData(path, "a whole safetensors file of integers", error) from None
     if len(tensors) != 1:
         raise InvalidData(path, "one tensor of SIDs", f"{sorted(tensors)[:5]}")
     return _from_grid(path, next(iter(tensors.values())))
