@@ -12,6 +12,8 @@ namespace {
 
 // Bits a pass of the radix sort looks at.
 constexpr int kDigit = 11;
+// Entries of a bucket that are sorted by comparisons.
+constexpr int64_t kFew = 192;
 // Leading bits sorted by radix beyond those that count the items: few SIDs are left equal.
 constexpr int kSpareBits = 8;
 // Rows that count_runs looks at together.
@@ -54,9 +56,12 @@ class Sorter {
     const int passes = (wanted + kDigit - 1) / kDigit;
     // The bits behind those that are looked at.
     const int low = item_bits_ + std::max(sid_bits_ - passes * kDigit, 0);
-    const int64_t bad = pack(passes, low);
+    const int64_t bad = pack();
     if (bad >= 0) return bad;
-    for (int pass = 0; pass < passes; ++pass) scatter(pass, low);
+    // A digit that all items share sorts nothing.
+    int top = passes - 1;
+    while (top >= 0 && !count_digits(entries_, catalog_.items, top, low)) --top;
+    if (top >= 0) sort_buckets(top, low);
     if (low > item_bits_ || whole_ < catalog_.depth) sort_equal(low);
     return -1;
   }
@@ -98,8 +103,7 @@ class Sorter {
 
   const Code* row(uint64_t entry) const { return codes_ + item(entry) * catalog_.depth; }
 
-  int64_t pack(int passes, int low) {
-    counts_.assign(passes << kDigit, 0);
+  int64_t pack() {
     const int64_t depth = catalog_.depth, packed = static_cast<int64_t>(shifts_.size());
     // Without a sign: a negative code is a large one.
     const std::vector<uint64_t> sizes(catalog_.sizes, catalog_.sizes + depth);
@@ -114,10 +118,7 @@ class Sorter {
       }
       for (int64_t l = packed; l < depth; ++l) fits &= static_cast<uint64_t>(codes[l]) < sizes[l];
       if (!fits) return i * depth + first_bad(codes);
-      entries_[i] = entry = entry << item_bits_ | static_cast<uint64_t>(i);
-      for (int pass = 0; pass < passes; ++pass) {
-        ++counts_[pass << kDigit | digit(entry, pass, low)];
-      }
+      entries_[i] = entry << item_bits_ | static_cast<uint64_t>(i);
     }
     return -1;
   }
@@ -132,14 +133,41 @@ class Sorter {
     return entry >> (low + pass * kDigit) & ((uint64_t{1} << kDigit) - 1);
   }
 
-  void scatter(int pass, int low) {
-    int64_t* counts = counts_.data() + (pass << kDigit);
-    if (std::find(counts, counts + (1 << kDigit), catalog_.items) != counts + (1 << kDigit)) return;
-    std::exclusive_scan(counts, counts + (1 << kDigit), counts, int64_t{0});
-    for (int64_t i = 0; i < catalog_.items; ++i) {
-      other_entries_[counts[digit(entries_[i], pass, low)]++] = entries_[i];
+  // Counts the digits of some entries; returns whether there are several.
+  bool count_digits(const uint64_t* entries, int64_t count, int pass, int low) {
+    std::fill(counts_.begin(), counts_.end(), 0);
+    for (int64_t i = 0; i < count; ++i) ++counts_[digit(entries[i], pass, low)];
+    return count > 0 && counts_[digit(entries[0], pass, low)] < count;
+  }
+
+  // Sorts by the digits up to `top`: by the highest into buckets, of which most fit in a cache, and
+  // each of these by the others, from the lowest on.
+  void sort_buckets(int top, int low) {
+    scatter(entries_, other_entries_, catalog_.items, top, low);
+    const std::vector<int64_t> ends = counts_;
+    int64_t begin = 0;
+    for (int64_t end : ends) {
+      const int64_t count = end - begin;
+      uint64_t *from = other_entries_ + begin, *to = entries_ + begin;
+      begin = end;
+      if (count <= kFew) {
+        std::sort(from, from + count);
+        if (top % 2 == 1) std::copy(from, from + count, to);
+        continue;
+      }
+      for (int pass = 0; pass < top; ++pass) {
+        count_digits(from, count, pass, low);
+        scatter(from, to, count, pass, low);
+        std::swap(from, to);
+      }
     }
-    std::swap(entries_, other_entries_);
+    if (top % 2 == 0) std::swap(entries_, other_entries_);
+  }
+
+  // Moves entries to where their digits, which are counted, belong; the counts become the ends.
+  void scatter(const uint64_t* from, uint64_t* to, int64_t count, int pass, int low) {
+    std::exclusive_scan(counts_.begin(), counts_.end(), counts_.begin(), int64_t{0});
+    for (int64_t i = 0; i < count; ++i) to[counts_[digit(from[i], pass, low)]++] = from[i];
   }
 
   // Sorts the items whose entries are equal but for their `low` last bits.
@@ -168,7 +196,7 @@ class Sorter {
   const Code* codes_;
   const Catalog& catalog_;
   uint64_t *entries_, *other_entries_;
-  std::vector<int64_t> counts_;
+  std::vector<int64_t> counts_ = std::vector<int64_t>(1 << kDigit);
   int item_bits_;
   int sid_bits_ = 0;   // bits of the SID in an entry
   int64_t whole_ = 0;  // levels that are in an entry with all their bits
