@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from plum.errors import InvalidArgument
 from plum.trie import SidTrie
 
@@ -25,3 +27,9 @@ def check_trie(trie: SidTrie) -> list[int]:
             "search each by itself, or use plum.ops with trie.root_states(B, tries)",
         )
     return list(trie.token_offsets)
+
+
+def check_no_code(name: str, token: int, offsets: Sequence[int], sizes: Sequence[int]) -> None:
+    """Raises InvalidArgument if a token is that of a code, given those of code 0 of each level."""
+    if any(0 <= token - first < size for first, size in zip(offsets, sizes, strict=True)):
+        raise InvalidArgument(name, "a token that is no code", token)

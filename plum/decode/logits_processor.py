@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from plum.decode.checks import check_trie
+from plum.decode.checks import check_no_code, check_trie
 from plum.errors import InvalidArgument
 from plum.ops.trie_mask import trie_mask
 from plum.ops.trie_walk import trie_walk
@@ -74,9 +74,8 @@ class SidLogitsProcessor:
         for name, value in {**given, "end_token_id": end_token_id}.items():
             if not isinstance(value, Integral) or value < 0:
                 raise InvalidArgument(name, "one integer of at least 0", repr(value))
-        spans = zip(offsets, trie.codebook_sizes, strict=True)
-        if begin_token_id is not None and any(0 <= begin_token_id - a < n for a, n in spans):
-            raise InvalidArgument("begin_token_id", "a token that is no code", begin_token_id)
+        if begin_token_id is not None:
+            check_no_code("begin_token_id", begin_token_id, offsets, trie.codebook_sizes)
         self.trie, self.end_token_id = trie, end_token_id
         self._offsets = offsets
         self.prompt_length, self.begin_token_id = prompt_length, begin_token_id

@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm.v1.sample import logits_processor as v1
 from vllm.v1.worker.gpu.sample import logits_processor as v2
 
-from plum.decode.checks import check_trie
+from plum.decode.checks import check_no_code, check_trie
 from plum.errors import InvalidArgument
 from plum.ops.trie_mask import trie_mask
 from plum.ops.trie_walk import trie_walk
@@ -162,14 +162,13 @@ def _settings(additional: Any) -> dict[str, Any]:
 def _check_tokens(
     offsets: Sequence[int], sizes: Sequence[int], ids: tuple[Any, Any], vocabulary: int
 ) -> None:
-    levels = list(zip(offsets, sizes, strict=True))
     for name, value in zip(("begin_token_id", "end_token_id"), ids, strict=True):
         wrong = type(value) is not int or not 0 <= value < vocabulary
         if wrong and not (name == "begin_token_id" and value is None):
             raise InvalidArgument(f"{_NAME}: {name}", f"a token id in [0, {vocabulary})", value)
-        if not wrong and any(0 <= value - first < size for first, size in levels):
-            raise InvalidArgument(f"{_NAME}: {name}", "a token that is no code", value)
-    ranges = sorted((first, first + size) for first, size in levels)
+        if not wrong:
+            check_no_code(f"{_NAME}: {name}", value, offsets, sizes)
+    ranges = sorted((first, first + size) for first, size in zip(offsets, sizes, strict=True))
     if ranges[-1][1] > vocabulary:
         expected = f"tokens below {vocabulary}, the model's vocabulary"
         raise InvalidArgument("trie", expected, f"token {ranges[-1][1] - 1}")

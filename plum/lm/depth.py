@@ -16,7 +16,7 @@ from torch.nn import functional
 from plum._seed import seeded
 from plum.errors import InvalidArgument, InvalidData
 from plum.files import atomic_folder, read_json, write_json
-from plum.lm.examples import IGNORED, check_histories
+from plum.lm.examples import IGNORED
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
 from plum.ops.trie_beam_step import trie_beam_step
 from plum.ops.trie_mask import trie_mask
@@ -298,19 +298,13 @@ class DepthGenerator(NextItemModel):
         """
         if num_beams < 1:
             raise InvalidArgument("num_beams", "an int >= 1", num_beams)
-        histories = check_histories("histories", histories, self.num_items)
-        self.eval()
         device = self.codes.device
         self.trie = self.trie.to(device)
         rows = np.full((len(histories), num_beams), -1, dtype=np.int64)
         scores = np.full((len(histories), num_beams), -np.inf, dtype=np.float32)
         # Beams that no prefix is left for would run through the model for nothing.
         widths = [min(num_beams, count) for count in self.trie.num_prefixes]
-        # Histories of one length share a batch.
-        order = np.argsort([len(history) for history in histories], kind="stable")
-        for low in range(0, len(order), batch_size):
-            part = order[low : low + batch_size]
-            some = [histories[row] for row in part]
+        for part, some in self.batches_of(histories, batch_size):
             x = self.last_states(some)[:, None]
             seen = self._seen_rows(some).to(device) if exclude_seen else None
             deny = None if seen is None else self.trie.deny(seen)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from plum._seed import seeded
 from plum.errors import InvalidArgument
-from plum.lm.examples import IGNORED, check_histories
+from plum.lm.examples import IGNORED
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
 
 # Rows of logits at a time on a CPU.
@@ -84,14 +84,8 @@ class SASRec(NextItemModel):
         """
         if k < 1:
             raise InvalidArgument("k", "an int >= 1", k)
-        histories = check_histories("histories", histories, self.num_items)
-        self.eval()
         found = np.full((len(histories), k), -1, dtype=np.int32)
-        # Histories of one length share a batch.
-        order = np.argsort([len(history) for history in histories], kind="stable")
-        for low in range(0, len(order), batch_size):
-            rows = order[low : low + batch_size]
-            part = [histories[row] for row in rows]
+        for rows, part in self.batches_of(histories, batch_size):
             scores = (self.last_states(part) @ self.items.T).float()
             if exclude_seen:
                 places = np.repeat(np.arange(len(part)), [len(history) for history in part])

@@ -143,6 +143,22 @@ class NextItemModel(nn.Module, ABC):
         """Returns the states ``[B, T, D]`` after items int64 ``[B, T]``; -100 is filling."""
         return self.timeline(self.vectors(items.clamp(min=0)))
 
+    def batches_of(
+        self, histories: Sequence[np.ndarray], batch_size: int
+    ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        """Yields batches to rank items for, in evaluation mode: their rows and their histories.
+
+        Raises:
+            InvalidData: an item index is outside the catalog.
+        """
+        histories = check_histories("histories", histories, self.num_items)
+        self.eval()
+        # Histories of one length share a batch.
+        order = np.argsort([len(history) for history in histories], kind="stable")
+        for low in range(0, len(order), batch_size):
+            rows = order[low : low + batch_size]
+            yield rows, [histories[row] for row in rows]
+
     def last_states(self, histories: Sequence[np.ndarray]) -> Tensor:
         """Returns the state after each history, ``[B, D]``, dropout as the module's mode says.
 
@@ -368,8 +384,8 @@ class _Run:
         self.advance = _Graphs(self._step) if graphs else self._step
         # Epochs and steps done, and the share of the schedule that lies behind.
         self.epoch, self.steps, self.done = 0, 0, 0.0
-        # Since the last record.
-        self.loss, self.loss_steps = torch.zeros((), device=self.device), 0
+        # Its sum over the steps since the last record.
+        self.loss = torch.zeros((), device=self.device)
         self.saved = self.start
         self.ends: list[float] = []
 
@@ -399,13 +415,13 @@ class _Run:
                 torch._foreach_lerp_(average, current, 1 - keep)
                 self._show(number + 1 - self.batches.steps_per_epoch)
             self.done += share
-            self.loss_steps += self.batches.steps_per_epoch
             self.ends.append(self._seconds())
             over = self._is_over()
             if self.epoch % config.eval_every == 0 or over:
-                self._record(self.loss.item() / self.loss_steps)
+                recorded = self.history[-1]["epoch"] if self.history else 0
+                steps = (self.epoch - recorded) * self.batches.steps_per_epoch
+                self._record(self.loss.item() / steps)
                 self.loss.zero_()
-                self.loss_steps = 0
                 self._save()
                 over = over or self._is_over()
             elif time.monotonic() - self.saved > _UNSAVED:
@@ -480,7 +496,7 @@ class _Run:
 
     def _save(self) -> None:
         if self.checkpoints is not None:
-            names = ("epoch", "steps", "done", "history", "loss_steps")
+            names = ("epoch", "steps", "done", "history")
             state = {name: getattr(self, name) for name in names}
             state |= {"loss": self.loss.item(), "seconds": self._seconds()}
             self.checkpoints.save(self.epoch, self._weights(), self.optimizer, state)
