@@ -41,7 +41,7 @@ BATCH = 8192
 
 PROVIDERS = {
     "plum cpu": "ours:cpu",
-    "plum cpu int16": "ours:cpu_int16",
+    "plum cpu integers": "ours:cpu_integers",
     "plum cpu fp32": "ours:cpu_fp32",
     "torch addmm + argmin": "torch_search:addmm",
     "torch oneDNN + argmax": "torch_search:onednn",
@@ -146,7 +146,7 @@ def bench_residual_quantize_cpu(benchmark, prepare, full, budget, threads, provi
         target=TARGETS[provider][column] if provider in TARGETS else None,
         target_share=TARGET_SHARES[provider][column] if provider in TARGET_SHARES else None,
     )
-    if provider in ("plum cpu int16", "plum cpu fp32"):
+    if provider in ("plum cpu integers", "plum cpu fp32"):
         benchmark.extra_info["target_over"] = ["torch addmm + argmin", FP32_TARGETS[column]]
 
 

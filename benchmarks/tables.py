@@ -177,7 +177,7 @@ def residual_quantize(isa: str = "amx_bf16") -> list[str]:
         [label, *(_over(source, ("plum cpu",), names, shape) for shape in shapes)]
         for label, names in peers.items()
     ]
-    for kind in ("int16", "fp32"):
+    for kind in ("integers", "fp32"):
         ours, peer = (f"plum cpu {kind}",), ("torch addmm + argmin",)
         if source.get(*ours, shapes[0]) is not None:
             row = [_over(source, ours, peer, shape) for shape in shapes]

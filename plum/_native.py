@@ -263,11 +263,12 @@ def residual_quantize_cuda(
 
 
 # Packed codebooks of the latest calls, newest first. They are compared by content, so a codebook
-# may change behind autograd's version counter (`.data`, numpy, another process).
+# may change behind autograd's version counter (`.data`, numpy, another process). Few, so that
+# training, which packs at every step, finds the memory of an old one in a cache.
 _packed: list[Any] = []
 # Threads share the list, and packing leaves the interpreter to them.
 _packed_lock = threading.Lock()
-_MAX_PACKED = 8
+_MAX_PACKED = 4
 _MAX_PACKED_BYTES = 1 << 26
 
 

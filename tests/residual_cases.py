@@ -8,17 +8,30 @@ from torch import Tensor
 
 Case = tuple[Tensor, list[Tensor]]
 
+KINDS = [
+    *("normal", "grid", "near ties", "duplicates", "zeros", "mixed norms"),
+    *("few dimensions", "outliers"),
+]
 
-def draw_case(seed: int) -> Case:
-    """Draws a case of a random shape and of one of the kinds that are hard to decide."""
+
+def draw_case(seed: int, wide: bool = False) -> Case:
+    """Draws a case of a random shape and of one of the kinds that are hard to decide.
+
+    Args:
+        wide: Shapes that a CPU screens in int8 first, of more rows than it takes at once.
+    """
     random = np.random.default_rng(seed)
     width = int(random.integers(1, random.choice([3, 8, 70])))
     sizes = random.integers(1, random.choice([3, 12, 140]), size=random.integers(1, 5))
+    rows = int(random.integers(1, 9))
+    if wide:
+        width, rows = int(random.integers(64, 140)), int(random.integers(90, 210))
+        sizes = random.integers(500, 800, size=random.integers(1, 3))
     # Square roots of the smallest normal, its fp64 reach, and of values whose squares overflow.
     scale = 10.0 ** random.choice([-44, -38, -22, -19, -6, 0, 0, 0, 4, 15, 18, 30, 38])
     offset = random.choice([0, 0, 1, 1000]) * scale
-    kind = random.choice(["normal", "grid", "near ties", "duplicates", "zeros", "mixed norms"])
-    center = random.normal(size=width)
+    kind = random.choice(KINDS)
+    center, basis = random.normal(size=width), random.normal(size=(width, width))
 
     def draw(n: int) -> Tensor:
         values = random.normal(size=(n, width))
@@ -32,10 +45,14 @@ def draw_case(seed: int) -> Case:
             values = values * (random.random((n, 1)) < 0.3)
         elif kind == "mixed norms":
             values = values * 10.0 ** random.uniform(-6, 3, size=(n, 1))
+        elif kind == "few dimensions":
+            values = values[:, : 1 + width // 50] @ basis[: 1 + width // 50]
+        elif kind == "outliers":
+            values = values * np.where(random.random((n, width)) < 0.02, 100, 1)
         with np.errstate(over="ignore"):
             return torch.from_numpy((values * scale + offset).astype(np.float32))
 
-    x, codebooks = draw(int(random.integers(1, 9))), [draw(int(size)) for size in sizes]
+    x, codebooks = draw(rows), [draw(int(size)) for size in sizes]
     if random.random() < 0.2:
         x[0] = codebooks[0][-1]
     return x, codebooks

@@ -28,8 +28,8 @@ def cpu_fp32(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
     return _with_isa(("avx512",), x, codebooks)
 
 
-def cpu_int16(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
-    """The best that screens in int16; the caller puts the active one back."""
+def cpu_integers(x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
+    """The best that screens in integers; the caller puts the active one back."""
     return _with_isa(("avx512_vnni", "avx2"), x, codebooks)
 
 

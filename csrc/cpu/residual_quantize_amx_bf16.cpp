@@ -84,8 +84,8 @@ void screen(const float* operand, const Row*, int64_t elements, const Level& lev
 }  // namespace
 
 int64_t residual_quantize_block(const Problem& problem, int64_t begin, int64_t count, int64_t next,
-                                float* workspace) {
-  return quantize_block(problem, begin, count, next, workspace);
+                                float* workspace, int64_t* compared) {
+  return quantize_block(problem, begin, count, next, workspace, compared);
 }
 
 }  // namespace plum::cpu::amx_bf16

@@ -13,8 +13,8 @@ using Sum = Vec;
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
-inline Vec first_sum(Vec bias) { return bias; }
-inline Vec score_of(Vec sum, Vec, float, float) { return sum; }
+inline Vec first_sum(const Level& level, int64_t at) { return load(level.bias + at); }
+inline Vec score_of(Vec sum, const Level&, int64_t, const Row&) { return sum; }
 
 #include "residual_quantize_dot.inl"
 #include "residual_quantize_kernel.inl"
@@ -22,8 +22,8 @@ inline Vec score_of(Vec sum, Vec, float, float) { return sum; }
 }  // namespace
 
 int64_t residual_quantize_block(const Problem& problem, int64_t begin, int64_t count, int64_t next,
-                                float* workspace) {
-  return quantize_block(problem, begin, count, next, workspace);
+                                float* workspace, int64_t* compared) {
+  return quantize_block(problem, begin, count, next, workspace, compared);
 }
 
 }  // namespace plum::cpu::avx512_bf16

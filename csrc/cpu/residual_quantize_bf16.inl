@@ -1,5 +1,6 @@
 // What the variants that screen in bf16 share: rounding of rows to pairs of bf16.
 
+using residual::Element;
 using residual::kRowUnit;
 using residual::Level;
 using residual::Problem;
@@ -7,7 +8,7 @@ using residual::Row;
 
 #include "simd.inl"
 
-constexpr bool kPairs = true, kIntegers = false;
+constexpr Element kScreen = Element::kBf16;
 
 // Stores x and y, 32 dimensions, and leaves their rounding errors in them. Dimension d of x and of
 // y make a pair: a 32-bit element with y in its high half.

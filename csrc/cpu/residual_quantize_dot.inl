@@ -1,6 +1,7 @@
 // The screen on vector registers: 6 rows by 4 (of 16 floats) or 2 vectors of scores at a time.
-// The variant defines before it: the type Sum, first_sum(bias) that sums start from,
-// multiply_add(a, b, sum), and score_of(sum, bias, row_step, step) with the steps of both factors.
+// The variant defines before it: the type Sum, first_sum(level, at) that sums start from,
+// multiply_add(a, b, sum), and score_of(sum, level, at, row), where `at` is the place of the first
+// codeword in arrays [panels, lanes].
 
 constexpr int kLanes = 64;
 constexpr int kGroup = 6;
@@ -19,11 +20,11 @@ void screen(const float* operand, const Row* rows, int64_t elements, const Level
     const Bits tag = same_bits(static_cast<int32_t>(panel));
     for (int lane = 0; lane < kLanes; lane += kTileVectors * kWidth) {
       const float* codewords = level.panels + panel * elements * kLanes + lane;
-      const float* bias = level.bias + panel * kLanes + lane;
+      const int64_t at = panel * kLanes + lane;
       Sum sums[kGroup][kTileVectors];
       for (int i = 0; i < kGroup; ++i) {
         for (int v = 0; v < kTileVectors; ++v) {
-          sums[i][v] = first_sum(load(bias + v * kWidth));
+          sums[i][v] = first_sum(level, at + v * kWidth);
         }
       }
       for (int64_t e = 0; e < elements; ++e) {
@@ -42,12 +43,12 @@ void screen(const float* operand, const Row* rows, int64_t elements, const Level
       }
       for (int i = 0; i < kGroup; ++i) {
         for (int v = 0; v < kTileVectors; ++v) {
-          const int at = i * kLanes + lane + v * kWidth;
-          const Vec found = score_of(sums[i][v], load(bias + v * kWidth), rows[i].step, level.step);
-          Vec top = load(best + at), next = load(second + at);
+          const int to = i * kLanes + lane + v * kWidth;
+          const Vec found = score_of(sums[i][v], level, at + v * kWidth, rows[i]);
+          Vec top = load(best + to), next = load(second + to);
           fold(tagged(found, keep, tag), top, next);
-          store(best + at, top);
-          store(second + at, next);
+          store(best + to, top);
+          store(second + to, next);
         }
       }
     }

@@ -3,6 +3,7 @@
 namespace plum::cpu::PLUM_ISA {
 namespace {
 
+using residual::Element;
 using residual::kRowUnit;
 using residual::Level;
 using residual::Problem;
@@ -10,7 +11,7 @@ using residual::Row;
 
 #include "simd.inl"
 
-constexpr bool kPairs = false, kIntegers = false;
+constexpr Element kScreen = Element::kFp32;
 
 // Stores x and y and leaves their rounding errors in them: none.
 inline void store_operand(Vec& x, Vec& y, float, float* operand) {
@@ -21,8 +22,8 @@ inline void store_operand(Vec& x, Vec& y, float, float* operand) {
 
 using Sum = Vec;
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-inline Vec first_sum(Vec bias) { return bias; }
-inline Vec score_of(Vec sum, Vec, float, float) { return sum; }
+inline Vec first_sum(const Level& level, int64_t at) { return load(level.bias + at); }
+inline Vec score_of(Vec sum, const Level&, int64_t, const Row&) { return sum; }
 
 #include "residual_quantize_dot.inl"
 #include "residual_quantize_kernel.inl"
@@ -30,8 +31,8 @@ inline Vec score_of(Vec sum, Vec, float, float) { return sum; }
 }  // namespace
 
 int64_t residual_quantize_block(const Problem& problem, int64_t begin, int64_t count, int64_t next,
-                                float* workspace) {
-  return quantize_block(problem, begin, count, next, workspace);
+                                float* workspace, int64_t* compared) {
+  return quantize_block(problem, begin, count, next, workspace, compared);
 }
 
 }  // namespace plum::cpu::PLUM_ISA

@@ -1,12 +1,18 @@
 // The body of residual_quantize, compiled once per instruction set inside the namespace PLUM_ISA,
-// without contraction of products and sums. The variant defines kLanes, kGroup, kPairs, kIntegers,
-// store_operand(), screen() and struct ScreenState before it.
+// without contraction of products and sums. The variant defines kLanes, kGroup, kScreen (the
+// Element that it multiplies), store_operand(), screen() and struct ScreenState before it.
 //
 // With t = r - mean and c' = c - mean, the nearest codeword has the largest score
 // t.c' - |c'|^2/2. The screen computes scores with a bounded error and keeps, per lane (the
 // codewords of one position in their panels), the best and the second best. Codewords that the
 // bound cannot tell from the best are compared by fp32 distance, and those still close in fp64.
+// An int8 screen is coarse, so it computes upper bounds: what each codeword's score can be at most.
+// The fp32 distance of the codeword with the highest bound says which others are out.
 
+constexpr bool kIntegers = kScreen == Element::kInt16 || kScreen == Element::kInt8;
+constexpr bool kBounds = kScreen == Element::kInt8;
+// Dimensions that share an element.
+constexpr int kPack = kScreen == Element::kInt8 ? 4 : kScreen == Element::kFp32 ? 1 : 2;
 // The lowest score: stays finite when its low bits hold a panel.
 constexpr float kNone = -3e38f;
 // Below this (|t| + |c'|)^2, scores and distances cannot overflow.
@@ -19,6 +25,9 @@ constexpr int kMaxCandidates = 512;
 
 // Dimensions between two reductions to fp64.
 constexpr int64_t kChain = 1024;
+// Rows that are centered before they are rounded: few enough to stay in the first-level cache, and
+// enough that no row waits for the sums of the one before.
+constexpr int64_t kTogether = 8;
 
 // Sums of (r - c)^2 for kAtOnce codewords, which share the loads of r.
 template <int kAtOnce>
@@ -97,11 +106,23 @@ void widen(const Problem& p, int64_t row, float* r) {
   __builtin_memset(r + p.width, 0, (p.stride - p.width) * sizeof(float));
 }
 
-// Writes t = r - mean as the screen wants it, after r -= c if kSubtract; then returns |r|^2.
+// What rounding a sum of squares up or down makes of its root, and flushing denormals.
+inline double inflated(int64_t stride) { return 1 + (stride + 32) * 0x1p-23; }
+inline double flushed(int64_t stride) { return __builtin_sqrt(double(stride)) * kFlushedValue; }
+
+// The most that rounding t to the operand moved it, by the sum of squares of what is left. The
+// subtraction of the mean rounds once.
+inline double error_of(const Row& row, double left, int64_t stride) {
+  return __builtin_sqrt(left * inflated(stride)) + flushed(stride) + row.norm * 0x1p-23;
+}
+
+// Takes r -= c if kSubtract, measures t = r - mean and returns |r|^2. Writes t as the level's
+// screen wants it, unless that is as integers: those need the norm first.
 template <bool kSubtract>
-double prepare(float* r, const float* c, const float* mean, int64_t stride, float* operand,
-               Row& row) {
+double center(float* r, const float* c, const Level& level, int64_t stride, float* operand,
+              Row& row) {
   Vec norms[2] = {broadcast(0), broadcast(0)}, errors[2] = {broadcast(0), broadcast(0)};
+  Vec highest = broadcast(0), lowest = broadcast(0);
   double total = 0;
   for (int64_t begin = 0; begin < stride; begin += kChain) {
     const int64_t end = smaller_of(begin + kChain, stride);
@@ -116,31 +137,46 @@ double prepare(float* r, const float* c, const float* mean, int64_t stride, floa
           store(r + at, x);
           squares[j] = fma(x, x, squares[j]);
         }
-        t[j] = x - load(mean + at);
+        t[j] = x - load(level.mean + at);
         norms[j] = fma(t[j], t[j], norms[j]);
+        if (kBounds) {
+          highest = larger(highest, t[j]);
+          lowest = smaller(lowest, t[j]);
+        }
       }
       if (!kIntegers) {
-        store_operand(t[0], t[1], 1, operand + (kPairs ? d / 2 : d));
+        store_operand(t[0], t[1], 1, operand + d / kPack);
         for (int j = 0; j < 2; ++j) errors[j] = fma(t[j], t[j], errors[j]);
       }
     }
     if (kSubtract) total += sum(squares[0] + squares[1]);
   }
-  const double inflated = 1 + (stride + 32) * 0x1p-23;
-  const double flushed = __builtin_sqrt(double(stride)) * kFlushedValue;
-  row.norm = __builtin_sqrt(sum(norms[0] + norms[1]) * inflated) + flushed;
-  if (kIntegers) {
-    row.step = static_cast<float>(row.norm * (1 / residual::kRowSteps));
-    for (int64_t d = 0; d < stride; d += 2 * kWidth) {
-      Vec t[2];
-      for (int j = 0; j < 2; ++j) t[j] = load(r + d + j * kWidth) - load(mean + d + j * kWidth);
-      store_operand(t[0], t[1], row.step, operand + d / 2);
-      for (int j = 0; j < 2; ++j) errors[j] = fma(t[j], t[j], errors[j]);
-    }
+  const double square = sum(norms[0] + norms[1]);
+  row.norm = __builtin_sqrt(square * inflated(stride)) + flushed(stride);
+  if (!kIntegers) row.error = error_of(row, sum(errors[0] + errors[1]), stride);
+  row.step = static_cast<float>(row.norm * (1 / residual::kRowSteps));
+  if (kBounds) {
+    const float most = largest(larger(highest, broadcast(0) - lowest));
+    row.step = most > 0x1p-70f ? most * (1 / 127.0f) : 0x1p-77f;
+    row.square = square * (2 - inflated(stride) - 0x1p-22) - stride * 0x1p-124;
   }
-  // The subtraction of the mean rounds once.
-  row.error = __builtin_sqrt(sum(errors[0] + errors[1]) * inflated) + flushed + row.norm * 0x1p-23;
   return total;
+}
+
+// Writes t = r - mean as numbers of steps.
+void round_row(const float* r, const Level& level, int64_t stride, float* operand, Row& row) {
+  Vec errors[2] = {broadcast(0), broadcast(0)};
+  for (int64_t d = 0; d < stride; d += 2 * kWidth) {
+    Vec t[2];
+    for (int j = 0; j < 2; ++j) {
+      t[j] = load(r + d + j * kWidth) - load(level.mean + d + j * kWidth);
+    }
+    store_operand(t[0], t[1], row.step, operand + d / kPack);
+    for (int j = 0; j < 2; ++j) errors[j] = fma(t[j], t[j], errors[j]);
+  }
+  row.error = error_of(row, sum(errors[0] + errors[1]), stride);
+  row.bounds[0] = static_cast<float>(row.norm * 1.000001);
+  row.bounds[1] = static_cast<float>(row.error * 1.000001);
 }
 
 // The nearest of `count` codewords as the contract defines it: the lowest of equal distances.
@@ -228,17 +264,19 @@ int32_t nearest_of(const Problem& p, const Level& level, const float* r, const i
   return kept == 1 ? close[0] : nearest_exact(p, level, r, close, kept);
 }
 
-// Scores within this of the best may be those of the nearest codeword.
+// Scores within this of the best may be those of the nearest codeword; of bounds, those within this
+// of its score. `top` is the size of the largest of them.
 inline double margin(const Problem& p, const Level& level, const Row& row, double top) {
   // Cauchy-Schwarz on the rounding of the operands, then D additions and the bias, each with two
   // roundings, then the tag, which moves a score of the size of the best. Rounded fp64 distances,
   // which are what counts, may tie where scores do not.
-  const double operands =
-      row.error * (level.norm + level.error) + (row.norm + row.error) * level.error;
+  double operands = row.error * (level.norm + level.error) + (row.norm + row.error) * level.error;
+  // Bounds contain that already, but for their own rounding.
+  if (kBounds) operands *= 0x1p-20;
   const double additions =
       (p.stride + 8) * 0x1p-23 * (row.norm + level.norm) * level.norm + p.stride * kFlushedProduct;
   const double error = 1.001 * (operands + additions);
-  const double tag = (level.tag_mask + 2.0) * 0x1p-23 * (__builtin_fabs(top) + 2 * error);
+  const double tag = (level.tag_mask + 2.0) * 0x1p-23 * (top + 2 * error);
   const double norms = row.norm + level.norm;
   return 2.001 * (error + tag) + (p.stride + 32) * 0x1p-52 * norms * norms;
 }
@@ -257,8 +295,9 @@ inline int32_t slot_of(const Level& level, const float* best, int lane) {
 }
 
 // The nearest codeword of r among those whose best or second best scores are above `threshold`.
+// Adds how many those are to `compared`.
 int32_t nearest_above(const Problem& p, const Level& level, const float* r, const float* best,
-                      const float* second, float threshold) {
+                      const float* second, float threshold, int64_t& compared) {
   const uint64_t crowded = lanes_above(second, threshold);
   int32_t candidates[kMaxCandidates];
   int count = 0;
@@ -267,32 +306,58 @@ int32_t nearest_above(const Problem& p, const Level& level, const float* r, cons
     const bool whole_lane = crowded >> lane & 1;
     int64_t slot = whole_lane ? lane : slot_of(level, best, lane);
     for (; slot < level.count; slot += kLanes) {
-      if (count == kMaxCandidates) return nearest_of(p, level, r, nullptr, level.count);
+      if (count == kMaxCandidates) {
+        compared += level.count;
+        return nearest_of(p, level, r, nullptr, level.count);
+      }
       candidates[count++] = static_cast<int32_t>(slot);
       if (!whole_lane) break;
     }
   }
+  compared += count;
   return nearest_of(p, level, r, candidates, count);
 }
 
+// A lower bound of the score of the codeword at `slot`, by its distance.
+inline double score_at_least(const Problem& p, const Level& level, const Row& row, const float* r,
+                             int32_t slot) {
+  const float* c = level.rows + slot * p.stride;
+  double distance;
+  squared_distances<1>(r, &c, p.stride, &distance);
+  distance = distance * (1 + 2 * distance_error(p.stride)) + p.stride * kFlushedProduct;
+  return (row.square - distance) / 2;
+}
+
 // Finds the nearest codewords of `count` rows, given the best and second best tagged scores of each
-// lane. Rows with one candidate go straight through; the others come after them.
+// lane. Rows with one candidate go straight through; the others come after them. Returns how many
+// codewords were compared by distance.
 //   work  [2, count]
-void find_nearest(const Problem& p, const Level& level, const float* residual, int64_t count,
-                  const Row* rows, const float* best, const float* second, float* work,
-                  int32_t* slots) {
+int64_t find_nearest(const Problem& p, const Level& level, const float* residual, int64_t count,
+                     const Row* rows, const float* best, const float* second, float* work,
+                     int32_t* slots) {
   float* thresholds = work;
   int32_t* unsure = reinterpret_cast<int32_t*>(work + count);
+  int64_t compared = 0;
   for (int64_t i = 0; i < count; ++i) {
-    Vec highest = load(best + i * kLanes);
-    for (int v = kWidth; v < kLanes; v += kWidth) {
-      highest = larger(highest, load(best + i * kLanes + v));
-    }
+    const float* scores = best + i * kLanes;
+    Vec highest = load(scores);
+    for (int v = kWidth; v < kLanes; v += kWidth) highest = larger(highest, load(scores + v));
     thresholds[i] = largest(highest);
+    if (!kBounds) continue;
+    const uint64_t lanes = lanes_above(scores, thresholds[i]);
+    const int32_t slot = slot_of(level, scores, lanes == 0 ? 0 : __builtin_ctzll(lanes));
+    // Scores that are no numbers say nothing.
+    slots[i] = slot < level.count ? slot : 0;
   }
   for (int64_t i = 0; i < count; ++i) {
     const double top = thresholds[i];
-    thresholds[i] = static_cast<float>(top - margin(p, level, rows[i], top));
+    double least = top;
+    if (kBounds) {
+      least = score_at_least(p, level, rows[i], residual + i * p.stride, slots[i]);
+      ++compared;
+    }
+    const double size = __builtin_fmax(__builtin_fabs(top), __builtin_fabs(least));
+    thresholds[i] = static_cast<float>(least - margin(p, level, rows[i], size));
   }
   int64_t left = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -309,10 +374,14 @@ void find_nearest(const Problem& p, const Level& level, const float* residual, i
     const int64_t i = unsure[j];
     const float* r = residual + i * p.stride;
     const double norms = rows[i].norm + level.norm;
-    slots[i] = norms * norms < kHuge ? nearest_above(p, level, r, best + i * kLanes,
-                                                     second + i * kLanes, thresholds[i])
-                                     : nearest_exact(p, level, r, nullptr, level.count);
+    if (norms * norms < kHuge) {
+      slots[i] = nearest_above(p, level, r, best + i * kLanes, second + i * kLanes, thresholds[i],
+                               compared);
+    } else {
+      slots[i] = nearest_exact(p, level, r, nullptr, level.count);
+    }
   }
+  return compared;
 }
 
 // Fetches the part of row `row` that falls to level l, so that memory works all the time.
@@ -325,13 +394,14 @@ void fetch(const Problem& p, int64_t row, int64_t l) {
   }
 }
 
-// Finds the codes of rows [begin, begin + count); returns the first that is not finite, or -1.
+// Finds the codes of rows [begin, begin + count); returns the first that is not finite, or -1. Adds
+// to `compared` how many codewords the screens left to be compared.
 //   next       where the rows of the block after this one begin
 //   workspace  aligned to 64 bytes
 int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, int64_t next,
-                       float* workspace) {
+                       float* workspace, int64_t* compared) {
   const int64_t padded = (count + kRowUnit - 1) / kRowUnit * kRowUnit;
-  const int64_t elements = kPairs ? p.stride / 2 : p.stride;
+  const int64_t elements = p.stride / kPack;
   float* residual = workspace;
   float* operand = residual + padded * p.stride;
   float* best = operand + padded * elements;
@@ -346,13 +416,22 @@ int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, int64_t n
     if (bad < 0 || begin + i < bad) bad = begin + i;
     float* r = residual + i * p.stride;
     __builtin_memset(r, 0, p.stride * sizeof(float));
-    prepare<false>(r, nullptr, level.mean, p.stride, operand + i * elements, norms[i]);
+    center<false>(r, nullptr, level, p.stride, operand + i * elements, norms[i]);
   };
-  for (int64_t i = 0; i < count; ++i) {
-    float* r = residual + i * p.stride;
-    widen(p, begin + i, r);
-    prepare<false>(r, nullptr, p.levels->mean, p.stride, operand + i * elements, norms[i]);
-    if (!(norms[i].norm < __builtin_inf()) && !finite(r, p.stride)) replace(i, p.levels[0]);
+  const auto round_rows = [&](int64_t from, int64_t until, const Level& level) {
+    for (int64_t i = from; kIntegers && i < until; ++i) {
+      round_row(residual + i * p.stride, level, p.stride, operand + i * elements, norms[i]);
+    }
+  };
+  for (int64_t from = 0; from < count; from += kTogether) {
+    const int64_t until = smaller_of(from + kTogether, count);
+    for (int64_t i = from; i < until; ++i) {
+      float* r = residual + i * p.stride;
+      widen(p, begin + i, r);
+      center<false>(r, nullptr, p.levels[0], p.stride, operand + i * elements, norms[i]);
+      if (!(norms[i].norm < __builtin_inf()) && !finite(r, p.stride)) replace(i, p.levels[0]);
+    }
+    round_rows(from, until, p.levels[0]);
   }
   __builtin_memset(operand + count * elements, 0, (padded - count) * elements * sizeof(float));
   for (int64_t i = count; i < padded; ++i) norms[i] = {};
@@ -370,20 +449,24 @@ int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, int64_t n
                second + i * kLanes);
       }
     }
-    find_nearest(p, level, residual, count, norms, best, second, work, slots);
-    for (int64_t i = 0; i < count; ++i) {
-      float* r = residual + i * p.stride;
-      fetch(p, next + i, l);
-      const int32_t slot = slots[i];
-      const float* c = level.rows + slot * p.stride;
-      const double norm = last_level ? subtract(r, c, p.stride)
-                                     : prepare<true>(r, c, next_level.mean, p.stride,
-                                                     operand + i * elements, norms[i]);
-      const int64_t out = (begin + i) * p.num_levels + l;
-      p.codes[out] = level.code[slot];
-      p.norms[out] = static_cast<float>(norm);
-      // A finite norm has finite terms.
-      if (!(norm < 0x1p127) && !finite(r, p.stride)) replace(i, next_level);
+    *compared += find_nearest(p, level, residual, count, norms, best, second, work, slots);
+    for (int64_t from = 0; from < count; from += kTogether) {
+      const int64_t until = smaller_of(from + kTogether, count);
+      for (int64_t i = from; i < until; ++i) {
+        float* r = residual + i * p.stride;
+        fetch(p, next + i, l);
+        const int32_t slot = slots[i];
+        const float* c = level.rows + slot * p.stride;
+        const double norm =
+            last_level ? subtract(r, c, p.stride)
+                       : center<true>(r, c, next_level, p.stride, operand + i * elements, norms[i]);
+        const int64_t out = (begin + i) * p.num_levels + l;
+        p.codes[out] = level.code[slot];
+        p.norms[out] = static_cast<float>(norm);
+        // A finite norm has finite terms.
+        if (!(norm < 0x1p127) && !finite(r, p.stride)) replace(i, next_level);
+      }
+      if (!last_level) round_rows(from, until, next_level);
     }
   }
   if (p.residual) {

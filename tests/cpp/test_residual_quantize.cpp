@@ -165,6 +165,9 @@ int main() {
       compare_with_naive(65, width, {1, 63, 65}, values);
     }
     compare_with_naive(700, 17, {130, 64, 31}, values);
+    // Screened in int8 first, the second also by the fallback.
+    compare_with_naive(65, 100, {310, 290}, values);
+    compare_with_naive(200, 70, {600}, values);
     compare_with_naive(3, 1100, {40, 5}, values);
   }
   compare_with_naive(40, 2, {5000}, Values::kNormal);

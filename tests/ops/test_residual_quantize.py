@@ -92,6 +92,12 @@ def test_random_cases_on_every_instruction_set(seed):
     assert_equals_reference(*draw_case(seed))
 
 
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_random_wide_cases_on_every_instruction_set(seed):
+    assert_equals_reference(*draw_case(seed, wide=True))
+
+
 @pytest.mark.parametrize("case", ADVERSARIAL.values(), ids=ADVERSARIAL)
 def test_adversarial_sets(case):
     assert_equals_reference(*case)
@@ -101,6 +107,8 @@ def test_adversarial_sets(case):
 def test_ten_thousand_random_cases():
     for seed in range(10_000):
         assert_equals_reference(*draw_case(seed))
+        if seed % 50 == 0:
+            assert_equals_reference(*draw_case(seed, wide=True))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
@@ -238,6 +246,35 @@ def test_rows_along_the_codewords(width, scale):
             assert_equals_reference(scale * x, [scale * book, scale / 2 * book])
         finally:
             torch.set_flush_denormal(False)
+
+
+def with_others(codewords, count=400):
+    """Codewords with their negatives, so that their mean is zero, among others of small norm."""
+    others = 1e-3 * torch.randn(
+        count, codewords.shape[1], generator=torch.Generator().manual_seed(0)
+    )
+    return torch.cat([codewords, -codewords, others, -others])
+
+
+def test_rounding_of_codewords_that_favors_another_as_much_as_it_can():
+    """In steps of 1 / 127 of the largest element, one is rounded down throughout, one up."""
+    steps = torch.tensor([1.0, 0.9606]) / 127
+    book = torch.stack([steps * 127, *[steps * torch.tensor([50.49, 52.52])] * 99], dim=1)
+    rounded = (book / steps[:, None]).round() * steps[:, None]
+    assert book[0, 1] > book[1, 1] and rounded[0, 1] < rounded[1, 1]
+    x = torch.full((120, 100), 100.0)
+    x[:, 0] = 0
+    assert residual_quantize(x, [with_others(book)], backend="reference").codes.eq(0).all()
+    assert_equals_reference(x, [with_others(book)])
+
+
+def test_rounding_of_rows_that_favors_another_codeword_as_much_as_it_can():
+    x = torch.full((120, 101), 1270.0)
+    x[:, 1:51], x[:, 51:] = 104.9, 105.1
+    book = torch.zeros(2, 101)
+    book[0, 1:51], book[1, 51:] = 1.0025, 1
+    assert residual_quantize(x, [with_others(book)], backend="reference").codes.eq(0).all()
+    assert_equals_reference(x, [with_others(book)])
 
 
 def test_equal_codewords_give_the_lowest_index():

@@ -1,8 +1,11 @@
 // Exact nearest codeword of a row's residual, level by level.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "plum/cpu_features.h"
@@ -10,8 +13,13 @@
 
 namespace plum::cpu {
 
+namespace residual {
+enum class Element;
+struct Level;
+}  // namespace residual
+
 // L codebooks of finite fp32 codewords, copied into the layout of the instruction set that is
-// active when they are packed. Immutable, so calls may share one.
+// active when they are packed. Calls, also of several threads, may share one.
 class PackedCodebooks {
  public:
   // codebooks [sum of sizes, width], contiguous, level by level.
@@ -37,18 +45,45 @@ class PackedCodebooks {
     std::vector<int32_t> code;  // [distinct] the lowest code of a row
     std::vector<float> rows;    // [distinct, stride]
     std::vector<float> mean;    // [stride], subtracted before the screen: smaller norms, less error
-    std::vector<float> panels, bias;
-    float step = 1;              // of the integers that the screen multiplies
-    double norm = 0, error = 0;  // max |c - mean|, max |(c - mean) - what the screen multiplies|
   };
 
-  void pack(const float* codebook, int64_t size, Level& level) const;
+  // What a screen multiplies and adds: residual::Level says what is what.
+  struct Screen {
+    std::vector<float> panels, bias, steps, norms, errors;
+    std::vector<int32_t> start;
+    int32_t tag_mask = 0;
+    float step = 1;
+    double norm = 0, error = 0;
+  };
+
+  struct Screens {
+    residual::Element element;
+    std::vector<Screen> levels;
+  };
+
+  // Finer screens, made when the first ones leave too many codewords to compare.
+  struct Fallback {
+    std::atomic<bool> wanted{false};
+    std::once_flag once;
+    Screens screens;
+  };
+
+  void gather(const float* codebook, int64_t size, Level& level) const;
+  Screen screen(const Level& level, residual::Element element) const;
+  Screens screens(residual::Element element) const;
+  // The first ones, until others are wanted.
+  const Screens& active_screens() const;
+  void want_fallback() const;
+  // What a kernel reads.
+  std::vector<residual::Level> kernel_levels(const Screens& screens) const;
 
   Isa isa_;
-  int64_t width_, stride_;
+  int64_t width_, stride_, lanes_;
   int64_t size_ = 0;
   int64_t first_bad_ = -1;
   std::vector<Level> levels_;
+  Screens screens_;
+  std::unique_ptr<Fallback> fallback_ = std::make_unique<Fallback>();
 };
 
 // For every row r = x[n] and level l: codes[n, l] = argmin_k |r - codebook_l[k]|^2, ties to the
