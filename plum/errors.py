@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 
 class PlumError(Exception):
     """Base of all errors that plum raises on purpose; the command line prints it as one line."""
@@ -39,6 +42,23 @@ class MissingDependency(PlumError, ImportError):
         """Builds the message that names the missing package and the extra that brings it."""
         how = f"pip install -e '.[{extra}]' in the checkout of plum"
         super().__init__(f"{what} needs the package {package!r}: {how}")
+
+
+def check_int(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """Returns an argument that must be a whole number as an int.
+
+    Raises:
+        InvalidArgument: it is no integer of Python, NumPy or torch, or below ``least`` or above
+            ``most``.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        expected = f"an int >= {least}" if most is None else f"an int from {least} to {most}"
+        raise InvalidArgument(name, expected, repr(value))
+    return number
 
 
 def _sentence(name: str, expected: str, got: object, hint: str) -> str:

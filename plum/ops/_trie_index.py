@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int
 
 if TYPE_CHECKING:
     from plum.trie import SidTrie
@@ -206,9 +206,7 @@ def check_level(level: int | Tensor, trie: SidTrie, shape: torch.Size) -> tuple[
             raise InvalidArgument("level", expected, f"{level.dtype} {list(level.shape)}")
         check_device("level", level, trie)
         return 0, level
-    if not 0 <= level < trie.depth:
-        raise InvalidArgument("level", f"0 to {trie.depth - 1}", level)
-    return level, None
+    return check_int("level", level, 0, trie.depth - 1), None
 
 
 def check_states(states: Tensor, trie: SidTrie) -> None:

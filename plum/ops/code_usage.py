@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plum import _native
 from plum._library import Backend, Op
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int
 
 
 def code_usage(
@@ -50,15 +50,13 @@ MAX_LEVELS = 64
 
 def check_codes(codes: Tensor, sizes: Sequence[int]) -> list[int]:
     """Checks the shape and dtype of ``codes`` ``[N, L]`` and returns ``sizes`` as a list."""
-    sizes = list(sizes)
+    sizes = [check_int("sizes", size) for size in sizes]
     if codes.ndim != 2 or codes.dtype not in (torch.int32, torch.int64):
         raise InvalidArgument(
             "codes", "int32 or int64 [N, L]", f"{codes.dtype} {list(codes.shape)}"
         )
     if len(sizes) != codes.shape[1]:
         raise InvalidArgument("sizes", f"{codes.shape[1]} codebook sizes", f"{len(sizes)}")
-    if any(size < 1 for size in sizes):
-        raise InvalidArgument("sizes", "sizes of at least 1", str(sizes))
     if len(sizes) > MAX_LEVELS:
         raise InvalidArgument("sizes", f"at most {MAX_LEVELS} levels", f"{len(sizes)}")
     if sum(sizes) >= 1 << 31:

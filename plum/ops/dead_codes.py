@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plum._library import Op
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int
 
 
 def dead_codes(
@@ -42,9 +42,9 @@ def dead_codes(
     Raises:
         InvalidArgument: a shape, dtype or value is not as above.
     """
-    sizes = list(sizes)
-    if not sizes or any(size < 1 for size in sizes):
-        raise InvalidArgument("sizes", "at least one level, with sizes of at least 1", sizes)
+    sizes = [check_int("sizes", size) for size in sizes]
+    if not sizes:
+        raise InvalidArgument("sizes", "at least one level", "none")
     if usage.ndim != 1 or usage.shape[0] != sum(sizes):
         raise InvalidArgument("usage", f"[{sum(sizes)}], the sum of sizes", str(list(usage.shape)))
     if usage.is_complex() or usage.dtype == torch.bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plum._library import Op
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int
 from plum.ops._row_hash import mixed, row_hash
 from plum.ops.code_usage import check_codes
 from plum.ops.residual_quantize import ResidualCodes, check_rows, pack_codebooks
@@ -42,11 +42,10 @@ def empty_reservoir(
     Raises:
         InvalidArgument: there is no level, or a size or ``dim`` is below 1.
     """
-    if not sizes or any(size < 1 for size in sizes):
-        raise InvalidArgument("sizes", "at least one level, with sizes of at least 1", list(sizes))
-    if dim < 1:
-        raise InvalidArgument("dim", "at least 1", dim)
-    total = sum(reservoir_sizes(sizes))
+    total = sum(reservoir_sizes([check_int("sizes", size) for size in sizes]))
+    if not total:
+        raise InvalidArgument("sizes", "at least one level", "none")
+    dim = check_int("dim", dim)
     keys = torch.full((total,), float("-inf"), dtype=torch.float64, device=device)
     return Reservoir(torch.zeros(total, dim, dtype=torch.float32, device=device), keys)
 
@@ -116,8 +115,7 @@ def fill_reservoir_(
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.device != x.device:
             raise InvalidArgument(name, f"a tensor on {x.device}, as x", tensor.device)
-    if not 0 <= seed < 2**32:
-        raise InvalidArgument("seed", "a number in [0, 2^32)", seed)
+    seed = check_int("seed", seed, 0, 2**32 - 1)
     batch = (x.detach(), found.codes, found.norms.detach(), packed.detach())
     _op(rows, keys, *batch, sizes, seed, backend=backend)
     return reservoir

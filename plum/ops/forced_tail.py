@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plum import _native
 from plum._library import Backend, Op
-from plum.errors import InvalidArgument
+from plum.errors import check_int
 from plum.ops._trie_index import TrieIndex, check_states
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def forced_tail(
     Raises:
         InvalidArgument: a shape, dtype, device or the level does not fit.
     """
-    if not 0 <= level <= trie.depth:
-        raise InvalidArgument("level", f"0 to {trie.depth}", level)
+    level = check_int("level", level, 0, trie.depth)
     check_states(states, trie)
     return ForcedTail(*_op(states, list(trie.index), level, backend=backend))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plum import _native
 from plum._library import Backend, Op
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int
 from plum.ops._row_hash import mixed
 from plum.ops._trie_index import (
     TrieIndex,
@@ -105,8 +105,7 @@ def trie_beam_sample(
         raise InvalidArgument("seeds", f"an int64 tensor [{states.shape[0]}]", got)
     check_device("keys", keys, trie)
     check_device("seeds", seeds, trie)
-    if k < 1:
-        raise InvalidArgument("k", "at least 1", k)
+    k = check_int("k", k)
     if not 0 < temperature < float("inf"):
         raise InvalidArgument("temperature", "a number above 0", temperature)
     filters, dead = limit_tensors(filter, deny, trie, states.shape[0])

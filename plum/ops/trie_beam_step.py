@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plum import _native
 from plum._library import Backend, Op
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int
 from plum.ops._trie_index import (
     EDGES,
     Children,
@@ -104,8 +104,7 @@ def trie_beam_step(
     """
     check_beams(logits, scores, states, trie)
     every, each = check_level(level, trie, states.shape[:1])
-    if k < 1:
-        raise InvalidArgument("k", "at least 1", k)
+    k = check_int("k", k)
     if score not in SCORES:
         raise InvalidArgument("score", "'full' or 'valid'", repr(score))
     filters, dead = limit_tensors(filter, deny, trie, states.shape[0])

@@ -109,6 +109,7 @@ def test_without_validation_bad_codes_are_counted_nowhere(backend):
         (torch.zeros(3, 1), [4], "codes"),
         (torch.zeros(3, 2, dtype=torch.int32), [4], "sizes"),
         (torch.zeros(3, 1, dtype=torch.int32), [0], "sizes"),
+        (torch.zeros(3, 1, dtype=torch.int32), [4.0], "sizes: expected an int >= 1, got 4.0"),
         (torch.zeros(3, 65, dtype=torch.int32), [4] * 65, "sizes: expected at most 64 levels"),
         (torch.zeros(3, 2, dtype=torch.int32), [2**31 - 2, 2], "sizes: .* less than 2.31, got"),
     ],

@@ -45,6 +45,7 @@ def test_dead_is_relative_to_the_uniform_share_of_the_level():
         (torch.ones(3), [3, 0], 0.1, "^sizes"),
         (torch.ones(3), [4, -1], 0.1, "^sizes"),
         (torch.ones(0), [], 0.1, "^sizes"),
+        (torch.ones(3), [3.0], 0.1, "^sizes: expected an int >= 1, got 3.0"),
         (torch.ones(3), [3], 1.5, "share"),
     ],
 )
@@ -267,6 +268,7 @@ def test_fill_reservoir_bad_arguments():
         ({"found": found._replace(norms=found.norms.to("meta"))}, r"found\.norms: .* on cpu"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
+        ({"seed": 0.5}, "seed"),
     ):
         arguments = {"reservoir": reservoir, "x": x, "found": found, "codebooks": books, "seed": 0}
         with pytest.raises(InvalidArgument, match=f"^{name}"):

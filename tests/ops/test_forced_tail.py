@@ -55,8 +55,9 @@ def test_a_row_that_is_none_of_the_table_is_not_forced(backend):
 
 def test_refuses_what_does_not_fit():
     trie = SidTrie.from_codes([[3, 5]])
-    with pytest.raises(InvalidArgument, match="level: expected 0 to 2, got 3"):
-        forced_tail(trie.root_states(1), trie, 3)
+    for level in (3, 1.0):
+        with pytest.raises(InvalidArgument, match=f"level: expected an int .* 0 to 2, got {level}"):
+            forced_tail(trie.root_states(1), trie, level)
     with pytest.raises(InvalidArgument, match="states: expected an int64 tensor"):
         forced_tail(torch.zeros(1, 3, dtype=torch.int64), trie, 0)
 

@@ -112,8 +112,9 @@ def test_the_largest_code_of_a_narrow_dtype(dtype, backend):
 def test_advance_refuses_what_does_not_fit():
     trie = SidTrie.from_codes([[0, 1], [1, 0]])
     root = trie.root_states(1)[:, 0]
-    with pytest.raises(InvalidArgument, match="level: expected 0 to 1, got 2"):
-        trie_advance(root, torch.tensor([0]), trie, 2)
+    for level in (2, 1.0):
+        with pytest.raises(InvalidArgument, match=f"level: expected an int .* 0 to 1, got {level}"):
+            trie_advance(root, torch.tensor([0]), trie, level)
     with pytest.raises(InvalidArgument, match="tokens: expected shape"):
         trie_advance(root, torch.tensor([0, 1]), trie, 0)
     with pytest.raises(InvalidArgument, match="tokens: expected int64, int32, int16 or uint8"):

@@ -157,8 +157,9 @@ def test_refuses_what_does_not_fit():
         trie_beam_sample(*args, *rest, k=1, seeds=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(InvalidArgument, match=r"keys: expected a float64 tensor \[1, 1\]"):
         trie_beam_sample(*args[:2], torch.zeros(1, 1), *rest, k=1, seeds=seeds)
-    with pytest.raises(InvalidArgument, match="k: expected at least 1"):
-        trie_beam_sample(*args, *rest, k=0, seeds=seeds)
+    for k in (0, 2.5):
+        with pytest.raises(InvalidArgument, match=f"k: expected an int >= 1, got {k}"):
+            trie_beam_sample(*args, *rest, k=k, seeds=seeds)
 
 
 def test_opcheck_and_compile():

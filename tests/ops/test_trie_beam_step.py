@@ -410,10 +410,12 @@ def test_refuses_what_does_not_fit():
     root, zero, logits = trie.root_states(1), torch.zeros(1, 1), torch.zeros(1, 1, 2)
     with pytest.raises(InvalidArgument, match="score: expected 'full' or 'valid', got 'both'"):
         trie_beam_step(logits, zero, root, trie, 0, k=1, score="both")
-    with pytest.raises(InvalidArgument, match="k: expected at least 1, got 0"):
-        trie_beam_step(logits, zero, root, trie, 0, k=0)
-    with pytest.raises(InvalidArgument, match="level: expected 0 to 1, got -1"):
-        trie_beam_step(logits, zero, root, trie, -1, k=1)
+    for k in (0, 2.5, True, "1"):
+        with pytest.raises(InvalidArgument, match=f"k: expected an int >= 1, got {k!r}"):
+            trie_beam_step(logits, zero, root, trie, 0, k=k)
+    for level in (-1, 1.0):
+        with pytest.raises(InvalidArgument, match=f"level: expected an int .* 0 to 1, got {level}"):
+            trie_beam_step(logits, zero, root, trie, level, k=1)
     with pytest.raises(InvalidArgument, match="expected shapes"):
         trie_beam_step(logits[0], zero, root, trie, 0, k=1)
     with pytest.raises(InvalidArgument, match="scores: expected a float tensor"):
