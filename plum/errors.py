@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 
@@ -59,6 +60,20 @@ def check_int(name: str, value: Any, least: int = 1, most: int | None = None) ->
         expected = f"an int >= {least}" if most is None else f"an int from {least} to {most}"
         raise InvalidArgument(name, expected, repr(value))
     return number
+
+
+def check_number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
+    """Checks an argument that must be a number, by a condition that no NaN meets.
+
+    Raises:
+        InvalidArgument: it does not meet the condition, or is nothing to ask it of, such as a str.
+    """
+    try:
+        good = not isinstance(value, bool) and bool(fits(value))
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise InvalidArgument(name, expected, repr(value))
 
 
 def _sentence(name: str, expected: str, got: object, hint: str) -> str:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from plum.errors import InvalidArgument, InvalidData, MissingDependency
+from plum.errors import (
+    InvalidArgument,
+    InvalidData,
+    MissingDependency,
+    check_int,
+    check_number,
+)
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -56,7 +62,7 @@ class Popularity:
             InvalidData: a history is no int array, or an item index is outside the catalog.
             MissingDependency: SciPy is not installed.
         """
-        _check_k(k)
+        k = check_int("k", k)
         scores = _fitted(self, "_scores")
         ranked = []
         for seen in _chunks(histories, len(scores)):
@@ -83,11 +89,8 @@ class ItemKNN:
         Raises:
             InvalidArgument: a value is out of range.
         """
-        if num_neighbors < 1:
-            raise InvalidArgument("num_neighbors", "an int >= 1", num_neighbors)
-        if not shrink >= 0:
-            raise InvalidArgument("shrink", "a number >= 0", shrink)
-        self.num_neighbors, self.shrink = num_neighbors, shrink
+        check_number("shrink", shrink, "a number >= 0", lambda shrink: shrink >= 0)
+        self.num_neighbors, self.shrink = check_int("num_neighbors", num_neighbors), shrink
 
     def fit(self, histories: Sequence[np.ndarray], num_items: int) -> ItemKNN:
         """Computes the neighbors of every item; arguments and errors as :meth:`Popularity.fit`.
@@ -120,7 +123,7 @@ class ItemKNN:
         self, histories: Sequence[np.ndarray], k: int, *, exclude_seen: bool = False
     ) -> NDArray[np.int32]:
         """Ranks the catalog for each history, as :meth:`Popularity.recommend`."""
-        _check_k(k)
+        k = check_int("k", k)
         neighbors = _fitted(self, "_neighbors")
         ranked = []
         for seen in _chunks(histories, neighbors.shape[0]):
@@ -137,11 +140,6 @@ def _sparse() -> Any:
     return sparse
 
 
-def _check_k(k: int) -> None:
-    if k < 1:
-        raise InvalidArgument("k", "an int >= 1", k)
-
-
 def _fitted(model: Popularity | ItemKNN, name: str) -> np.ndarray:
     if not hasattr(model, name):
         kind = type(model).__name__
@@ -151,8 +149,7 @@ def _fitted(model: Popularity | ItemKNN, name: str) -> np.ndarray:
 
 def _flatten(histories: Sequence[np.ndarray], num_items: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns all items end to end, int64, and the length of each history."""
-    if num_items < 1:
-        raise InvalidArgument("num_items", "an int >= 1", num_items)
+    check_int("num_items", num_items)
     arrays = [np.asarray(history) for history in histories]
     for user, array in enumerate(arrays):
         # An empty list has no type.

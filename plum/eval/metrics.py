@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int
 
 
 def ranking_metrics(
@@ -49,14 +49,16 @@ def ranking_metrics(
         raise InvalidArgument("ranked", "item indices, or -1 for none", int(ranked.min()))
     if targets.min() < 0:
         raise InvalidArgument("targets", "item indices", int(targets.min()))
-    if num_items is not None and max(ranked.max(), targets.max()) >= num_items:
+    if num_items is not None and check_int("num_items", num_items, 0) <= max(
+        ranked.max(), targets.max()
+    ):
         highest = int(max(ranked.max(), targets.max()))
         raise InvalidArgument("num_items", f"more than the highest item, {highest}", num_items)
     width = ranked.shape[1]
     for k in ks:
-        if not 1 <= k <= width:
+        if not isinstance(k, int | np.integer) or not 1 <= k <= width:
             hint = "rank more items or lower ks"
-            raise InvalidArgument("ks", f"cutoffs in [1, {width}]", k, hint)
+            raise InvalidArgument("ks", f"cutoffs in [1, {width}]", repr(k), hint)
 
     hits = ranked == targets[:, None]
     ranks = np.where(hits.any(1), hits.argmax(1) + 1, np.iinfo(np.int64).max)
@@ -120,8 +122,7 @@ def expand_sids(
     item_starts, items = _integers("item_starts", item_starts, 1), _integers("items", items, 1)
     if scores.shape != sids.shape:
         raise InvalidArgument("scores", f"shape {list(sids.shape)}", list(scores.shape))
-    if k < 1:
-        raise InvalidArgument("k", "an int >= 1", k)
+    k = check_int("k", k)
     batch, width = sids.shape
     if not len(item_starts):
         raise InvalidArgument("item_starts", "int [S + 1]", "[0]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int
 from plum.ops import residual_quantize
 
 # Rows whose distances to all codewords are there at once, and candidates a row keeps of them.
@@ -65,8 +65,7 @@ def balanced_codes(
         if len(bad):
             raise InvalidArgument(f"{name}[{int(bad[0])}]", "finite values", "NaN or infinity")
     count, size = len(residuals), len(codebook)
-    if capacity < 1:
-        raise InvalidArgument("capacity", "at least 1", capacity)
+    capacity = check_int("capacity", capacity)
     for name, value in (("groups", groups), ("priority", priority)):
         if value is not None and (value.dtype != torch.int64 or value.shape != (count,)):
             raise InvalidArgument(name, f"int64 [{count}]", f"{value.dtype} {list(value.shape)}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument
+from plum.errors import check_int
 from plum.ops import residual_quantize
 
 # Scores of partial SIDs that are held at once.
@@ -46,8 +46,7 @@ def beam_encode(x: Tensor, codebooks: Sequence[Tensor], beam_width: int) -> Tens
     Raises:
         InvalidArgument: an argument is not as above.
     """
-    if beam_width < 1:
-        raise InvalidArgument("beam_width", "at least 1", beam_width)
+    beam_width = check_int("beam_width", beam_width)
     greedy = residual_quantize(x, codebooks).codes
     if beam_width == 1 or len(codebooks) == 1:
         return greedy

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int
 
 # Rows that are copied to fp64 at once.
 _CHUNK = 16384
@@ -28,6 +28,18 @@ def searchable(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float64 else x
 
 
+def check_sizes(codebook_sizes: Sequence[int]) -> None:
+    """Checks codebook sizes.
+
+    Raises:
+        InvalidArgument: there is none, or one is no int of at least 1.
+    """
+    if not isinstance(codebook_sizes, Sequence) or not codebook_sizes:
+        raise InvalidArgument("codebook_sizes", "sizes of at least 1", repr(codebook_sizes))
+    for size in codebook_sizes:
+        check_int("codebook_sizes", size)
+
+
 def check_modality_names(names: Iterable[str]) -> None:
     """Checks that modules can be kept under the names of modalities.
 
@@ -45,6 +57,18 @@ def check_modality_names(names: Iterable[str]) -> None:
                 repr(name),
                 "rename the modality",
             )
+
+
+def check_widths(input_dims: Mapping[str, int]) -> None:
+    """Checks the widths of modalities.
+
+    Raises:
+        InvalidArgument: there is no modality, or a width is no int of at least 1.
+    """
+    if not isinstance(input_dims, Mapping) or not input_dims:
+        raise InvalidArgument("input_dims", "modalities with widths >= 1", repr(input_dims))
+    for name, width in input_dims.items():
+        check_int(f"input_dims[{name!r}]", width)
 
 
 def check_embeddings(

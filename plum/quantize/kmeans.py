@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int, check_number
 from plum.ops import codebook_sums, residual_quantize
 from plum.quantize.inputs import check_seed, searchable
 
@@ -65,8 +65,7 @@ class KMeans:
         Raises:
             InvalidArgument: an argument is out of range.
         """
-        if num_clusters < 1:
-            raise InvalidArgument("num_clusters", "at least 1", num_clusters)
+        num_clusters = check_int("num_clusters", num_clusters)
         if isinstance(init, Tensor):
             if init.ndim != 2 or len(init) != num_clusters or not init.is_floating_point():
                 raise InvalidArgument(
@@ -80,12 +79,10 @@ class KMeans:
         elif not isinstance(init, str) or init not in INITS:
             got = repr(init) if isinstance(init, str) else type(init).__name__
             raise InvalidArgument("init", f"{', '.join(INITS)} or a tensor", got)
-        if max_iters < 0:
-            raise InvalidArgument("max_iters", "at least 0", max_iters)
-        if not tol >= 0:
-            raise InvalidArgument("tol", "at least 0", tol)
-        if batch_size is not None and batch_size < 1:
-            raise InvalidArgument("batch_size", "None or at least 1", batch_size)
+        max_iters = check_int("max_iters", max_iters, 0)
+        check_number("tol", tol, "a number >= 0", lambda tol: tol >= 0)
+        if batch_size is not None:
+            batch_size = check_int("batch_size", batch_size)
         check_seed(seed)
         self.num_clusters = num_clusters
         self.init = init

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_number
 from plum.ops import ResidualCodes, code_usage, codebook_sums
 from plum.ops.residual_quantize import pack_codebooks
 from plum.quantize.inputs import searchable
@@ -204,8 +204,7 @@ def co_occurrence_loss(
         InvalidArgument: a shape, a dtype or the temperature is not as above, or a partner is no
             row.
     """
-    if not temperature > 0:
-        raise InvalidArgument("temperature", "a positive number", temperature)
+    check_number("temperature", temperature, "a positive number", lambda each: each > 0)
     if projections.ndim != 2 or not projections.is_floating_point():
         got = f"{projections.dtype} {list(projections.shape)}"
         raise InvalidArgument("projections", "floating point [N, P]", got)

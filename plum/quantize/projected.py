@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from plum.errors import InvalidArgument
-from plum.quantize.inputs import InputScaling, check_embeddings, check_modality_names
+from plum.errors import check_int
+from plum.quantize.inputs import InputScaling, check_embeddings, check_modality_names, check_widths
 from plum.quantize.residual_quantizer import ResidualQuantizer
 from plum.quantize.storage import load_module, save_module
 
@@ -62,12 +62,11 @@ class ProjectedQuantizer(nn.Module):
             InvalidArgument: an argument is out of range.
         """
         super().__init__()
-        if not input_dims or any(width < 1 for width in input_dims.values()):
-            raise InvalidArgument("input_dims", "modalities with widths >= 1", dict(input_dims))
+        check_widths(input_dims)
         if whiten:
             check_modality_names(input_dims)
-        if latent_dim is not None and latent_dim < 1:
-            raise InvalidArgument("latent_dim", "at least 1", latent_dim)
+        if latent_dim is not None:
+            check_int("latent_dim", latent_dim)
         total = sum(input_dims.values())
         self.input_dims = dict(input_dims)
         self.latent_dim = None if latent_dim is None else min(latent_dim, total)

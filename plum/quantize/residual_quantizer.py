@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int, check_number
 from plum.ops import (
     Reservoir,
     ResidualCodes,
@@ -151,10 +151,8 @@ class ResidualQuantizer(nn.Module):
             InvalidArgument: an argument is out of range.
         """
         super().__init__()
-        if dim < 1:
-            raise InvalidArgument("dim", "at least 1", dim)
-        if not codebook_sizes or any(size < 1 for size in codebook_sizes):
-            raise InvalidArgument("codebook_sizes", "sizes of at least 1", list(codebook_sizes))
+        check_int("dim", dim)
+        check_sizes(codebook_sizes)
         for name, value, known in (
             ("update", update, UPDATES),
             ("gradient", gradient, GRADIENTS),
@@ -162,14 +160,10 @@ class ResidualQuantizer(nn.Module):
         ):
             if value not in known:
                 raise InvalidArgument(name, f"one of {', '.join(known)}", repr(value))
-        if not (math.isfinite(commitment) and commitment >= 0):
-            raise InvalidArgument("commitment", "a number of at least 0", commitment)
-        if not 0 <= decay < 1:
-            raise InvalidArgument("decay", "a number in [0, 1)", decay)
-        if revive_every < 0:
-            raise InvalidArgument("revive_every", "steps, or 0 for never", revive_every)
-        if not 0 < dead_share <= 1:
-            raise InvalidArgument("dead_share", "a fraction in (0, 1]", dead_share)
+        check_number("commitment", commitment, "a number >= 0", lambda each: 0 <= each < math.inf)
+        check_number("decay", decay, "a number in [0, 1)", lambda decay: 0 <= decay < 1)
+        check_int("revive_every", revive_every, 0)
+        check_number("dead_share", dead_share, "a fraction in (0, 1]", lambda part: 0 < part <= 1)
         check_seed(seed)
         self.dim = dim
         self.codebook_sizes = tuple(codebook_sizes)
@@ -229,8 +223,8 @@ class ResidualQuantizer(nn.Module):
         Raises:
             InvalidArgument: an argument is not as above.
         """
-        if max_rows is not None and max_rows < 1:
-            raise InvalidArgument("max_rows", "at least 1, or None for all", max_rows)
+        if max_rows is not None:
+            check_int("max_rows", max_rows)
         x = self._entered(x.detach()).float()
         residual = gather_rows(x, max_rows, self.process_group)
         for level, codebook in enumerate(self.codebooks):
@@ -553,8 +547,7 @@ def memory_for(steps: int, batch_size: int, codebook_sizes: Sequence[int]) -> di
     Raises:
         InvalidArgument: there is no level.
     """
-    if not codebook_sizes:
-        raise InvalidArgument("codebook_sizes", "sizes of at least 1", list(codebook_sizes))
+    check_sizes(codebook_sizes)
     memory = max(min(100, steps // 10), 10, -(-10 * max(codebook_sizes) // batch_size))
     return {"decay": 1 - 1 / memory, "revive_every": memory}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from plum._seed import seeded
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int, check_number
 from plum.quantize.inputs import (
     InputScaling,
     check_embeddings,
@@ -77,14 +77,12 @@ class RQVAEConfig:
 
     def __post_init__(self) -> None:
         """Checks all but what the quantizer knows by the same name and checks itself."""
-        if not self.input_dims or any(width < 1 for width in self.input_dims.values()):
-            raise InvalidArgument("input_dims", "modalities with widths >= 1", self.input_dims)
+        check_widths(self.input_dims)
         check_modality_names(self.input_dims)
         check_seed(self.seed)
-        if any(width < 1 for width in self.hidden_dims):
-            raise InvalidArgument("hidden_dims", "widths of at least 1", self.hidden_dims)
-        if self.latent_dim < 1:
-            raise InvalidArgument("latent_dim", "at least 1", self.latent_dim)
+        for width in self.hidden_dims:
+            check_int("hidden_dims", width)
+        check_int("latent_dim", self.latent_dim)
         weights = {"beta": self.beta, "co_occurrence_weight": self.co_occurrence_weight}
         for name, weight in self.reconstruction_weights.items():
             if name not in self.input_dims:
@@ -92,10 +90,9 @@ class RQVAEConfig:
                 raise InvalidArgument("reconstruction_weights", known, repr(name))
             weights[f"reconstruction_weights[{name!r}]"] = weight
         for name, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise InvalidArgument(name, "a number of at least 0", weight)
-        if not 0 < self.temperature < math.inf:
-            raise InvalidArgument("temperature", "a positive number", self.temperature)
+            check_number(name, weight, "a number >= 0", lambda each: 0 <= each < math.inf)
+        positive = "a positive number"
+        check_number("temperature", self.temperature, positive, lambda each: 0 < each < math.inf)
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
         object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
 

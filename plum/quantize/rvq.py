@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument
+from plum.errors import check_int, check_number
 from plum.quantize.inputs import check_embeddings
 from plum.quantize.projected import ProjectedQuantizer
 from plum.quantize.residual_quantizer import memory_for
@@ -67,11 +67,8 @@ def fit_rvq(
     """
     count = check_embeddings(embeddings)
     batch_size = min(max(count // 8, 32), 512) if batch_size is None else batch_size
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if value < 1:
-            raise InvalidArgument(name, "at least 1", value)
-    if not 0 < lr < math.inf:
-        raise InvalidArgument("lr", "a positive number", lr)
+    epochs, batch_size = check_int("epochs", epochs), check_int("batch_size", batch_size)
+    check_number("lr", lr, "a positive number", lambda lr: 0 < lr < math.inf)
     memory = memory_for(epochs * -(-count // batch_size), batch_size, codebook_sizes)
     memory |= {} if decay is None else {"decay": decay}
     memory |= {} if revive_every is None else {"revive_every": revive_every}

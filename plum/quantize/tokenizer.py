@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, check_int
 from plum.quantize.inputs import check_embeddings
 from plum.quantize.rq_kmeans import RQKMeans, fit_rq_kmeans
 from plum.quantize.rqvae import RQVAE, RQVAEConfig
@@ -33,9 +33,8 @@ def multi_resolution_sizes(first: int, levels: int) -> tuple[int, ...]:
     Raises:
         InvalidArgument: an argument is not as above.
     """
-    if levels < 1:
-        raise InvalidArgument("levels", "at least 1", levels)
-    if first < 1 or first % 2 ** (levels - 1):
+    levels, first = check_int("levels", levels), check_int("first", first)
+    if first % 2 ** (levels - 1):
         expected = f"a multiple of {2 ** (levels - 1)}, to be halved {levels - 1} times"
         raise InvalidArgument("first", expected, first)
     return tuple(first >> level for level in range(levels))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int, check_number
 from plum.quantize.checkpoint import TrainingState, fingerprint, load_checkpoint, save_checkpoint
 from plum.quantize.distributed import (
     copy_from_first,
@@ -118,23 +118,18 @@ def fit_rqvae(
     check_present(present, embeddings, count)
     # Whatever made them is not trained.
     embeddings = {name: x.detach() for name, x in embeddings.items()}
-    if epochs < 1:
-        raise InvalidArgument("epochs", "at least 1", epochs)
+    epochs = check_int("epochs", epochs)
     if warmup_epochs is None:
         # Codebooks of an untrained encoder are left behind when it learns.
         warmup_epochs = min(max(epochs // 10, 1), epochs - 1)
-    if not 0 <= warmup_epochs < epochs:
-        raise InvalidArgument("warmup_epochs", f"0 or more, below epochs={epochs}", warmup_epochs)
+    warmup_epochs = check_int("warmup_epochs", warmup_epochs, 0, epochs - 1)
     batch_size = min(max(count // 8, 32), 512) if batch_size is None else batch_size
     at_least_one = {"batch_size": batch_size, "evaluate_every": evaluate_every}
     at_least_one |= {} if patience is None else {"patience": patience}
     for name, value in at_least_one.items():
-        if value < 1:
-            raise InvalidArgument(name, "at least 1", value)
-    if not 0 < lr < math.inf:
-        raise InvalidArgument("lr", "a positive number", lr)
-    if not 0 <= weight_decay < math.inf:
-        raise InvalidArgument("weight_decay", "a number of at least 0", weight_decay)
+        check_int(name, value)
+    check_number("lr", lr, "a positive number", lambda lr: 0 < lr < math.inf)
+    check_number("weight_decay", weight_decay, "a number >= 0", lambda each: 0 <= each < math.inf)
     if (pairs is None) != (config.co_occurrence_weight == 0):
         expected = "pairs together with a co_occurrence_weight above 0, or neither"
         got = "none" if pairs is None else f"{len(pairs)} pairs"

@@ -105,10 +105,11 @@ def test_bad_input_is_refused(model):
         message = r"histories\[1\]: expected a one-dimensional integer array"
         with pytest.raises(InvalidData, match=message):
             model().fit([np.array([0]), np.array(wrong)], 2)
-    with pytest.raises(InvalidArgument, match="num_items: expected an int >= 1, got 0"):
-        model().fit(fine, 0)
-    with pytest.raises(InvalidArgument, match="k: expected an int >= 1, got 0"):
-        model().fit(fine, 3).recommend(fine, 0)
+    for wrong in (0, 2.5):
+        with pytest.raises(InvalidArgument, match=f"num_items: expected an int >= 1, got {wrong}"):
+            model().fit(fine, wrong)
+        with pytest.raises(InvalidArgument, match=f"k: expected an int >= 1, got {wrong}"):
+            model().fit(fine, 3).recommend(fine, wrong)
     with pytest.raises(InvalidArgument, match="k: expected an int >= 1, got 0"):
         model().fit(fine, 3).recommend([], 0)
     assert model().fit(fine, 3).recommend([], 4).shape == (0, 4)
@@ -124,7 +125,13 @@ def test_without_scipy_the_message_says_what_to_install(monkeypatch):
             call()
 
 
-@pytest.mark.parametrize(("argument", "value"), [("num_neighbors", 0), ("shrink", -1.0)])
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *(("num_neighbors", wrong) for wrong in (0, 2.5, "5", True, float("nan"))),
+        *(("shrink", wrong) for wrong in (-1.0, float("nan"), "1", None)),
+    ],
+)
 def test_item_knn_refuses_bad_hyperparameters(argument, value):
     with pytest.raises(InvalidArgument, match=argument):
         ItemKNN(**{argument: value})
