@@ -70,7 +70,7 @@ def check_number(name: str, value: Any, expected: str, fits: Callable[[Any], boo
     """
     try:
         good = not isinstance(value, bool) and bool(fits(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         good = False
     if not good:
         raise InvalidArgument(name, expected, repr(value))

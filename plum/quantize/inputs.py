@@ -19,7 +19,7 @@ def check_seed(seed: int) -> None:
     Raises:
         InvalidArgument: it is no int in [0, 2^63).
     """
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise InvalidArgument("seed", "an int in [0, 2^63)", repr(seed))
 
 
@@ -28,16 +28,16 @@ def searchable(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float64 else x
 
 
-def check_sizes(codebook_sizes: Sequence[int]) -> None:
-    """Checks codebook sizes.
+def check_sizes(name: str, sizes: Sequence[int], *, fewest: int = 1) -> None:
+    """Checks the argument ``name``: sizes of codebooks, or widths of layers.
 
     Raises:
-        InvalidArgument: there is none, or one is no int of at least 1.
+        InvalidArgument: there are fewer than ``fewest``, or one is no int of at least 1.
     """
-    if not isinstance(codebook_sizes, Sequence) or not codebook_sizes:
-        raise InvalidArgument("codebook_sizes", "sizes of at least 1", repr(codebook_sizes))
-    for size in codebook_sizes:
-        check_int("codebook_sizes", size)
+    if not isinstance(sizes, Sequence) or len(sizes) < fewest:
+        raise InvalidArgument(name, "sizes of at least 1", repr(sizes))
+    for size in sizes:
+        check_int(name, size)
 
 
 def check_modality_names(names: Iterable[str]) -> None:

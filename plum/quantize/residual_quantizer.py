@@ -37,7 +37,7 @@ from plum.quantize.distributed import (
     sum_over_ranks,
 )
 from plum.quantize.gradient import rotate, straight_through
-from plum.quantize.inputs import check_seed, searchable
+from plum.quantize.inputs import check_seed, check_sizes, searchable
 from plum.quantize.kmeans import KMeans
 from plum.quantize.losses import quantization_losses, sum_codewords
 from plum.quantize.storage import load_module, save_module
@@ -152,13 +152,13 @@ class ResidualQuantizer(nn.Module):
         """
         super().__init__()
         check_int("dim", dim)
-        check_sizes(codebook_sizes)
+        check_sizes("codebook_sizes", codebook_sizes)
         for name, value, known in (
             ("update", update, UPDATES),
             ("gradient", gradient, GRADIENTS),
             ("metric", metric, METRICS),
         ):
-            if value not in known:
+            if value not in list(known):
                 raise InvalidArgument(name, f"one of {', '.join(known)}", repr(value))
         check_number("commitment", commitment, "a number >= 0", lambda each: 0 <= each < math.inf)
         check_number("decay", decay, "a number in [0, 1)", lambda decay: 0 <= decay < 1)
@@ -547,7 +547,7 @@ def memory_for(steps: int, batch_size: int, codebook_sizes: Sequence[int]) -> di
     Raises:
         InvalidArgument: there is no level.
     """
-    check_sizes(codebook_sizes)
+    check_sizes("codebook_sizes", codebook_sizes)
     memory = max(min(100, steps // 10), 10, -(-10 * max(codebook_sizes) // batch_size))
     return {"decay": 1 - 1 / memory, "revive_every": memory}
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int, check_number
 from plum.ops import code_usage, codebook_sums, residual_quantize
 from plum.quantize.distributed import copy_from_first, sum_over_ranks
-from plum.quantize.inputs import searchable
+from plum.quantize.inputs import check_sizes, searchable
 from plum.quantize.kmeans import KMeans
 from plum.quantize.residual_gradient import GradientRules, normalized, residual_sum
 
@@ -116,36 +116,34 @@ class ResidualVQ(nn.Module):
                 raise InvalidArgument(name, "an option of ResidualVQ", "an unknown name")
             if value != _OFF[name]:
                 raise InvalidArgument(name, f"{_OFF[name]!r}, as it is not offered", repr(value))
-        if isinstance(codebook_size, int):
+        if not isinstance(codebook_size, Sequence):
             if num_quantizers is None:
                 raise InvalidArgument("num_quantizers", "a number with one codebook_size", None)
-            codebook_size = (codebook_size,) * num_quantizers
+            codebook_size = (codebook_size,) * check_int("num_quantizers", num_quantizers)
+        check_sizes("codebook_size", codebook_size)
         sizes = tuple(codebook_size)
-        if not sizes or any(size < 1 for size in sizes):
-            raise InvalidArgument("codebook_size", "sizes of at least 1", sizes)
         if num_quantizers not in (None, len(sizes)):
             raise InvalidArgument("num_quantizers", f"{len(sizes)} as sizes", num_quantizers)
         if shared_codebook and len(set(sizes)) > 1:
             raise InvalidArgument("shared_codebook", "one codebook_size", sizes)
         width = dim if codebook_dim is None else codebook_dim
-        for name, number, least in (
-            ("dim", dim, 1),
-            ("codebook_dim", width, 1),
-            ("quantize_dropout_multiple_of", quantize_dropout_multiple_of, 1),
-            ("kmeans_iters", kmeans_iters, 0),
-            ("threshold_ema_dead_code", threshold_ema_dead_code, 0),
-            ("commitment_weight", commitment_weight, 0),
+        reset = threshold_ema_dead_code if reset_cluster_size is None else reset_cluster_size
+        for name, number, least, most in (
+            ("dim", dim, 1, None),
+            ("codebook_dim", width, 1, None),
+            ("quantize_dropout_multiple_of", quantize_dropout_multiple_of, 1, None),
+            ("quantize_dropout_cutoff_index", quantize_dropout_cutoff_index, 0, len(sizes) - 1),
+            ("kmeans_iters", kmeans_iters, 0, None),
         ):
-            if not number >= least:
-                raise InvalidArgument(name, f"at least {least}", number)
-        if not 0 <= quantize_dropout_cutoff_index < len(sizes):
-            raise InvalidArgument(
-                "quantize_dropout_cutoff_index",
-                f"a level in [0, {len(sizes)})",
-                quantize_dropout_cutoff_index,
-            )
-        if not 0 <= decay <= 1:
-            raise InvalidArgument("decay", "a number in [0, 1]", decay)
+            check_int(name, number, least, most)
+        for name, value in (
+            ("threshold_ema_dead_code", threshold_ema_dead_code),
+            ("reset_cluster_size", reset),
+            ("commitment_weight", commitment_weight),
+            ("eps", eps),
+        ):
+            check_number(name, value, "a number >= 0", lambda each: each >= 0)
+        check_number("decay", decay, "a number in [0, 1]", lambda decay: 0 <= decay <= 1)
         if learnable_codebook and (ema_update is not False or use_cosine_sim):
             raise InvalidArgument(
                 "learnable_codebook", "ema_update=False and no use_cosine_sim with it", True
@@ -165,7 +163,6 @@ class ResidualVQ(nn.Module):
         self.kmeans_iters = kmeans_iters
         self.use_cosine_sim = use_cosine_sim
         self.threshold_ema_dead_code = threshold_ema_dead_code
-        reset = threshold_ema_dead_code if reset_cluster_size is None else reset_cluster_size
         self.reset_cluster_size = reset
         self.commitment_weight = commitment_weight
         self.rotation_trick = width > 1 if rotation_trick is None else rotation_trick

@@ -20,6 +20,8 @@ from plum.quantize.inputs import (
     check_present,
     check_seed,
     check_shapes,
+    check_sizes,
+    check_widths,
 )
 from plum.quantize.losses import reconstruction_loss
 from plum.quantize.residual_quantizer import QuantizerOutput, ResidualQuantizer
@@ -80,10 +82,13 @@ class RQVAEConfig:
         check_widths(self.input_dims)
         check_modality_names(self.input_dims)
         check_seed(self.seed)
-        for width in self.hidden_dims:
-            check_int("hidden_dims", width)
+        check_sizes("hidden_dims", self.hidden_dims, fewest=0)
+        check_sizes("codebook_sizes", self.codebook_sizes)
         check_int("latent_dim", self.latent_dim)
         weights = {"beta": self.beta, "co_occurrence_weight": self.co_occurrence_weight}
+        if not isinstance(self.reconstruction_weights, Mapping):
+            got = repr(self.reconstruction_weights)
+            raise InvalidArgument("reconstruction_weights", "a weight for each modality", got)
         for name, weight in self.reconstruction_weights.items():
             if name not in self.input_dims:
                 known = f"modalities out of {', '.join(self.input_dims)}"

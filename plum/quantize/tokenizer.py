@@ -100,7 +100,7 @@ def fit_tokenizer(
         options = {"co_occurrence_weight": 1.0, **options}
     config = RQVAEConfig(
         input_dims={name: x.shape[1] for name, x in embeddings.items()},
-        codebook_sizes=tuple(codebook_sizes),
+        codebook_sizes=codebook_sizes,  # type: ignore[arg-type]
         **shape,
         **{name: value for name, value in options.items() if name in fields},
     )

@@ -299,7 +299,7 @@ def test_bad_inputs_are_named():
         RQVAEConfig({})
     with pytest.raises(InvalidArgument, match="latent_dim"):
         RQVAEConfig(DIMS, latent_dim=0)
-    with pytest.raises(InvalidArgument, match=r"^beta: expected a number of at least 0, got -1"):
+    with pytest.raises(InvalidArgument, match=r"^beta: expected a number >= 0, got -1"):
         RQVAEConfig(DIMS, beta=-1)
     for temperature in (0.0, float("inf"), float("nan")):
         with pytest.raises(InvalidArgument, match=r"^temperature: expected a positive number"):

@@ -439,7 +439,7 @@ def test_bad_options_are_named():
     with pytest.raises(InvalidArgument, match=r"^weight_decay"):
         fit_tokenizer(x, weight_decay=-1.0)
     for kind in KINDS:
-        with pytest.raises(InvalidArgument, match=r"^codebook_sizes: .*got \[\]"):
+        with pytest.raises(InvalidArgument, match=r"^codebook_sizes: .*got \(\)"):
             fit_tokenizer(x, kind, codebook_sizes=())
         with pytest.raises(InvalidArgument, match=r"^seed: expected an int in"):
             fit_tokenizer(x, kind, seed=-1)
