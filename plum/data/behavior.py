@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from plum.data.pairs import count_pairs
 from plum.data.split import Sequences
-from plum.errors import InvalidArgument, MissingDependency
+from plum.errors import InvalidArgument, MissingDependency, check_int
 
 
 def behavior_vectors(
@@ -43,12 +43,9 @@ def behavior_vectors(
         MissingDependency: SciPy is not installed.
     """
     total = sequences.num_items
-    if not 1 <= dim < total:
+    if check_int("dim", dim) >= total:
         raise InvalidArgument("dim", f"1 to {total - 1}, below the number of items", dim)
-    if window < 1:
-        raise InvalidArgument("window", "at least 1", window)
-    if seed < 0:
-        raise InvalidArgument("seed", "at least 0", seed)
+    window, seed = check_int("window", window), check_int("seed", seed, 0)
     try:
         from scipy import sparse
         from scipy.sparse.linalg import eigsh

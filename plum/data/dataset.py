@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, check_int
 from plum.files import atomic_path, read_json, write_json
 
 _INTERACTION_COLUMNS = ("user_id", "item_id", "timestamp")
@@ -168,8 +168,7 @@ def filter_interactions(
         "min_item_interactions": min_item_interactions,
     }
     for name, minimum in minimums.items():
-        if minimum < 0:
-            raise InvalidArgument(name, "a number >= 0", minimum)
+        check_int(name, minimum, 0)
     log = dataset.interactions
     kept = log.filter(
         (pl.len().over("user_id") >= min_user_interactions)
@@ -284,6 +283,8 @@ def _check_ids(where: str, frame: pl.DataFrame, column: str) -> None:
 
 def _parse_template(template: str, columns: list[str]) -> list[list[tuple[str, str | None]]]:
     """Splits a template into parts, each a list of (literal text, column or None)."""
+    if not isinstance(template, str):
+        raise InvalidArgument("text_template", "columns in braces", repr(template))
     parts = []
     for part in template.split(_SEPARATOR):
         try:

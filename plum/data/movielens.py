@@ -148,9 +148,9 @@ def find_template(template: str) -> str:
     Raises:
         InvalidArgument: It is neither.
     """
-    if "{" in template:
+    if isinstance(template, str) and "{" in template:
         return template
-    if template not in TEMPLATES:
+    if template not in list(TEMPLATES):
         expected = f"columns in braces or one of {', '.join(TEMPLATES)}"
         raise InvalidArgument("text_template", expected, repr(template))
     return TEMPLATES[template]

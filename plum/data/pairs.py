@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plum.data.split import Sequences
-from plum.errors import InvalidArgument
+from plum.errors import check_int
 
 # Positions counted at once, which bounds the memory beside the distinct pairs themselves.
 _CHUNK = 1 << 22
@@ -38,8 +38,7 @@ def co_occurring_pairs(
     """
     options = {"window": window, "max_per_item": max_per_item, "min_count": min_count}
     for name, value in options.items():
-        if value < 1:
-            raise InvalidArgument(name, "at least 1", value)
+        check_int(name, value)
     total = sequences.num_items
     keys, counts, occurs = count_pairs(sequences, window)
     keys, counts = keys[counts >= min_count], counts[counts >= min_count]

@@ -17,7 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from plum.data.dataset import Dataset
-from plum.errors import InvalidArgument
+from plum.errors import check_int
 
 TEMPLATE = "{title} | {categories} | {description}"
 
@@ -121,18 +121,17 @@ def synthetic_dataset(
     Raises:
         InvalidArgument: An argument is out of its range.
     """
+    num_items = check_int("num_items", num_items, _MIN_ITEMS, _MAX_ITEMS)
     if max_length is None:
         max_length = min(24, num_items // 2)
     ranges = {
-        "num_items": (num_items, _MIN_ITEMS, _MAX_ITEMS),
         "num_users": (num_users, 1, 10**9),
+        "max_length": (max_length, 1, num_items // 2),
         "min_length": (min_length, 1, max_length),
-        "max_length": (max_length, min_length, num_items // 2),
         "seed": (seed, 0, 2**63 - 1),
     }
     for argument, (value, low, high) in ranges.items():
-        if not low <= value <= high:
-            raise InvalidArgument(argument, f"a number from {low} to {high}", value)
+        check_int(argument, value, low, high)
     catalog_rng, log_rng = (np.random.default_rng([seed, stream]) for stream in range(2))
     catalog, items = _build_catalog(num_items, catalog_rng)
     lengths = log_rng.integers(min_length, max_length + 1, num_users)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plum._seed import seeded
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, check_int, check_number
 from plum.files import atomic_folder, read_json, write_json
 from plum.lm.examples import IGNORED
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
@@ -82,10 +82,11 @@ class DepthGenerator(NextItemModel):
             InvalidArgument: codes and sizes do not fit, or the share is not one.
         """
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise InvalidArgument("label_smoothing", "a share in [0, 1)", label_smoothing)
-        self.sizes, self.label_smoothing = tuple(codebook_sizes), label_smoothing
-        self.trie = SidTrie.from_codes(codes, codebook_sizes=self.sizes)
+        share = "a share in [0, 1)"
+        check_number("label_smoothing", label_smoothing, share, lambda each: 0 <= each < 1)
+        seed = check_int("seed", seed, 0)
+        self.trie = SidTrie.from_codes(codes, codebook_sizes=codebook_sizes)
+        self.sizes, self.label_smoothing = self.trie.codebook_sizes, label_smoothing
         codes = np.asarray(codes, dtype=np.int64)
         _, rows, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
         self.rows, self.sharing = rows.reshape(-1), counts
@@ -296,8 +297,7 @@ class DepthGenerator(NextItemModel):
             InvalidArgument: ``num_beams`` is below 1.
             InvalidData: a history is empty, or an item index is outside the catalog.
         """
-        if num_beams < 1:
-            raise InvalidArgument("num_beams", "an int >= 1", num_beams)
+        num_beams = check_int("num_beams", num_beams)
         device = self.codes.device
         self.trie = self.trie.to(device)
         rows = np.full((len(histories), num_beams), -1, dtype=np.int64)

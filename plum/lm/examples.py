@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidData, check_int
 
 IGNORED = -100
 
@@ -34,8 +34,7 @@ class SidFormat:
 
     def __post_init__(self) -> None:
         """Checks what no caller could notice later."""
-        if self.max_items < 1:
-            raise InvalidArgument("max_items", "an int >= 1", self.max_items)
+        check_int("max_items", self.max_items)
 
     @property
     def levels(self) -> int:

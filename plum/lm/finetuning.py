@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, check_number
 from plum.lm.examples import TrainingBatches, check_histories, some_rows
 from plum.lm.model import Generator
 from plum.lm.training import Progress, TrainingConfig, train_model
@@ -37,7 +37,8 @@ class FinetuneConfig(TrainingConfig):
     def __post_init__(self) -> None:
         """Checks every value against its range."""
         super().__post_init__()
-        self._check_positive("epochs", "max_steps", "max_items", "patience", "validation_users")
+        self._check_ints("max_steps", "max_items", "patience", "validation_users")
+        check_number("epochs", self.epochs, "a number above 0", lambda each: each > 0)
 
 
 def finetune(

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from plum._seed import seeded
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, check_int
 from plum.lm.examples import SidFormat
 from plum.lm.tiger import T5_SHAPES, encoder_decoder
 from plum.sid.vocabulary import SidVocabulary
@@ -109,8 +109,8 @@ def load_generator(
             neither causal nor an encoder-decoder.
         InvalidData: the tokenizer does not give the SID tokens consecutive ids.
     """
-    if max_length is not None and max_length < 2:
-        raise InvalidArgument("max_length", "an int >= 2", max_length)
+    if max_length is not None:
+        check_int("max_length", max_length, 2)
     with quiet_transformers():
         if base.startswith("scratch:"):
             model, tokenizer = _from_scratch(base, vocabulary, seed, max_length or 512)

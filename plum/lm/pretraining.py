@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, check_number
 from plum.lm.corpus import (
     BEHAVIOR,
     GENERAL,
@@ -57,13 +57,12 @@ class PretrainConfig(TrainingConfig):
     def __post_init__(self) -> None:
         """Checks every value against its range."""
         super().__post_init__()
-        self._check_positive("steps", "max_items", "held_out_users")
-        if self.sequence_length < 2:
-            raise InvalidArgument("sequence_length", "an int >= 2", self.sequence_length)
-        if not 0 <= self.behavior_share <= 1:
-            raise InvalidArgument("behavior_share", "a share in [0, 1]", self.behavior_share)
-        if not 0 <= self.held_out_items < 1:
-            raise InvalidArgument("held_out_items", "a share in [0, 1)", self.held_out_items)
+        self._check_ints("steps", "max_items", "held_out_users")
+        self._check_ints("sequence_length", least=2)
+        share = "a share in [0, 1]"
+        check_number("behavior_share", self.behavior_share, share, lambda each: 0 <= each <= 1)
+        share = "a share in [0, 1)"
+        check_number("held_out_items", self.held_out_items, share, lambda each: 0 <= each < 1)
 
 
 def pretrain(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plum._seed import seeded
-from plum.errors import InvalidArgument
+from plum.errors import check_int
 from plum.lm.examples import IGNORED
 from plum.lm.timeline import NextItemModel, Timeline, TimelineShape
 
@@ -36,8 +36,7 @@ class SASRec(NextItemModel):
             seed: Seed of the weights.
         """
         super().__init__()
-        if num_items < 1:
-            raise InvalidArgument("num_items", "at least 1", num_items)
+        num_items, seed = check_int("num_items", num_items), check_int("seed", seed, 0)
         with seeded(seed):
             self.items = nn.Parameter(torch.randn(num_items, shape.width) * 0.02)
             self.timeline = Timeline(shape)
@@ -82,8 +81,7 @@ class SASRec(NextItemModel):
             InvalidArgument: ``k`` is below 1.
             InvalidData: a history is empty, or an item index is outside the catalog.
         """
-        if k < 1:
-            raise InvalidArgument("k", "an int >= 1", k)
+        k = check_int("k", k)
         found = np.full((len(histories), k), -1, dtype=np.int32)
         for rows, part in self.batches_of(histories, batch_size):
             scores = (self.last_states(part) @ self.items.T).float()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, check_int, check_number
 from plum.lm.checkpoints import Checkpoints, hash_seed
 from plum.lm.examples import IGNORED, WindowPlan, check_histories
 
@@ -52,12 +52,11 @@ class TimelineShape:
     def __post_init__(self) -> None:
         """Checks every value against its range."""
         for name in ("width", "layers", "heads", "max_items"):
-            if getattr(self, name) < 1:
-                raise InvalidArgument(name, "at least 1", getattr(self, name))
+            check_int(name, getattr(self, name))
         if self.width % self.heads:
             raise InvalidArgument("width", f"a multiple of {self.heads} heads", self.width)
-        if not 0 <= self.dropout < 1:
-            raise InvalidArgument("dropout", "a share in [0, 1)", self.dropout)
+        share = "a share in [0, 1)"
+        check_number("dropout", self.dropout, share, lambda dropout: 0 <= dropout < 1)
 
 
 class Timeline(nn.Module):
@@ -152,6 +151,7 @@ class NextItemModel(nn.Module, ABC):
             InvalidData: an item index is outside the catalog.
         """
         histories = check_histories("histories", histories, self.num_items)
+        batch_size = check_int("batch_size", batch_size)
         self.eval()
         # Histories of one length share a batch.
         order = np.argsort([len(history) for history in histories], kind="stable")
@@ -214,16 +214,16 @@ class TimelineConfig:
 
     def __post_init__(self) -> None:
         """Checks every value against its range."""
-        names = ["epochs", "batch_size", "learning_rate", "eval_every"]
-        names += [n for n in ("patience", "max_seconds") if getattr(self, n) is not None]
-        for name in names:
-            if not getattr(self, name) > 0:
-                raise InvalidArgument(name, "a number above 0", getattr(self, name))
-        for name in ("warmup", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise InvalidArgument(name, "a number >= 0", getattr(self, name))
-        if not 0 <= self.average < 1:
-            raise InvalidArgument("average", "a share in [0, 1)", self.average)
+        given = {name for name in ("patience", "max_seconds") if getattr(self, name) is not None}
+        for name in ("epochs", "batch_size", "eval_every", *(given & {"patience"})):
+            check_int(name, getattr(self, name))
+        for name in ("learning_rate", *(given & {"max_seconds"})):
+            check_number(name, getattr(self, name), "a number above 0", lambda each: each > 0)
+        check_int("warmup", self.warmup, 0)
+        check_int("seed", self.seed, 0)
+        check_number("weight_decay", self.weight_decay, "a number >= 0", lambda each: each >= 0)
+        share = "a share in [0, 1)"
+        check_number("average", self.average, share, lambda average: 0 <= average < 1)
 
 
 class DeviceBatches:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import torch
 
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, check_int, check_number
 from plum.files import atomic_folder, write_json
 from plum.lm.adapters import add_lora
 from plum.lm.checkpoints import Checkpoints, fingerprint, hash_seed
@@ -58,23 +58,22 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Checks every value against its range."""
-        self._check_positive(
-            "batch_size", "learning_rate", "max_grad_norm", "eval_every_steps", "save_every_steps"
-        )
+        self._check_ints("batch_size", "eval_every_steps", "save_every_steps")
+        self._check_ints("lora_rank", "seed", least=0)
+        for name in ("learning_rate", "max_grad_norm"):
+            check_number(name, getattr(self, name), "a number above 0", lambda each: each > 0)
         for name in ("warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InvalidArgument(name, "a share in [0, 1)", getattr(self, name))
-        for name in ("weight_decay", "lora_rank", "seed"):
-            if not getattr(self, name) >= 0:
-                raise InvalidArgument(name, "a number >= 0", getattr(self, name))
+            share = "a share in [0, 1)"
+            check_number(name, getattr(self, name), share, lambda each: 0 <= each < 1)
+        check_number("weight_decay", self.weight_decay, "a number >= 0", lambda each: each >= 0)
         if self.schedule not in ("cosine", "constant"):
             raise InvalidArgument("schedule", "'cosine' or 'constant'", repr(self.schedule))
 
-    def _check_positive(self, *names: str) -> None:
+    def _check_ints(self, *names: str, least: int = 1) -> None:
         for name in names:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InvalidArgument(name, "a number above 0", value)
+            # What is None by default may be None.
+            if getattr(self, name) is not None or getattr(type(self), name) is not None:
+                check_int(name, getattr(self, name), least)
 
 
 class Batches(Protocol):

@@ -71,6 +71,9 @@ def test_bad_numbers_are_named():
     data = with_targets([[0, 1], [1, 2]], 3)
     with pytest.raises(InvalidArgument, match=r"dim.*1 to 2"):
         behavior_vectors(data, dim=3)
+    for name in ("dim", "window", "seed"):
+        with pytest.raises(InvalidArgument, match=f"{name}: expected an int .*, got 1.5"):
+            behavior_vectors(data, **{"dim": 1, name: 1.5})
     with pytest.raises(InvalidArgument, match="window"):
         behavior_vectors(data, dim=1, window=0)
     with pytest.raises(InvalidArgument, match="seed"):

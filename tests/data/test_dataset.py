@@ -71,9 +71,10 @@ def test_column_names_may_hold_spaces_and_dots() -> None:
         ("{title!r}", "cannot be used"),
         ("{title:>10}", "cannot be used"),
         ("no column", "at least one column"),
+        (2.5, "got 2.5"),
     ],
 )
-def test_bad_template_is_refused(template: str, words: str) -> None:
+def test_bad_template_is_refused(template: object, words: str) -> None:
     with pytest.raises(InvalidArgument, match="text_template") as caught:
         replace(dataset(), text_template=template)
     assert words in str(caught.value)
@@ -246,7 +247,8 @@ def test_filter_that_leaves_nothing_says_so() -> None:
 
 
 @pytest.mark.parametrize("name", ["min_user_interactions", "min_item_interactions"])
-def test_filter_refuses_a_negative_minimum(name: str) -> None:
-    minimums = {"min_user_interactions": 0, "min_item_interactions": 0, name: -1}
-    with pytest.raises(InvalidArgument, match=rf"^{name}: .*>= 0, got -1"):
-        filter_interactions(dataset(), **minimums)
+def test_filter_refuses_what_is_no_minimum(name: str) -> None:
+    for wrong in (-1, 1.5):
+        minimums = {"min_user_interactions": 0, "min_item_interactions": 0, name: wrong}
+        with pytest.raises(InvalidArgument, match=rf"^{name}: .*>= 0, got {wrong}"):
+            filter_interactions(dataset(), **minimums)

@@ -76,8 +76,9 @@ def test_users_do_not_mix_and_short_ones_count():
 
 @pytest.mark.parametrize("name", ["window", "max_per_item", "min_count"])
 def test_numbers_below_one_are_named(name):
-    with pytest.raises(InvalidArgument, match=f"^{name}: .*at least 1"):
-        co_occurring_pairs(sequences([[0, 1]], 2), **{name: 0})
+    for wrong in (0, 2.5):
+        with pytest.raises(InvalidArgument, match=f"^{name}: expected an int >= 1, got {wrong}"):
+            co_occurring_pairs(sequences([[0, 1]], 2), **{name: wrong})
 
 
 def test_movielens_in_bounded_pairs(shared_data):

@@ -147,8 +147,10 @@ def test_sizes_may_be_uneven_and_large() -> None:
         ("min_length", 25),
         ("max_length", 601),
         ("seed", -1),
+        *((name, 20.5) for name in ("num_items", "num_users", "min_length", "max_length", "seed")),
+        ("num_items", "20"),
     ],
 )
-def test_bad_sizes_are_named(argument: str, value: int) -> None:
-    with pytest.raises(InvalidArgument, match=rf"^{argument}: .*got {value}$"):
+def test_bad_sizes_are_named(argument: str, value: object) -> None:
+    with pytest.raises(InvalidArgument, match=rf"^{argument}: .*got {value!r}$"):
         synthetic_dataset(**{argument: value})

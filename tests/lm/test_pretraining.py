@@ -211,11 +211,13 @@ def test_without_anything_held_out_nothing_is_validated(tmp_path, bases, histori
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps: expected a number above 0, got 0"),
+        ({"steps": 0}, "steps: expected an int >= 1, got 0"),
+        ({"steps": "9"}, "steps: expected an int >= 1, got '9'"),
+        ({"behavior_share": "1"}, r"behavior_share: expected a share in \[0, 1\], got '1'"),
         ({"sequence_length": 1}, "sequence_length: expected an int >= 2"),
         ({"behavior_share": 1.5}, r"behavior_share: expected a share in \[0, 1\]"),
         ({"held_out_items": 1.0}, r"held_out_items: expected a share in \[0, 1\)"),
-        ({"lora_rank": -1}, "lora_rank: expected a number >= 0"),
+        ({"lora_rank": -1}, "lora_rank: expected an int >= 0"),
     ],
 )
 def test_bad_settings_are_refused(change, message):

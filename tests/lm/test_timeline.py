@@ -134,8 +134,21 @@ def test_what_cannot_be_trained_is_named(codes, histories):
         train_timeline(model, histories, CONFIG, validate=lambda: {"score": 0.0})
     with pytest.raises(InvalidArgument, match="heads"):
         TimelineShape(width=32, heads=5)
-    with pytest.raises(InvalidArgument, match="seed: expected a number >= 0, got -1"):
-        TimelineConfig(seed=-1)
+    for name in ("seed", "epochs", "batch_size", "eval_every", "warmup", "patience"):
+        for wrong in (-1, 2.5, "5"):
+            with pytest.raises(InvalidArgument, match=f"{name}: expected an int .* got {wrong!r}"):
+                TimelineConfig(**{name: wrong})
+    for name in ("learning_rate", "weight_decay", "average", "max_seconds"):
+        for wrong in (-1, float("nan"), "5"):
+            with pytest.raises(InvalidArgument, match=f"{name}: expected a .* got {wrong!r}"):
+                TimelineConfig(**{name: wrong})
+    for wrong in (-1, 2.5):
+        with pytest.raises(InvalidArgument, match=f"width: expected an int >= 1, got {wrong}"):
+            TimelineShape(width=wrong)
+        with pytest.raises(InvalidArgument, match=f"seed: expected an int >= 0, got {wrong}"):
+            SASRec(30, SHAPE, seed=wrong)
+        with pytest.raises(InvalidArgument, match=f"batch_size: expected an int .* got {wrong}"):
+            SASRec(30, SHAPE).recommend([np.array([1])], 3, batch_size=wrong)
     with pytest.raises(InvalidData, match="histories"):
         SASRec(30, SHAPE).recommend([np.array([], dtype=int)], 3)
 
@@ -149,6 +162,8 @@ def test_items_outside_the_catalog_are_named(codes, item):
         generator(codes).search(unknown, 3)
     with pytest.raises(InvalidArgument, match="num_beams: expected an int >= 1, got -1"):
         generator(codes).search(unknown[:1], -1)
+    with pytest.raises(InvalidArgument, match=r"codebook_sizes: expected .* got 16"):
+        DepthGenerator(codes, 16, SHAPE)
 
 
 def test_sasrec_ranks_by_its_scores_and_leaves_out_what_was_seen(histories):

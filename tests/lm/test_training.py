@@ -210,12 +210,17 @@ def test_a_checkpoint_counts_only_when_whole(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "batch_size: expected a number above 0, got 0"),
+        ({"batch_size": 0}, "batch_size: expected an int >= 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size: expected an int >= 1, got 2.5"),
+        ({"batch_size": None}, "batch_size: expected an int >= 1, got None"),
+        ({"learning_rate": "1"}, "learning_rate: expected a number above 0, got '1'"),
+        ({"epochs": "1"}, "epochs: expected a number above 0, got '1'"),
+        ({"max_steps": float("nan")}, "max_steps: expected an int >= 1, got nan"),
         ({"learning_rate": float("nan")}, "learning_rate: expected a number above 0, got nan"),
-        ({"patience": 0}, "patience: expected a number above 0"),
+        ({"patience": 0}, "patience: expected an int >= 1"),
         ({"warmup": 1.0}, r"warmup: expected a share in \[0, 1\)"),
         ({"weight_decay": -1.0}, "weight_decay: expected a number >= 0"),
-        ({"seed": -1}, "seed: expected a number >= 0, got -1"),
+        ({"seed": -1}, "seed: expected an int >= 0, got -1"),
         ({"schedule": "linear"}, "schedule: expected 'cosine' or 'constant', got 'linear'"),
     ],
 )
