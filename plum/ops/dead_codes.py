@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plum._library import Op
-from plum.errors import InvalidArgument, check_int
+from plum.errors import InvalidArgument, check_int, check_number
 
 
 def dead_codes(
@@ -49,8 +49,7 @@ def dead_codes(
         raise InvalidArgument("usage", f"[{sum(sizes)}], the sum of sizes", str(list(usage.shape)))
     if usage.is_complex() or usage.dtype == torch.bool:
         raise InvalidArgument("usage", "counts or moving averages", str(usage.dtype))
-    if not 0 < share <= 1:
-        raise InvalidArgument("share", "a fraction in (0, 1]", str(share))
+    check_number("share", share, "a fraction in (0, 1]", lambda share: 0 < share <= 1)
     return _op(usage, sizes, share, validate, backend=backend)
 
 

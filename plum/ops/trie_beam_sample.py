@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plum import _native
 from plum._library import Backend, Op
-from plum.errors import InvalidArgument, check_int
+from plum.errors import InvalidArgument, check_int, check_number
 from plum.ops._row_hash import mixed
 from plum.ops._trie_index import (
     TrieIndex,
@@ -106,8 +106,8 @@ def trie_beam_sample(
     check_device("keys", keys, trie)
     check_device("seeds", seeds, trie)
     k = check_int("k", k)
-    if not 0 < temperature < float("inf"):
-        raise InvalidArgument("temperature", "a number above 0", temperature)
+    above, most = "a number above 0", float("inf")
+    check_number("temperature", temperature, above, lambda number: 0 < number < most)
     filters, dead = limit_tensors(filter, deny, trie, states.shape[0])
     return SampleStep(
         *_op(

@@ -47,6 +47,7 @@ def test_dead_is_relative_to_the_uniform_share_of_the_level():
         (torch.ones(0), [], 0.1, "^sizes"),
         (torch.ones(3), [3.0], 0.1, "^sizes: expected an int >= 1, got 3.0"),
         (torch.ones(3), [3], 1.5, "share"),
+        (torch.ones(3), [3], "1", "share: expected a fraction .* got '1'"),
     ],
 )
 def test_dead_codes_bad_arguments(usage, sizes, share, name):

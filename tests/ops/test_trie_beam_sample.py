@@ -145,8 +145,8 @@ def test_refuses_what_does_not_fit():
     args = (torch.zeros(1, 1, 2), torch.zeros(1, 1), torch.zeros(1, 1).double())
     rest = (trie.root_states(1), trie, 0)
     seeds = torch.zeros(1, dtype=torch.int64)
-    for wrong in (0, -1, INF, float("nan")):
-        message = f"temperature: expected a number above 0, got {wrong}"
+    for wrong in (0, -1, INF, float("nan"), "1"):
+        message = f"temperature: expected a number above 0, got {wrong!r}"
         with pytest.raises(InvalidArgument, match=message):
             trie_beam_sample(*args, *rest, k=1, seeds=seeds, temperature=wrong)
     with pytest.raises(InvalidArgument, match="seeds: expected a tensor on the trie's device cpu"):
