@@ -411,37 +411,45 @@ class SidBeamSearch:
         if input_ids.device != self.trie.device:
             expected = f"a tensor on the model's device {self.trie.device}"
             raise InvalidArgument("input_ids", expected, input_ids.device)
-        embeddings: Any = self.model.get_input_embeddings()
-        vocabulary = embeddings.weight.shape[0]
-        low, high = input_ids.aminmax()
-        if not 0 <= low <= high < vocabulary:
-            expected = f"token ids from 0 to {vocabulary - 1}, the padding's too"
-            raise InvalidArgument("input_ids", expected, f"{low} to {high}")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if not isinstance(attention_mask, Tensor):
             got = type(attention_mask).__name__
             raise InvalidArgument("attention_mask", "a tensor [B, P]", got)
-        mask = attention_mask.to(input_ids.device, torch.int64)
+        attention_mask = attention_mask.to(input_ids.device)
+        mask = attention_mask.long()
         if mask.shape != input_ids.shape:
             expected = f"the shape of input_ids, {list(input_ids.shape)}"
             raise InvalidArgument("attention_mask", expected, list(mask.shape))
+        facts = (
+            *input_ids.aminmax(),
+            ((attention_mask == 0) | (attention_mask == 1)).all(),
+            mask.any(dim=1).all(),
+            (mask.diff(dim=1) >= 0).all() & mask[:, -1].all(),
+            mask.all(),
+            mask.sum(dim=1).max(),
+        )
+        # One copy for all of them, as each one waits for the device.
+        read = torch.stack([fact.long() for fact in facts]).tolist()
+        low, high, binary, filled, left, whole, longest = read
+        embeddings: Any = self.model.get_input_embeddings()
+        vocabulary = embeddings.weight.shape[0]
+        if not 0 <= low <= high < vocabulary:
+            expected = f"token ids from 0 to {vocabulary - 1}, the padding's too"
+            raise InvalidArgument("input_ids", expected, f"{low} to {high}")
         encoder = self.model.config.is_encoder_decoder
-        binary = ((attention_mask == 0) | (attention_mask == 1)).all()
-        if encoder and not (binary and mask.any(dim=1).all()):
+        if encoder and not (binary and filled):
             raise InvalidArgument("attention_mask", "zeros and ones, a one in each row", "others")
-        left = binary and (mask.diff(dim=1) >= 0).all() and mask[:, -1].all()
-        if not encoder and not left:
+        if not encoder and not (binary and left):
             expected = "zeros, then ones, in each row"
             hint = "pad on the left (tokenizer.padding_side = 'left'); no prompt may be empty"
             raise InvalidArgument("attention_mask", expected, "another order", hint)
-        if not self._heeds_padding and not mask.all():
+        if not self._heeds_padding and not whole:
             expected = f"prompts of one length, as {type(self.model).__name__} reads padding too"
             raise InvalidArgument("attention_mask", expected, "padding", "search one by one")
-        if encoder:  # BART's positions count the padding too.
-            length = max(mask.shape[1], self.trie.depth)
-        else:
-            length = int(mask.sum(dim=1).max()) + self.trie.depth - 1
+        depth = self.trie.depth
+        # BART's positions count the padding too.
+        length = max(mask.shape[1], depth) if encoder else longest + depth - 1
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and length > limit:
             expected = f"at most {limit} positions, codes included, as the model has"

@@ -189,6 +189,17 @@ def test_the_host_reads_nothing_in_the_loop_but_one_flag_a_level(kind, how):
     assert reads[7, True] - reads[3, True] == 4
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_prompts_are_checked_with_one_copy_to_the_host(kind, monkeypatch):
+    search = SidBeamSearch(tiny(kind, VOCABULARY).eval(), deep_catalog(depth=3))
+    ids, mask = left_padded([4, 2], VOCABULARY)
+    tolist, copies = torch.Tensor.tolist, []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: copies.append(x) or tolist(x))
+    with CountReads() as counter:
+        assert torch.equal(search._check_prompts(ids, mask), mask)
+    assert (counter.reads, len(copies)) == (1, 1)  # The one read is this test's own.
+
+
 @pytest.mark.parametrize("how", ["full", "valid"])
 def test_nan_is_an_error_also_in_a_forced_tail(how, monkeypatch):
     model = tiny("llama", VOCABULARY).eval()
