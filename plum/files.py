@@ -6,6 +6,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -185,6 +186,26 @@ def read_json(path: str | Path) -> Any:
         raise InvalidData(path, "a JSON file", "no such file") from None
     except (ValueError, RecursionError) as error:
         raise InvalidData(path, "a JSON file", f"{type(error).__name__}: {error}") from None
+
+
+def check_model_json(folder: str | Path) -> None:
+    """Looks for the JSON file because of which the model in a folder does not load.
+
+    Libraries that load models take what such a file holds for granted, and fail in many ways.
+
+    Raises:
+        InvalidData: one is not JSON, or not of the form that its name stands for.
+    """
+    for path in sorted(itertools.chain(*map(Path(folder).glob, ("*.json", "*/*.json")))):
+        forms = {"modules.json": list, "tokenizer.json": dict}
+        form = dict if path.name.endswith("config.json") else forms.get(path.name)
+        if form is None:
+            continue
+        value = read_json(path)
+        if not isinstance(value, form) or (path.name == "tokenizer.json" and "model" not in value):
+            hint = "get the folder anew: download it, or delete the run's finetune/ and run again"
+            got = json.dumps(value)[:40]
+            raise InvalidData(path, f"what a model has as its {path.name}", got, hint)
 
 
 def sha256(path: str | Path) -> str:

@@ -16,6 +16,7 @@ from plum.embed.cache import encode_cached
 from plum.embed.image_features import NAME, VERSION, colors_and_textures
 from plum.embed.models import find_encoder, first_line, identity, quiet
 from plum.errors import InvalidArgument, InvalidData, MissingDependency
+from plum.files import check_model_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -292,7 +293,6 @@ def _encoder(name: str, device: str | None) -> tuple[Callable[[list[Image]], np.
 def _load(folder: Path, device: str | None) -> tuple[Any, Any, bool]:
     """Returns model, image processor, and whether the model's pooling is in the checkpoint."""
     import torch
-    from safetensors import SafetensorError
 
     try:
         from transformers import AutoImageProcessor, AutoModel
@@ -309,7 +309,8 @@ def _load(folder: Path, device: str | None) -> tuple[Any, Any, bool]:
             model, info = AutoModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:
+        check_model_json(folder)
         raise InvalidArgument(
             "encoder",
             "a vision model with an image processor that transformers loads",

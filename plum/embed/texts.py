@@ -14,6 +14,7 @@ import numpy as np
 from plum.embed.cache import encode_cached
 from plum.embed.models import find_encoder, first_line, identity, quiet
 from plum.errors import InvalidArgument, InvalidData, MissingDependency
+from plum.files import check_model_json
 
 
 def encode_texts(
@@ -162,8 +163,6 @@ def _cache_name(folder: Path, layer: int | None) -> str:
 
 
 def _load(folder: Path, layer: int | None, device: str | None) -> Any:
-    from safetensors import SafetensorError
-
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
@@ -178,7 +177,8 @@ def _load(folder: Path, layer: int | None, device: str | None) -> Any:
                 config_kwargs=None if layer is None else {"num_hidden_layers": layer},
             )
             return model if layer is None else _mean_pooled(model)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        check_model_json(folder)
         raise InvalidArgument(
             "encoder",
             "a model that sentence-transformers loads",

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from plum._seed import seeded
 from plum.errors import InvalidArgument, InvalidData, check_int
+from plum.files import check_model_json
 from plum.lm.examples import SidFormat
 from plum.lm.tiger import T5_SHAPES, encoder_decoder
 from plum.sid.vocabulary import SidVocabulary
@@ -179,9 +179,9 @@ def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int
         # What the folder lacks, such as a head, is drawn.
         with seeded(seed):
             model = kind.from_pretrained(base, dtype=torch.float32)
-    # Weights of another shape are a RuntimeError.
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        check_model_json(base)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InvalidArgument(
             "base",
             "scratch:[t5-]tiny|small, scratch:base, a folder by save_pretrained, or a hub name",

@@ -284,3 +284,11 @@ def test_modules_that_say_no_transformer_are_named(
     (model / "modules.json").write_text(content)
     with pytest.raises(InvalidArgument, match=r"^encoder: expected an encoder that says how many"):
         run(model, None, layer=1)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "modules.json"])
+def test_json_of_another_kind_is_named(tiny_encoder: Path, tmp_path: Path, name: str) -> None:
+    model = shutil.copytree(tiny_encoder, tmp_path / "model")
+    (model / name).write_text('"x"')
+    with pytest.raises(InvalidData, match=rf'{name}: expected what .* got "x"; get the folder'):
+        run(model, None)

@@ -156,6 +156,16 @@ def test_what_cannot_be_loaded_is_named(base, tmp_path):
     config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
     with pytest.raises(InvalidArgument, match=r"base: expected scratch.*other' .*mismatched"):
         load_generator(str(tmp_path / "other"), VOCABULARY)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        file = shutil.copytree(base, tmp_path / f"odd-{name}") / name
+        for text in ("[]", '"x"', "{"):
+            file.write_text(text)
+            with pytest.raises(InvalidData, match=f"odd-{name}/{name}: expected "):
+                load_generator(str(file.parent), VOCABULARY)
+    file = tmp_path / "odd-tokenizer.json" / "tokenizer.json"
+    file.write_text("{}")
+    with pytest.raises(InvalidData, match=r"tokenizer.json: expected what .* got \{\}; get the fo"):
+        load_generator(str(file.parent), VOCABULARY)
     with pytest.raises(
         InvalidArgument, match="context of at least 41 tokens, got 40; lower max_it"
     ):
