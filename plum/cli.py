@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,7 @@ def main() -> None:
     if debug:
         sys.argv.remove("--debug")
     try:
+        _refuse_empty(sys.argv)
         code = app(standalone_mode=False)
     except PlumError as error:
         if debug:
@@ -89,6 +91,16 @@ def main() -> None:
         goes_on = "" if sys.argv[1:2] == ["bench"] else "; the same command goes on from here"
         print(f"interrupted{goes_on}", file=sys.stderr)
     raise SystemExit(code or 0)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raises InvalidArgument for an empty argument: as a path it would be the current folder."""
+    for before, argument in pairwise(arguments):
+        option, equals, value = argument.partition("=") if argument[:2] == "--" else ("", "", "")
+        if argument == "" or (equals and not value):
+            name = option or (before if before[:1] == "-" else "an argument")
+            hint = "is a variable of the shell not set?"
+            raise InvalidArgument(name, "a value", "an empty one", hint)
 
 
 def _refusal(error: Exception) -> str | None:

@@ -208,6 +208,24 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
         main()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("run", "-o", ""), "-o"),
+        (("tokenize", "--output=", "--embeddings", "x.parquet"), "--output"),
+        (("append", "--run", "run", "--items", ""), "--items"),
+        (("report", ""), "an argument"),
+        (("bench", "compare", "a.json", ""), "an argument"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(arguments, name, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_here(monkeypatch, *arguments) == 1
+    expected = f"error: {name}: expected a value, got an empty one; is a variable of the shell"
+    assert capsys.readouterr().err.startswith(expected)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, typer.Abort])
 def test_an_interrupt_says_how_to_go_on(kind, monkeypatch, capsys):
     def interrupt():
