@@ -177,8 +177,8 @@ def compare(before: str | Path, after: str | Path) -> Comparison:
         after: The file in question, of the same machine.
 
     Raises:
-        InvalidData: a file is not what pytest-benchmark writes, the runs have different sizes, or
-            no benchmark in common.
+        InvalidData: a file is not what pytest-benchmark writes, the runs have different sizes or
+            timers, or no benchmark in common.
     """
     first, second = _read(Path(before)), _read(Path(after))
     facts = first.get("machine_info", {}), second.get("machine_info", {})
@@ -194,6 +194,11 @@ def compare(before: str | Path, after: str | Path) -> Comparison:
     common = [name for name in olds if name in news]
     if not common:
         raise InvalidData(after, f"benchmarks that {before} has", "none of them")
+    for name in common:
+        timers = [_timer(each[name]) for each in (olds, news)]
+        if timers[0] != timers[1]:
+            hint = "processor and wall time are not alike: run both with plum bench"
+            raise InvalidData(after, f"the timer {timers[0]} of {before}", timers[1], hint)
     peers = [name for name in common if _is_peer(olds[name])]
     shifts = [_change(olds[name], news[name], "min") for name in peers]
     spread, shift = 0.0, None
@@ -242,7 +247,7 @@ def _read(path: Path) -> dict[str, Any]:
             fits = all(map(math.isfinite, figures)) and min(figures[:2]) > 0
             fits &= figures[2] >= 0 and figures[3] >= 1
             fits &= isinstance(bench.get("fullname", bench["name"]), str)
-            _is_peer(bench)
+            _is_peer(bench), _timer(bench)
         except (AttributeError, KeyError, TypeError) as error:
             got = f"{type(error).__name__}: {error} in benchmark {number}"
             raise InvalidData(path, expected, got) from None
@@ -258,6 +263,10 @@ def _by_name(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _is_peer(bench: Mapping[str, Any]) -> bool:
     provider = (bench.get("params") or {}).get("provider")
     return provider is not None and not str(provider).startswith("plum ")
+
+
+def _timer(bench: Mapping[str, Any]) -> str | None:
+    return (bench.get("options") or {}).get("timer")
 
 
 def _change(old: Mapping[str, Any], new: Mapping[str, Any], stat: str) -> float:

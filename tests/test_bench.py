@@ -114,6 +114,11 @@ def test_runs_that_do_not_fit_are_told(comparison, tmp_path):
     assert found.warnings[0] == "cpu differs: None and another" and "few peers" in found.warnings[1]
     with pytest.raises(InvalidData, match=r"after\.json: expected the size 'small'"):
         comparison(bench, bench, size="full")
+    timed = [bench[0] | {"options": {"timer": name}} for name in ("perf_counter", "processor_time")]
+    with pytest.raises(InvalidData, match=r"after.json: expected the timer perf_.*, got processor"):
+        comparison(timed[:1], timed[1:])
+    with pytest.raises(InvalidData, match="in benchmark 0"):
+        comparison(bench, [bench[0] | {"options": "timer"}])
     with pytest.raises(InvalidData, match="none of them"):
         comparison(bench, [entry("plum other", 1.0)])
     for wrong in ({"benchmarks": 3}, [], {"benchmarks": [{"name": "x"}]}, {"machine_info": {}}):
