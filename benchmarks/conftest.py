@@ -114,15 +114,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """Keeps why a provider was skipped, so that a table can say that it was not there."""
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Keeps why a provider was skipped, so that a table can say that it was not there.
+
+    A peer that fails is skipped: what others measured stands without it.
+    """
     report = yield
-    if report.skipped and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+    if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return report
+    provider = str(item.callspec.params.get("provider", "plum "))
+    if report.failed and call.excinfo is not None and not provider.startswith("plum "):
+        first, *rest = call.excinfo.exconly().strip().splitlines()
+        # Behind a worker's error stands the traceback, with what it was at its end.
+        message = " ... ".join([first, *rest[-1:]])
+        report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"failed: {message}")
+    if report.skipped:
         reason = report.longrepr[2].removeprefix("Skipped: ")
         # An ImportError names the file that it looked into.
         reason = re.sub(r" \(/[^)]*\)", "", reason)
         op = item.originalname.removeprefix("bench_")
-        _absent.setdefault(op, {})[str(item.callspec.params.get("provider"))] = reason
+        _absent.setdefault(op, {})[provider] = reason
     return report
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,26 @@ def test_two_runs_are_the_same_and_a_slow_down_is_not(tmp_path):
     shown = cli("compare", first, slow)
     assert shown.returncode == 1 and "3 of plum are slower" in shown.stdout
     assert cli("compare", slow, first).returncode == 0
+
+
+@pytest.mark.usefixtures("outside_pytest")
+def test_a_peer_that_fails_is_listed_and_costs_nothing_else(tmp_path, monkeypatch):
+    broken = """
+        import pytest
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtest_call(item):
+            if item.callspec.params["provider"] == "torch bincount":
+                raise RuntimeError("it broke\\nin the end")
+    """
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PYTEST_PLUGINS", "broken")
+    select = "bench_code_usage_cpu and 1-thread and (bincount or plum)"
+    (tmp_path / "broken.py").write_text(textwrap.dedent(broken))
+    text = table_of(run_suite(select=select))
+    assert "| plum cpu |" in text and "| torch bincount |" not in text
+    failed = "- torch bincount (code_usage_cpu): failed: RuntimeError: it broke ... in the end"
+    assert failed in text.splitlines()
 
 
 def test_errors_of_the_command_are_one_line(tmp_path):
