@@ -25,6 +25,19 @@ _TIMES = "\N{MULTIPLICATION SIGN}"
 Cells = dict[str, dict[str, dict[str, Any]]]
 
 
+def read(name: str) -> dict[str, Any]:
+    """Reads a file of pytest-benchmark; anything else ends the process with a line that says so."""
+    expected = "a JSON file of pytest-benchmark, as plum bench --output writes it"
+    try:
+        results = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {name}: expected {expected}, got {error}")
+    if not isinstance(results, dict) or not {"machine_info", "benchmarks"} <= results.keys():
+        got = f"one with {', '.join(results)}" if isinstance(results, dict) else "another one"
+        sys.exit(f"error: {name}: expected {expected}, got {got}")
+    return results
+
+
 def report(results: dict[str, Any]) -> str:
     """Returns the facts, one table per op and device or thread count, and who was absent."""
     machine = ", ".join(
@@ -208,4 +221,4 @@ def _rate(rows_per_second: float) -> str:
 
 
 if __name__ == "__main__":
-    print("\n\n".join(report(json.loads(Path(name).read_text())) for name in sys.argv[1:]))
+    print("\n\n".join(report(read(name)) for name in sys.argv[1:]))

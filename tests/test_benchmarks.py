@@ -306,6 +306,18 @@ def test_report_gives_ratios_targets_and_who_was_absent():
     assert "- GRID (search_cpu); superkmeans (search_cpu): not here" in text
 
 
+def test_report_says_which_files_it_reads(tmp_path):
+    results = gpu_run.ROOT / "benchmarks" / "results"
+    (tmp_path / "list.json").write_text("[]")
+    for path, got in (
+        (min(results.glob("*-sweep.json")), "got one with kernel, unit, "),
+        (tmp_path / "list.json", "got another one"),
+        (tmp_path / "none.json", "got .*No such file"),
+    ):
+        with pytest.raises(SystemExit, match=rf"{path.name}: expected a JSON file of .*{got}"):
+            report.read(str(path))
+
+
 def test_report_names_the_forms_of_plum_and_sums_up_over_sets():
     def bench(provider, shape, rate, **facts):
         entry = _bench(provider, rate, **facts)
