@@ -11,7 +11,7 @@ from torch import Tensor
 from plum.errors import InvalidArgument, check_int
 
 if TYPE_CHECKING:
-    from plum.trie import SidTrie
+    from plum.trie import SidDeny, SidFilter, SidTrie
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Bits between two entries of a rank directory.
@@ -211,6 +211,7 @@ def check_level(level: int | Tensor, trie: SidTrie, shape: torch.Size) -> tuple[
 
 def check_states(states: Tensor, trie: SidTrie) -> None:
     """Raises InvalidArgument unless ``states`` is int64 ``[..., 2]`` on the trie's device."""
+    check_tensor("states", states)
     if states.dtype != torch.int64 or states.dim() < 1 or states.shape[-1] != 2:
         got = f"{states.dtype} {list(states.shape)}"
         raise InvalidArgument("states", "an int64 tensor [..., 2] of row ranges", got)
@@ -219,6 +220,7 @@ def check_states(states: Tensor, trie: SidTrie) -> None:
 
 def check_codes(name: str, codes: Tensor, trie: SidTrie) -> None:
     """Raises InvalidArgument unless ``codes`` are integers, as below, on the trie's device."""
+    check_tensor(name, codes)
     if codes.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise InvalidArgument(name, "int64, int32, int16 or uint8 codes", codes.dtype)
     check_device(name, codes, trie)
@@ -226,13 +228,21 @@ def check_codes(name: str, codes: Tensor, trie: SidTrie) -> None:
 
 def check_logits(logits: Tensor, trie: SidTrie) -> None:
     """Raises InvalidArgument unless ``logits`` is fp32, bf16 or fp16 on the trie's device."""
+    check_tensor("logits", logits)
     if logits.dtype not in LOGITS_DTYPES:
         raise InvalidArgument("logits", "float32, bfloat16 or float16", logits.dtype)
     check_device("logits", logits, trie)
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raises InvalidArgument unless ``value`` is a tensor: lists and arrays have no device."""
+    if not isinstance(value, Tensor):
+        raise InvalidArgument(name, "a tensor", f"a {type(value).__name__}")
+
+
 def check_device(name: str, tensor: Tensor, trie: SidTrie) -> None:
-    """Raises InvalidArgument unless ``tensor`` is on the trie's device."""
+    """Raises InvalidArgument unless ``tensor`` is one on the trie's device."""
+    check_tensor(name, tensor)
     if tensor.device != trie.device:
         hint = f"move one of them, e.g. trie.to({str(tensor.device)!r})"
         raise InvalidArgument(
@@ -240,8 +250,12 @@ def check_device(name: str, tensor: Tensor, trie: SidTrie) -> None:
         )
 
 
-def check_same_trie(name: str, table: Tensor, trie: SidTrie) -> None:
-    """Raises InvalidArgument unless ``table`` is that of the trie, or of one laid out like it."""
+def check_same_trie(name: str, made: SidFilter | SidDeny, trie: SidTrie) -> None:
+    """Raises InvalidArgument unless ``made`` is of the trie, or of one laid out like it."""
+    table = getattr(made, "table", None)
+    if not isinstance(table, Tensor):
+        expected = f"what trie.{name} prepares, or a tensor"
+        raise InvalidArgument(name, expected, f"a {type(made).__name__}")
     if table is not trie.index.table and not torch.equal(table, trie.index.table):
         got = f"that of another, of {int(table[0, ROWS])} SIDs"
         raise InvalidArgument(name, f"one that this trie of {trie.num_sids} SIDs made", got)

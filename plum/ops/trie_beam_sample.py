@@ -97,14 +97,14 @@ def trie_beam_sample(
     """
     check_beams(logits, scores, states, trie)
     every, each = check_level(level, trie, states.shape[:1])
+    check_device("keys", keys, trie)
+    check_device("seeds", seeds, trie)
     if keys.shape != scores.shape or keys.dtype != torch.float64:
         got = f"{keys.dtype} {list(keys.shape)}"
         raise InvalidArgument("keys", f"a float64 tensor {list(scores.shape)}", got)
     if seeds.shape != states.shape[:1] or seeds.dtype != torch.int64:
         got = f"{seeds.dtype} {list(seeds.shape)}"
         raise InvalidArgument("seeds", f"an int64 tensor [{states.shape[0]}]", got)
-    check_device("keys", keys, trie)
-    check_device("seeds", seeds, trie)
     k = check_int("k", k)
     above, most = "a number above 0", float("inf")
     check_number("temperature", temperature, above, lambda number: 0 < number < most)

@@ -133,10 +133,10 @@ def check_beams(logits: Tensor, scores: Tensor, states: Tensor, trie: SidTrie) -
     if states.dim() != 3 or logits.dim() != 3 or logits.shape[:2] != states.shape[:2]:
         got = f"logits {list(logits.shape)}, states {list(states.shape)}"
         raise InvalidArgument("logits, states", "shapes [B, W, V] and [B, W, 2]", got)
+    check_device("scores", scores, trie)
     if scores.shape != states.shape[:2] or not scores.is_floating_point():
         got = f"{scores.dtype} {list(scores.shape)}"
         raise InvalidArgument("scores", f"a float tensor {list(states.shape[:2])}", got)
-    check_device("scores", scores, trie)
     if states.shape[1] > MAX_BEAMS:
         raise InvalidArgument("states", f"at most {MAX_BEAMS} beams a request", states.shape[1])
 
@@ -157,7 +157,7 @@ def limit_tensors(
         return tensors, None
     if isinstance(deny, Tensor):
         deny = trie.deny(deny, filter)
-    check_same_trie("deny", deny.table, trie)
+    check_same_trie("deny", deny, trie)
     if deny.filter is not filter:
         expected = "a deny list prepared with the filter of the step"
         raise InvalidArgument("deny", expected, "another", "trie.deny(rows, filter)")

@@ -64,7 +64,7 @@ def filter_tensors(filter: SidFilter | None, trie: SidTrie) -> list[Tensor]:
     """
     if filter is None:
         return []
-    check_same_trie("filter", filter.table, trie)
+    check_same_trie("filter", filter, trie)
     check_device("filter", filter.bits, trie)
     return [filter.bits, filter.ranks, filter.masks]
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, check_int
 from plum.files import atomic_path
-from plum.ops._trie_index import EDGES, TrieIndex, check_device
+from plum.ops._trie_index import EDGES, TrieIndex, check_device, check_tensor
 from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_deny import trie_deny
 from plum.trie.build import build_index, read_column, sort_sids
@@ -148,6 +148,8 @@ class SidTrie:
             raise InvalidArgument("tries", "at least one trie", "none")
         first = tries[0]
         for trie in tries:
+            if not isinstance(trie, SidTrie):
+                raise InvalidArgument("tries", "SidTrie objects", f"a {type(trie).__name__}")
             same = trie.depth == first.depth and trie.token_offsets == first.token_offsets
             if not same or trie.item_ids.kind != first.item_ids.kind:
                 expected = "the same depth, token_offsets and kind of item ids"
@@ -211,12 +213,13 @@ class SidTrie:
             InvalidArgument: ``tries`` has another shape, dtype or device, or names a trie that is
                 not there (on a GPU, where nothing waits, such a request gets the dead state).
         """
+        batch = check_int("batch", batch, 0)
         if tries is None:
             return self.roots_on_device[:2].repeat(batch, 1, 1)
+        check_device("tries", tries, self)
         if tries.shape != (batch,) or tries.dtype != torch.int64:
             got = f"{tries.dtype} {list(tries.shape)}"
             raise InvalidArgument("tries", f"an int64 tensor [{batch}]", got)
-        check_device("tries", tries, self)
         last = len(self.roots) - 2
         there = (tries >= 0) & (tries <= last)
         if tries.is_cpu and not there.all():
@@ -236,8 +239,9 @@ class SidTrie:
             empty for the dead state. A state before the last level gives all items below it.
 
         Raises:
-            InvalidArgument: a state is not a range of rows of this trie.
+            InvalidArgument: a state is not a range of rows of this trie, or there is no tensor.
         """
+        check_tensor("states", states)
         ranges = states.detach().cpu().numpy()
         if ranges.dtype != np.int64 or ranges.ndim < 1 or ranges.shape[-1] != 2:
             got = f"{ranges.dtype} {list(ranges.shape)}"
@@ -276,8 +280,7 @@ class SidTrie:
             InvalidArgument: the ids are strings where the trie's are integers, or vice versa; or
                 there is no such trie.
         """
-        if not 0 <= trie < len(self.roots) - 1:
-            raise InvalidArgument("trie", f"0 to {len(self.roots) - 2}", trie)
+        trie = check_int("trie", trie, 0, len(self.roots) - 2)
         ids, start = self.item_ids, 0
         if len(self.roots) > 2:
             start, stop = self.item_starts[list(self.roots[trie : trie + 2])].tolist()
@@ -290,8 +293,9 @@ class SidTrie:
         """Returns the SIDs of rows (int64 ``[...]``) as codes, int64 ``[..., L]``.
 
         Raises:
-            InvalidArgument: a row is out of range.
+            InvalidArgument: ``rows`` is no tensor, or a row is out of range.
         """
+        check_tensor("rows", rows)
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_sids:
             got = f"{int(rows.min())} to {int(rows.max())}"
             raise InvalidArgument("rows", f"0 to {self.num_sids - 1}", got)
@@ -311,6 +315,7 @@ class SidTrie:
             InvalidArgument: the dtype, shape or device does not fit.
         """
         rows = self.num_sids
+        check_tensor("filter", allowed)
         if allowed.dtype != torch.bool or allowed.shape != (rows,):
             got = f"{allowed.dtype} {list(allowed.shape)}"
             raise InvalidArgument("filter", f"bool [{rows}], one flag a SID", got)

@@ -11,6 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from plum.errors import InvalidArgument, InvalidData
+from plum.ops import (
+    trie_advance,
+    trie_beam_sample,
+    trie_beam_step,
+    trie_mask,
+    trie_walk,
+)
 from plum.trie import SidTrie
 
 
@@ -176,6 +183,36 @@ def test_insert_and_delete_are_like_building_anew(seed, strings):
     assert same(trie, SidTrie.from_codes(codes[keep], [ids[i] for i in keep], **settings))
 
 
+def test_lists_are_no_tensors():
+    trie = SidTrie.from_codes([[0, 1], [2, 2]])
+    root, zero, logits = trie.root_states(1), torch.zeros(1, 1), torch.zeros(1, 1, 3)
+    keys, seeds = zero.double(), torch.zeros(1, dtype=torch.int64)
+    for name, call in (
+        ("tries", lambda: trie.root_states(1, [0])),
+        ("states", lambda: trie.items([[0, 1]])),
+        ("states", lambda: trie.items(np.array([[0, 1]]))),
+        ("rows", lambda: trie.codes_at([0])),
+        ("filter", lambda: trie.filter([True, False])),
+        ("deny", lambda: trie.deny([[0]])),
+        ("filter", lambda: trie.deny(torch.tensor([[0]]), [True, False])),
+        ("states", lambda: trie_advance([[0, 2]], torch.tensor([0]), trie, 0)),
+        ("tokens", lambda: trie_advance(root[0], [0], trie, 0)),
+        ("prefixes", lambda: trie_walk([[0]], trie)),
+        ("logits", lambda: trie_mask([[0.0] * 3], root[0], trie, 0)),
+        ("scores", lambda: trie_beam_step(logits, [[0.0]], root, trie, 0, k=1)),
+        ("filter", lambda: trie_beam_step(logits, zero, root, trie, 0, k=1, filter=[True, False])),
+        ("deny", lambda: trie_beam_step(logits, zero, root, trie, 0, k=1, deny=[[0]])),
+        ("keys", lambda: trie_beam_sample(logits, zero, [[0]], root, trie, 0, k=1, seeds=seeds)),
+        ("seeds", lambda: trie_beam_sample(logits, zero, keys, root, trie, 0, k=1, seeds=[0])),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{name}: expected .*a tensor.*, got a "):
+            call()
+    with pytest.raises(InvalidArgument, match="tries: expected SidTrie objects, got a list"):
+        SidTrie.join([trie, [[0, 1]]])
+    with pytest.raises(InvalidArgument, match=r"batch: expected an int >= 0, got 1.5"):
+        trie.root_states(1.5)
+
+
 def test_a_refused_change_changes_nothing():
     trie = SidTrie.from_codes([[0, 1], [1, 0]], ["a", "b"])
     before = contents(trie)
@@ -223,8 +260,10 @@ def test_joined_tries_are_saved_and_not_changed(tmp_path):
     for change in (lambda: joined.insert([[0, 0]], [9]), lambda: joined.delete([1])):
         with pytest.raises(InvalidArgument, match=r"trie: expected one trie to .*got 2 joined"):
             change()
-    for wrong in (-1, 2):
-        with pytest.raises(InvalidArgument, match=f"trie: expected 0 to 1, got {wrong}"):
+    for wrong in (-1, 2, 0.5):
+        with pytest.raises(
+            InvalidArgument, match=f"trie: expected an int from 0 to 1, got {wrong}"
+        ):
             joined.rows([0], trie=wrong)
     for other in (
         SidTrie.from_codes([[0]]),
