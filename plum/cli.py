@@ -99,6 +99,8 @@ def _refuse_empty(arguments: list[str]) -> None:
         option, equals, value = argument.partition("=") if argument[:2] == "--" else ("", "", "")
         if argument == "" or (equals and not value):
             name = option or (before if before[:1] == "-" else "an argument")
+            if name == "--history":  # that of someone new
+                continue
             hint = "is a variable of the shell not set?"
             raise InvalidArgument(name, "a value", "an empty one", hint)
 

@@ -226,6 +226,12 @@ def test_an_empty_path_is_not_the_current_folder(arguments, name, monkeypatch, t
     assert not list(tmp_path.iterdir())
 
 
+def test_an_empty_history_is_one(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_here(monkeypatch, "recommend", "--run", "nowhere", "--history", "") == 1
+    assert "nowhere/config.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, typer.Abort])
 def test_an_interrupt_says_how_to_go_on(kind, monkeypatch, capsys):
     def interrupt():
