@@ -18,6 +18,7 @@ import torch
 
 from plum.errors import BackendUnavailable, InvalidArgument
 
+_CPU = torch.device("cpu")
 BACKENDS = ("reference", "cpu", "cuda", "wgmma", "triton")
 # Major compute capabilities on which the GPU backends have passed their tests and, where timed,
 # beaten plain torch: benchmarks/results/h200-*.json.
@@ -51,15 +52,18 @@ class Backend:
 
     def missing_on(self, device: torch.device | None) -> str | None:
         """Returns what :attr:`missing` says with a GPU as the current device."""
-        if device is None or device.type != "cuda":
+        if self.device == "cpu" or device is None or device.type != "cuda":
             return self.missing()
         with torch.cuda.device(device):
             return self.missing()
 
     def takes(self, device: torch.device) -> bool:
         """Says whether it takes tensors on a device; Triton's interpreter takes any with values."""
+        # A device gives the name of its type slowly.
+        if self.device == ("cpu" if device == _CPU else device.type):
+            return True
         interpreted = self.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        return device.type == self.device or (interpreted and device.type != "meta")
+        return interpreted and device.type != "meta"
 
     def why_not(self, device: torch.device | None = None) -> str | None:
         """Returns why the automatic choice leaves it out on a device of its type, or None."""
@@ -115,20 +119,21 @@ class Op:
         """Runs the op; ``backend`` forces one and raises when it cannot run here."""
         if backend is None:
             return self._overload(*args)
-        if backend not in BACKENDS:
-            raise InvalidArgument("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
         if backend == "reference":
             return self.reference(*args)
-        if backend not in self.backends:
+        forced = self.backends.get(backend)
+        if forced is None:
+            if backend not in BACKENDS:
+                raise InvalidArgument("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
             have = ", ".join(["reference", *self.backends])
             raise BackendUnavailable(f"{self.name} has no backend {backend!r}; it has: {have}")
-        reason = self.backends[backend].missing_on(args[0].device)
-        if reason is None and not self.backends[backend].takes(args[0].device):
-            kind = self.backends[backend].device
-            reason = f"it takes {kind} tensors, not such on {args[0].device}"
+        device = args[0].device
+        reason = forced.missing_on(device)
+        if reason is None and not forced.takes(device):
+            reason = f"it takes {forced.device} tensors, not such on {device}"
         if reason is not None:
             raise BackendUnavailable(f"{self.name}: backend {backend!r} cannot run here: {reason}")
-        return _on_its_device(self.backends[backend])(*args)
+        return _on_its_device(forced)(*args)
 
     def default_backend(self, device: str) -> str:
         """Returns the name of the backend that the automatic choice takes on ``device``."""

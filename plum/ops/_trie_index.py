@@ -194,28 +194,36 @@ def packed(flags: Tensor, words: int) -> Tensor:
     return octets.sum(dim=-1, dtype=torch.uint8).view(torch.int64)
 
 
-def check_level(level: int | Tensor, trie: SidTrie, shape: torch.Size) -> tuple[int, Tensor | None]:
+def check_level(level: int | Tensor, trie: SidTrie, shape: list[int]) -> tuple[int, Tensor | None]:
     """Returns a level for all rows and None, or 0 and the level of each.
 
     Raises:
-        InvalidArgument: it is no level of the trie, or the tensor does not fit the rows.
+        InvalidArgument: it is no level of the trie, or the tensor has not the shape of the rows.
     """
-    if isinstance(level, Tensor):
-        if level.dtype != torch.int64 or level.shape != shape:
-            expected = f"a number, or an int64 tensor {list(shape)}"
+    # Of a number, whether it is a tensor takes ten times as long to find.
+    if not isinstance(level, int) and isinstance(level, Tensor):
+        if level.dtype != torch.int64 or list(level.shape) != shape:
+            expected = f"a number, or an int64 tensor {shape}"
             raise InvalidArgument("level", expected, f"{level.dtype} {list(level.shape)}")
         check_device("level", level, trie)
         return 0, level
     return check_int("level", level, 0, trie.depth - 1), None
 
 
-def check_states(states: Tensor, trie: SidTrie) -> None:
-    """Raises InvalidArgument unless ``states`` is int64 ``[..., 2]`` on the trie's device."""
+def check_states(states: Tensor, trie: SidTrie) -> list[int]:
+    """Returns the shape of ``states`` but for the last dimension.
+
+    Raises:
+        InvalidArgument: they are not int64 ``[..., 2]`` on the trie's device.
+    """
     check_tensor("states", states)
-    if states.dtype != torch.int64 or states.dim() < 1 or states.shape[-1] != 2:
+    # The shape of a tensor is made when it is asked for, and so is a slice of it.
+    *shape, ends = states.shape or (0,)
+    if states.dtype != torch.int64 or ends != 2:
         got = f"{states.dtype} {list(states.shape)}"
         raise InvalidArgument("states", "an int64 tensor [..., 2] of row ranges", got)
     check_device("states", states, trie)
+    return shape
 
 
 def check_codes(name: str, codes: Tensor, trie: SidTrie) -> None:
@@ -240,6 +248,11 @@ def check_tensor(name: str, value: object) -> None:
         raise InvalidArgument(name, "a tensor", f"a {type(value).__name__}")
 
 
+def detached(tensor: Tensor) -> Tensor:
+    """Returns a tensor without its gradient; itself, which is sooner there, if it has none."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def check_device(name: str, tensor: Tensor, trie: SidTrie) -> None:
     """Raises InvalidArgument unless ``tensor`` is one on the trie's device."""
     check_tensor(name, tensor)
@@ -261,21 +274,22 @@ def check_same_trie(name: str, made: SidFilter | SidDeny, trie: SidTrie) -> None
         raise InvalidArgument(name, f"one that this trie of {trie.num_sids} SIDs made", got)
 
 
-def first_columns(trie: SidTrie, level: int | Tensor, width: int) -> list[int]:
+def first_columns(trie: SidTrie, level: int, levels: Tensor | None, width: int) -> list[int]:
     """Returns the column of code 0 of each level in logits of the given width.
 
     Columns are codes if there are as many as the level has codes, else a model's token ids.
 
     Args:
         trie: The catalog's trie.
-        level: The level that is looked at, or a tensor if any may be.
+        level: The level that is looked at.
+        levels: None, or a tensor where any level may be.
         width: Columns of the logits.
 
     Raises:
         InvalidArgument: the width is neither, or the level's tokens lie beyond it.
     """
     sizes, offsets = trie.codebook_sizes, trie.token_offsets
-    wanted = range(trie.depth) if isinstance(level, Tensor) else [level]
+    wanted = [level] if levels is None else range(trie.depth)
     columns = [0] * trie.depth
     for each in wanted:
         size = sizes[each]

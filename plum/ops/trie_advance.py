@@ -42,11 +42,11 @@ def trie_advance(
     Raises:
         InvalidArgument: a shape, dtype, device or the level does not fit.
     """
-    check_states(states, trie)
-    every, each = check_level(level, trie, states.shape[:-1])
+    shape = check_states(states, trie)
+    every, each = check_level(level, trie, shape)
     check_codes("tokens", tokens, trie)
-    if tokens.shape != states.shape[:-1]:
-        expected = f"shape {list(states.shape[:-1])}, one code a state"
+    if list(tokens.shape) != shape:
+        expected = f"shape {shape}, one code a state"
         raise InvalidArgument("tokens", expected, list(tokens.shape))
     return _op(states, tokens, list(trie.index), every, each, backend=backend)
 
@@ -67,7 +67,7 @@ def _reference(
 def _cpu(
     states: Tensor, tokens: Tensor, index: Sequence[Tensor], level: int, levels: Tensor | None
 ) -> Tensor:
-    after = states.new_empty(states.shape)
+    after = torch.empty_like(states, memory_format=torch.contiguous_format)
     tokens = tokens.long().contiguous()
     each = None if levels is None else levels.contiguous()
     _native.trie_advance_cpu(states.contiguous(), tokens, index, level, each, after)

@@ -17,6 +17,7 @@ from plum.ops._trie_index import (
     check_device,
     check_level,
     children,
+    detached,
     fill_by_level,
     first_columns,
 )
@@ -95,8 +96,8 @@ def trie_beam_sample(
     Raises:
         InvalidArgument: a shape, dtype, device or number does not fit.
     """
-    check_beams(logits, scores, states, trie)
-    every, each = check_level(level, trie, states.shape[:1])
+    batch = check_beams(logits, scores, states, trie)[0]
+    every, each = check_level(level, trie, [batch])
     check_device("keys", keys, trie)
     check_device("seeds", seeds, trie)
     if keys.shape != scores.shape or keys.dtype != torch.float64:
@@ -108,17 +109,17 @@ def trie_beam_sample(
     k = check_int("k", k)
     above, most = "a number above 0", float("inf")
     check_number("temperature", temperature, above, lambda number: 0 < number < most)
-    filters, dead = limit_tensors(filter, deny, trie, states.shape[0])
+    filters, dead = limit_tensors(filter, deny, trie, batch)
     return SampleStep(
         *_op(
-            logits.detach(),
-            scores.detach().float(),
-            keys.detach(),
+            detached(logits),
+            detached(scores).float(),
+            detached(keys),
             states,
             list(trie.index),
             every,
             each,
-            first_columns(trie, level, logits.shape[-1]),
+            first_columns(trie, every, each, logits.shape[-1]),
             k,
             seeds,
             temperature,

@@ -21,6 +21,7 @@ from plum.ops._trie_index import (
     check_same_trie,
     check_states,
     children,
+    detached,
     fill_by_level,
     first_columns,
     unpacked,
@@ -102,21 +103,21 @@ def trie_beam_step(
     Raises:
         InvalidArgument: a shape, dtype, device, the level, k or ``score`` does not fit.
     """
-    check_beams(logits, scores, states, trie)
-    every, each = check_level(level, trie, states.shape[:1])
+    batch = check_beams(logits, scores, states, trie)[0]
+    every, each = check_level(level, trie, [batch])
     k = check_int("k", k)
     if score not in SCORES:
         raise InvalidArgument("score", "'full' or 'valid'", repr(score))
-    filters, dead = limit_tensors(filter, deny, trie, states.shape[0])
+    filters, dead = limit_tensors(filter, deny, trie, batch)
     return BeamStep(
         *_op(
-            logits.detach(),
-            scores.detach().float(),
+            detached(logits),
+            detached(scores).float(),
             states,
             list(trie.index),
             every,
             each,
-            first_columns(trie, level, logits.shape[-1]),
+            first_columns(trie, every, each, logits.shape[-1]),
             k,
             score == "valid",
             filters,
@@ -126,19 +127,25 @@ def trie_beam_step(
     )
 
 
-def check_beams(logits: Tensor, scores: Tensor, states: Tensor, trie: SidTrie) -> None:
-    """Raises InvalidArgument unless they fit: ``[B, W, V]``, ``[B, W]`` and ``[B, W, 2]``."""
-    check_states(states, trie)
+def check_beams(logits: Tensor, scores: Tensor, states: Tensor, trie: SidTrie) -> list[int]:
+    """Returns B and W.
+
+    Raises:
+        InvalidArgument: the tensors are not ``[B, W, V]``, ``[B, W]`` and ``[B, W, 2]``.
+    """
+    shape = check_states(states, trie)
     check_logits(logits, trie)
-    if states.dim() != 3 or logits.dim() != 3 or logits.shape[:2] != states.shape[:2]:
+    *rows, _ = logits.shape or (0,)
+    if len(shape) != 2 or rows != shape:
         got = f"logits {list(logits.shape)}, states {list(states.shape)}"
         raise InvalidArgument("logits, states", "shapes [B, W, V] and [B, W, 2]", got)
     check_device("scores", scores, trie)
-    if scores.shape != states.shape[:2] or not scores.is_floating_point():
+    if list(scores.shape) != shape or not scores.is_floating_point():
         got = f"{scores.dtype} {list(scores.shape)}"
-        raise InvalidArgument("scores", f"a float tensor {list(states.shape[:2])}", got)
-    if states.shape[1] > MAX_BEAMS:
-        raise InvalidArgument("states", f"at most {MAX_BEAMS} beams a request", states.shape[1])
+        raise InvalidArgument("scores", f"a float tensor {shape}", got)
+    if shape[1] > MAX_BEAMS:
+        raise InvalidArgument("states", f"at most {MAX_BEAMS} beams a request", shape[1])
+    return shape
 
 
 def limit_tensors(

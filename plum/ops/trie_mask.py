@@ -17,6 +17,7 @@ from plum.ops._trie_index import (
     check_logits,
     check_states,
     children,
+    detached,
     first_columns,
 )
 
@@ -53,7 +54,7 @@ def trie_mask(
     """
     every, each, columns = _check(logits, states, trie, level)
     args = (states, list(trie.index), every, each, columns)
-    masked = _copy_op(logits.detach(), *args, backend=backend)
+    masked = _copy_op(detached(logits), *args, backend=backend)
     if logits.requires_grad and torch.is_grad_enabled():
         # The same once more, so that autograd sees it.
         masked = logits.masked_fill(masked == float("-inf"), float("-inf")).contiguous()
@@ -116,13 +117,14 @@ def _check(
     logits: Tensor, states: Tensor, trie: SidTrie, level: int | Tensor
 ) -> tuple[int, Tensor | None, list[int]]:
     """Returns the level of all rows, or the levels of each, and the column of code 0 of each."""
-    check_states(states, trie)
-    every, each = check_level(level, trie, states.shape[:-1])
+    shape = check_states(states, trie)
+    every, each = check_level(level, trie, shape)
     check_logits(logits, trie)
-    if logits.dim() < 1 or logits.shape[:-1] != states.shape[:-1]:
-        expected = f"shape {[*states.shape[:-1], 'V']}, one row a state"
+    *rows, width = logits.shape or (None, 0)
+    if rows != shape:
+        expected = f"shape {[*shape, 'V']}, one row a state"
         raise InvalidArgument("logits", expected, list(logits.shape))
-    return every, each, first_columns(trie, level, logits.shape[-1])
+    return every, each, first_columns(trie, every, each, width)
 
 
 def _reference(
@@ -156,7 +158,7 @@ def _cpu(
     flat = _matrix(logits)
     each = None if levels is None else levels.contiguous()
     _native.trie_mask_cpu(flat, flat, states.contiguous(), index, level, each, columns)
-    if flat.data_ptr() != logits.data_ptr():
+    if flat is not logits and flat.data_ptr() != logits.data_ptr():
         logits.copy_(flat.view(logits.shape))
     _changed(logits)
 
@@ -169,9 +171,8 @@ def _changed(logits: Tensor) -> None:
 
 def _matrix(logits: Tensor) -> Tensor:
     """Returns logits as rows that may be any distance apart, in a copy where they cannot be."""
-    width = logits.shape[-1]
-    flat = logits if logits.dim() == 2 else logits.reshape(-1, width)
-    return flat if width < 2 or flat.stride(1) == 1 else flat.contiguous()
+    flat = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] < 2 else flat.contiguous()
 
 
 def _triton(

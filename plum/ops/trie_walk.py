@@ -44,7 +44,7 @@ def trie_walk(
         expected = f"shape [M, P] with P at most {trie.depth}"
         raise InvalidArgument("prefixes", expected, list(prefixes.shape))
     if roots is None:
-        roots = trie.root_states(1)[0].expand(len(prefixes), 2)
+        roots = trie.roots_on_device[:2].expand(len(prefixes), 2)
     check_states(roots, trie)
     if roots.shape != (len(prefixes), 2):
         raise InvalidArgument("roots", f"shape [{len(prefixes)}, 2]", list(roots.shape))
@@ -64,7 +64,7 @@ def _reference(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tens
 
 
 def _cpu(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tensor:
-    states = roots.new_empty((prefixes.shape[0], 2))
+    states = roots.new_empty(len(prefixes), 2)
     args = (roots.contiguous(), prefixes.long().contiguous(), index, states)
     _native.trie_walk_cpu(*args)
     return states

@@ -43,6 +43,8 @@ class SidTrie:
         index: The arrays that the trie ops read.
         codebook_sizes: Codes per level.
         token_offsets: Per level the token id of code 0 in a model's vocabulary, or None.
+        depth: L, the number of levels.
+        device: Where the index is; the item ids stay on the host.
         roots: First row of each trie in the table, closed by the number of rows; two numbers
             unless tries were joined.
         roots_on_device: The same where the index is, int64.
@@ -63,9 +65,11 @@ class SidTrie:
         self.index = index
         self.codebook_sizes = tuple(codebook_sizes)
         self.token_offsets = None if token_offsets is None else tuple(token_offsets)
+        # Every op checks them, and an attribute is there sooner than a property.
+        self.depth, self.device = len(self.codebook_sizes), index.codes.device
         self.roots = tuple(roots)
         # So that a search does not wait for a copy.
-        self.roots_on_device = torch.tensor(self.roots, device=index.codes.device)
+        self.roots_on_device = torch.tensor(self.roots, device=self.device)
         self.item_starts, self.item_ids = item_starts, item_ids
 
     @classmethod
@@ -166,11 +170,6 @@ class SidTrie:
         return joined.to(first.device)
 
     @property
-    def depth(self) -> int:
-        """L, the number of levels."""
-        return len(self.codebook_sizes)
-
-    @property
     def num_sids(self) -> int:
         """The number of distinct SIDs."""
         return len(self.item_starts) - 1
@@ -184,11 +183,6 @@ class SidTrie:
     def num_items(self) -> int:
         """The number of items."""
         return len(self.item_ids)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the index is; the item ids stay on the host."""
-        return self.index.codes.device
 
     @property
     def nbytes(self) -> int:
