@@ -291,26 +291,28 @@ def packed_codebooks(codebooks: Tensor, sizes: Sequence[int]) -> Any:
 
 def trie_mask_cpu(
     logits: Tensor,
-    masked: Tensor,
     states: Tensor,
     index: Sequence[Tensor],
     level: int,
     levels: Tensor | None,
     columns: Sequence[int],
+    masked: Tensor | None = None,
 ) -> None:
-    """Fills ``masked`` from ``logits``, both ``[M, V]``, rows any distance apart; may be one."""
-    rows, width = logits.shape
-    assert logits.is_cpu and masked.is_cpu and masked.shape == logits.shape
-    (stride, step), (masked_stride, masked_step) = logits.stride(), masked.stride()
-    assert width < 2 or step == masked_step == 1
+    """Masks ``logits`` ``[M, V]``, rows any distance apart, in place or into ``masked``."""
+    (rows, width), (stride, step) = logits.shape, logits.stride()
+    assert logits.is_cpu and (step == 1 or width < 2)
+    address = out = logits.data_ptr()
+    out_stride = stride
+    if masked is not None:
+        _check_cpu(masked, logits.dtype)
+        assert masked.numel() == rows * width
+        out, out_stride = masked.data_ptr(), width
     _check_cpu(states, torch.int64)
     assert states.numel() == 2 * rows
     _C.trie_mask_cpu(
-        (logits.data_ptr(), stride, masked.data_ptr(), masked_stride),
+        (address, stride, out, out_stride, rows, width),
         logits.dtype == torch.float32,
         _MINUS_INFINITY[logits.dtype],
-        rows,
-        width,
         states.data_ptr(),
         _trie(index),
         _levels(level, levels),
@@ -346,12 +348,13 @@ def trie_walk_cpu(roots: Tensor, prefixes: Tensor, index: Sequence[Tensor], stat
     """Fills ``states`` ``[M, 2]`` with those of ``prefixes`` ``[M, P]`` below ``roots``."""
     for tensor in (roots, prefixes, states):
         _check_cpu(tensor, torch.int64)
-    assert states.shape == roots.shape == (len(prefixes), 2)
+    count, length = prefixes.shape
+    assert states.numel() == roots.numel() == 2 * count
     _C.trie_walk_cpu(
         roots.data_ptr(),
         prefixes.data_ptr(),
-        prefixes.shape[0],
-        prefixes.shape[1],
+        count,
+        length,
         _trie(index),
         states.data_ptr(),
         torch.get_num_threads(),
@@ -392,7 +395,8 @@ def trie_beam_step_cpu(
     out: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     """Fills ``out``: tokens, parents and scores ``[B, k]``, states ``[B, k, 2]``."""
-    assert out[0].is_contiguous() and out[0].shape == (len(logits), k)
+    tokens, parents, best, after = out
+    assert tokens.is_contiguous() and tokens.numel() == logits.shape[0] * k
     _C.trie_beam_step_cpu(
         _beams(logits, scores, states, dead, index),
         _trie(index),
@@ -401,7 +405,7 @@ def trie_beam_step_cpu(
         k,
         valid,
         _filter(filter),
-        tuple(tensor.data_ptr() for tensor in out),
+        (tokens.data_ptr(), parents.data_ptr(), best.data_ptr(), after.data_ptr()),
         torch.get_num_threads(),
     )
 
@@ -425,9 +429,10 @@ def trie_beam_sample_cpu(
     """Fills ``out``: tokens, parents, scores and keys ``[B, k]``, states ``[B, k, 2]``."""
     _check_cpu(keys, torch.float64)
     _check_cpu(seeds, torch.int64)
-    assert keys.shape == scores.shape and seeds.shape == (len(logits),)
+    batch = logits.shape[0]
+    assert keys.numel() == scores.numel() and seeds.numel() == batch
     tokens, parents, best, best_keys, after = out
-    assert tokens.is_contiguous() and tokens.shape == (len(logits), k)
+    assert tokens.is_contiguous() and tokens.numel() == batch * k
     _C.trie_beam_sample_cpu(
         _beams(logits, scores, states, dead, index),
         _trie(index),
@@ -450,13 +455,13 @@ def _beams(
     states: Tensor,
     dead: Tensor | None,
     index: Sequence[Tensor],
-) -> tuple[Any, ...]:
+) -> tuple[int, ...]:
     batch, beams, width = logits.shape
-    strides = logits.stride()
-    assert logits.is_cpu and (width < 2 or strides[2] == 1)
+    batch_stride, beam_stride, step = logits.stride()
+    assert logits.is_cpu and (step == 1 or width < 2)
     _check_cpu(scores, torch.float32)
     _check_cpu(states, torch.int64)
-    assert scores.shape == (batch, beams) and states.shape == (batch, beams, 2)
+    assert 2 * scores.numel() == states.numel() == 2 * batch * beams
     address, denied = 0, 0
     if dead is not None:
         _check_cpu(dead, torch.int64)
@@ -465,7 +470,11 @@ def _beams(
     return (
         logits.data_ptr(),
         _ROW_TYPES.index(logits.dtype),
-        (batch, beams, width, strides[0], strides[1]),
+        batch,
+        beams,
+        width,
+        batch_stride,
+        beam_stride,
         scores.data_ptr(),
         states.data_ptr(),
         address,
@@ -559,18 +568,13 @@ def _columns(columns: np.ndarray, roots: Sequence[int]) -> tuple[int, int, int, 
     return columns.ctypes.data, rows, depth, columns.strides[0] // 2, roots
 
 
-def _trie(index: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
+def _trie(index: Sequence[Tensor]) -> tuple[int, ...]:
     table, _, codes, starts, begins, ranks, masks = index
-    assert table.is_cpu and codes.is_cpu and table.shape[1] == 9
-    addresses = (
-        table.data_ptr(),
-        codes.data_ptr(),
-        starts.data_ptr(),
-        begins.data_ptr(),
-        ranks.data_ptr(),
-        masks.data_ptr(),
-    )
-    return addresses, table.shape[0]
+    depth, fields = table.shape
+    assert table.is_cpu and codes.is_cpu and fields == 9
+    # Every op asks for them in every call, and a loop takes half as long again.
+    tables, runs, rows = table.data_ptr(), codes.data_ptr(), starts.data_ptr()
+    return depth, tables, runs, rows, begins.data_ptr(), ranks.data_ptr(), masks.data_ptr()
 
 
 def _levels(level: int, levels: Tensor | None) -> tuple[int, int]:

@@ -30,6 +30,30 @@
 
 namespace py = pybind11;
 
+// Integers that belong together, addresses among them; in Python a tuple.
+template <size_t kCount>
+using Numbers = std::array<int64_t, kCount>;
+
+// pybind11's own casters take any sequence, number by number through Python's protocols: a quarter
+// of what a call over no rows took.
+template <size_t kCount>
+struct py::detail::type_caster<Numbers<kCount>> {
+  PYBIND11_TYPE_CASTER(Numbers<kCount>, const_name("tuple"));
+
+  bool load(handle source, bool) {
+    PyObject* tuple = source.ptr();
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != Py_ssize_t{kCount}) return false;
+    for (size_t i = 0; i < kCount; ++i) {
+      value[i] = PyLong_AsSsize_t(PyTuple_GET_ITEM(tuple, i));
+      if (value[i] == -1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        return false;
+      }
+    }
+    return true;
+  }
+};
+
 namespace {
 
 template <typename T>
@@ -98,24 +122,24 @@ int64_t residual_quantize_cpu(uintptr_t x, int type, int64_t rows, const PackedC
                                       pointer<int64_t>(usage), threads);
 }
 
-// Addresses of table, codes, starts, begins, ranks and masks; levels.
-using TrieArgs = std::tuple<std::array<uintptr_t, 6>, int64_t>;
+// Levels; addresses of table, codes, starts, begins, ranks and masks.
+using TrieArgs = Numbers<7>;
 
 plum::TrieArrays trie_arrays(const TrieArgs& args) {
-  const auto& [at, depth] = args;
-  const auto* table = pointer<const int64_t>(at[0]);
-  return {table,
+  const auto& [depth, table, codes, starts, begins, ranks, masks] = args;
+  const auto* at = pointer<const int64_t>(table);
+  return {at,
           depth,
-          table[plum::kTrieFields - 1],
-          pointer<uint16_t>(at[1]),
-          pointer<uint32_t>(at[2]),
-          pointer<uint64_t>(at[3]),
-          pointer<uint32_t>(at[4]),
-          pointer<uint64_t>(at[5])};
+          at[plum::kTrieFields - 1],
+          pointer<uint16_t>(codes),
+          pointer<uint32_t>(starts),
+          pointer<uint64_t>(begins),
+          pointer<uint32_t>(ranks),
+          pointer<uint64_t>(masks)};
 }
 
 // Addresses of bits, ranks and masks; 0 for no filter.
-using FilterArgs = std::array<uintptr_t, 3>;
+using FilterArgs = Numbers<3>;
 
 plum::TrieFilter trie_filter(const TrieArgs& trie, const FilterArgs& at) {
   return plum::make_filter(trie_arrays(trie), pointer<const uint64_t>(at[0]),
@@ -123,32 +147,32 @@ plum::TrieFilter trie_filter(const TrieArgs& trie, const FilterArgs& at) {
 }
 
 // A level for all rows, or the address of one for each.
-using LevelArgs = std::tuple<int64_t, uintptr_t>;
+using LevelArgs = Numbers<2>;
 
 plum::RowLevels row_levels(const LevelArgs& args) {
-  return {std::get<0>(args), pointer<const int64_t>(std::get<1>(args))};
+  return {args[0], pointer<const int64_t>(args[1])};
 }
 
-// Addresses of the logits and of where they go masked, and the elements from row to row of each.
-using MaskArgs = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t>;
+// Addresses of the logits and of where they go masked, each with the elements from row to row; rows
+// and width.
+using MaskArgs = Numbers<6>;
 
 template <typename Word>
-void trie_mask(const MaskArgs& at, uint32_t fill, int64_t rows, int64_t width, uintptr_t states,
-               const TrieArgs& trie, const LevelArgs& levels, const std::vector<int64_t>& columns,
-               int threads) {
-  const auto& [logits, stride, masked, masked_stride] = at;
+void trie_mask(const MaskArgs& args, uint32_t fill, uintptr_t states, const TrieArgs& trie,
+               const LevelArgs& levels, const std::vector<int64_t>& columns, int threads) {
+  const auto& [logits, stride, masked, masked_stride, rows, width] = args;
   plum::cpu::trie_mask(pointer<const Word>(logits), stride, pointer<Word>(masked), masked_stride,
                        static_cast<Word>(fill), rows, width, pointer<const int64_t>(states),
                        plum::make_trie(trie_arrays(trie)), row_levels(levels), columns.data(),
                        threads);
 }
 
-void trie_mask_cpu(const MaskArgs& at, bool wide, uint32_t fill, int64_t rows, int64_t width,
-                   uintptr_t states, const TrieArgs& trie, const LevelArgs& levels,
+void trie_mask_cpu(const MaskArgs& args, bool wide, uint32_t fill, uintptr_t states,
+                   const TrieArgs& trie, const LevelArgs& levels,
                    const std::vector<int64_t>& columns, int threads) {
   py::gil_scoped_release release;
   const auto run = wide ? trie_mask<uint32_t> : trie_mask<uint16_t>;
-  run(at, fill, rows, width, states, trie, levels, columns, threads);
+  run(args, fill, states, trie, levels, columns, threads);
 }
 
 void trie_advance_cpu(uintptr_t states, uintptr_t tokens, int64_t count, const TrieArgs& trie,
@@ -176,22 +200,22 @@ void forced_tail_cpu(uintptr_t states, int64_t count, const TrieArgs& trie, int6
 
 // Address and type of the logits; requests, beams, width, and elements from request to request and
 // from beam to beam; addresses of scores and states; the address and width of the dead children.
-using BeamArgs =
-    std::tuple<uintptr_t, int, std::array<int64_t, 5>, uintptr_t, uintptr_t, uintptr_t, int64_t>;
+using BeamArgs = Numbers<11>;
 // Addresses of tokens, parents, scores and states.
-using BeamOut = std::array<uintptr_t, 4>;
+using BeamOut = Numbers<4>;
 
 plum::cpu::BeamStepInput beam_input(const BeamArgs& args, const LevelArgs& levels,
                                     const std::vector<int64_t>& columns, bool valid) {
-  const auto& [logits, type, shape, scores, states, dead, denied] = args;
+  const auto& [logits, type, batch, beams, width, batch_stride, beam_stride, scores, states, dead,
+               denied] = args;
   plum::cpu::BeamStepInput input{};
   input.logits = pointer<const void>(logits);
   input.type = static_cast<plum::cpu::RowType>(type);
-  input.batch = shape[0];
-  input.beams = shape[1];
-  input.width = shape[2];
-  input.batch_stride = shape[3];
-  input.beam_stride = shape[4];
+  input.batch = batch;
+  input.beams = beams;
+  input.width = width;
+  input.batch_stride = batch_stride;
+  input.beam_stride = beam_stride;
   input.scores = pointer<const float>(scores);
   input.states = pointer<const int64_t>(states);
   input.levels = row_levels(levels);
@@ -229,8 +253,8 @@ void trie_beam_sample_cpu(const BeamArgs& beams, const TrieArgs& trie, const Lev
 }
 
 // `shape`: requests, denied rows of each, joined tries.
-void trie_deny_cpu(uintptr_t rows, uintptr_t roots, const std::array<int64_t, 3>& shape,
-                   const TrieArgs& trie, const FilterArgs& filter, uintptr_t dead, int threads) {
+void trie_deny_cpu(uintptr_t rows, uintptr_t roots, const Numbers<3>& shape, const TrieArgs& trie,
+                   const FilterArgs& filter, uintptr_t dead, int threads) {
   py::gil_scoped_release release;
   plum::cpu::trie_deny({pointer<const int64_t>(rows), shape[0], shape[1]},
                        plum::make_trie(trie_arrays(trie)),

@@ -4,6 +4,7 @@ namespace plum {
 
 Trie make_trie(const TrieArrays& arrays) {
   Trie trie{arrays.rows, {}};
+  trie.levels.reserve(arrays.depth);
   for (int64_t l = 0; l < arrays.depth; ++l) {
     const int64_t* at = arrays.table + l * kTrieFields;
     TrieLevel level{arrays.codes + at[0], nullptr, nullptr, nullptr, nullptr, at[5], at[6], at[7]};
@@ -21,6 +22,7 @@ Trie make_trie(const TrieArrays& arrays) {
 TrieFilter make_filter(const TrieArrays& arrays, const uint64_t* bits, const uint32_t* ranks,
                        const uint64_t* masks) {
   TrieFilter filter{bits, ranks, {}};
+  filter.masks.reserve(arrays.depth);
   for (int64_t l = 0; l < arrays.depth; ++l) {
     const int64_t at = arrays.table[l * kTrieFields + 4];
     filter.masks.push_back(bits == nullptr || at < 0 ? nullptr : masks + at);

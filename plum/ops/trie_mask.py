@@ -157,7 +157,7 @@ def _cpu(
 ) -> None:
     flat = _matrix(logits)
     each = None if levels is None else levels.contiguous()
-    _native.trie_mask_cpu(flat, flat, states.contiguous(), index, level, each, columns)
+    _native.trie_mask_cpu(flat, states.contiguous(), index, level, each, columns)
     if flat is not logits and flat.data_ptr() != logits.data_ptr():
         logits.copy_(flat.view(logits.shape))
     _changed(logits)
@@ -240,8 +240,8 @@ def _copy_cpu(
 ) -> Tensor:
     masked = _copy_fake(logits, states, index, level, levels, columns)
     each = None if levels is None else levels.contiguous()
-    flat, out = _matrix(logits), _matrix(masked)
-    _native.trie_mask_cpu(flat, out, states.contiguous(), index, level, each, columns)
+    flat = _matrix(logits)
+    _native.trie_mask_cpu(flat, states.contiguous(), index, level, each, columns, masked)
     return masked
 
 

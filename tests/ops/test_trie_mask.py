@@ -154,6 +154,19 @@ def test_one_memory_for_several_rows_is_refused():
     assert (trie_mask_(apart, states, trie, 0) == 0).tolist() == [[True, False, True]] * 2
 
 
+def test_the_arrays_of_a_trie_may_move():
+    trie = SidTrie.from_codes([[0, 1], [2, 0]], codebook_sizes=[3, 3])
+    states = trie.root_states(1)[:, 0]
+    expected = trie_mask(torch.zeros(1, 3), states, trie, 0)
+    before = [tensor.data_ptr() for tensor in trie.index]
+    for tensor in trie.index:  # as when a trie is sent to another process
+        tensor.share_memory_()
+    assert any(tensor.data_ptr() != at for tensor, at in zip(trie.index, before, strict=True))
+    assert torch.equal(trie_mask(torch.zeros(1, 3), states, trie, 0), expected)
+    trie.insert([[1, 1]], [2])
+    assert (trie_mask(torch.zeros(1, 3), trie.root_states(1)[:, 0], trie, 0) == 0).all()
+
+
 def test_refuses_what_does_not_fit():
     trie = SidTrie.from_codes([[0, 1], [2, 0]], codebook_sizes=[3, 4])
     root = trie.root_states(1)[:, 0]
