@@ -43,11 +43,11 @@ def trie_walk(
     if prefixes.dim() != 2 or prefixes.shape[1] > trie.depth:
         expected = f"shape [M, P] with P at most {trie.depth}"
         raise InvalidArgument("prefixes", expected, list(prefixes.shape))
+    count = prefixes.shape[0]
     if roots is None:
-        roots = trie.roots_on_device[:2].expand(len(prefixes), 2)
-    check_states(roots, trie)
-    if roots.shape != (len(prefixes), 2):
-        raise InvalidArgument("roots", f"shape [{len(prefixes)}, 2]", list(roots.shape))
+        roots = trie.roots_on_device[:2].expand(count, 2)
+    elif check_states(roots, trie) != [count]:
+        raise InvalidArgument("roots", f"shape [{count}, 2]", list(roots.shape))
     return _op(prefixes, roots, list(trie.index), backend=backend)
 
 
@@ -64,7 +64,7 @@ def _reference(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tens
 
 
 def _cpu(prefixes: Tensor, roots: Tensor, index: Sequence[Tensor]) -> Tensor:
-    states = roots.new_empty(len(prefixes), 2)
+    states = roots.new_empty(prefixes.shape[0], 2)
     args = (roots.contiguous(), prefixes.long().contiguous(), index, states)
     _native.trie_walk_cpu(*args)
     return states
