@@ -10,6 +10,7 @@ from torch import Tensor
 
 from plum.decode.checks import check_no_code, check_trie
 from plum.errors import InvalidArgument
+from plum.ops._trie_index import check_device
 from plum.ops.trie_mask import trie_mask
 from plum.ops.trie_walk import trie_walk
 
@@ -77,7 +78,10 @@ class SidLogitsProcessor:
         if begin_token_id is not None:
             check_no_code("begin_token_id", begin_token_id, offsets, trie.codebook_sizes)
         self.trie, self.end_token_id = trie, end_token_id
-        self._offsets = offsets
+        # Of each level; a step makes none of them anew.
+        self._place = torch.arange(trie.depth, device=trie.device)
+        self._offsets = self._place.new_tensor(offsets)
+        self._sizes = self._place.new_tensor(trie.codebook_sizes)
         self.prompt_length, self.begin_token_id = prompt_length, begin_token_id
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -95,6 +99,7 @@ class SidLogitsProcessor:
                 ``prompt_length``, or there is no column for the end token.
         """
         trie, depth, width = self.trie, self.trie.depth, input_ids.shape[1]
+        check_device("input_ids", input_ids, trie)
         if scores.shape[1] <= self.end_token_id:
             expected = f"a column for token {self.end_token_id}, the end_token_id"
             raise InvalidArgument("scores", expected, f"{scores.shape[1]} columns")
@@ -169,12 +174,9 @@ class SidLogitsProcessor:
 
     def _codes(self, input_ids: Tensor, begin: Tensor, taken: Tensor) -> Tensor:
         """Returns the codes from each row's begin on, int64 ``[R, L]``, padded with -1."""
-        place = torch.arange(self.trie.depth, device=input_ids.device)
         # What is behind the last token is no code yet; after a prompt of embeddings there is none.
         tokens = torch.nn.functional.pad(input_ids, (0, self.trie.depth))
-        offsets = place.new_tensor(self._offsets)
-        sizes = place.new_tensor(self.trie.codebook_sizes)
-        codes = tokens.gather(1, begin.unsqueeze(1) + place) - offsets
+        codes = tokens.gather(1, begin.unsqueeze(1) + self._place) - self._offsets
         # A token that is no code of its level becomes one that no SID has.
-        codes = codes.where((codes >= 0) & (codes < sizes), sizes)
-        return codes.where(place < taken.unsqueeze(1), -1)
+        codes = codes.where((codes >= 0) & (codes < self._sizes), self._sizes)
+        return codes.where(self._place < taken.unsqueeze(1), -1)

@@ -247,6 +247,11 @@ def test_refuses_what_does_not_fit():
         SidLogitsProcessor(trie, end_token_id=END, begin_token_id="<s>")
     with pytest.raises(InvalidArgument, match="begin_token_id: expected a token that is no code"):
         SidLogitsProcessor(trie, end_token_id=END, begin_token_id=24)
+    elsewhere = torch.ones(1, 2, dtype=torch.int64, device="meta")
+    with pytest.raises(InvalidArgument, match="input_ids: expected a tensor on the trie's device"):
+        SidLogitsProcessor(trie, end_token_id=END, prompt_length=1)(
+            elsewhere, torch.zeros(1, VOCABULARY)
+        )
     beyond = SidLogitsProcessor(trie, end_token_id=VOCABULARY, prompt_length=1)
     with pytest.raises(InvalidArgument, match=r"a column for token 30, .* got 30 columns"):
         beyond(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, VOCABULARY))
