@@ -288,13 +288,12 @@ def first_columns(trie: SidTrie, level: int, levels: Tensor | None, width: int) 
     Raises:
         InvalidArgument: the width is neither, or the level's tokens lie beyond it.
     """
-    sizes, offsets = trie.codebook_sizes, trie.token_offsets
-    wanted = [level] if levels is None else range(trie.depth)
-    columns = [0] * trie.depth
-    for each in wanted:
+    sizes, columns = trie.codebook_sizes, [0] * trie.depth
+    if sizes[level] == width if levels is None else set(sizes) == {width}:
+        return columns
+    offsets = trie.token_offsets
+    for each in [level] if levels is None else range(trie.depth):
         size = sizes[each]
-        if width == size and (len(wanted) == 1 or set(sizes) == {width}):
-            continue
         if offsets is None:
             raise InvalidArgument(
                 "logits",

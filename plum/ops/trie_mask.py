@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from plum import _native
 from plum._library import Backend, Op
@@ -166,7 +167,7 @@ def _cpu(
 def _changed(logits: Tensor) -> None:
     """Tells autograd, which may have saved the logits, what it cannot see a kernel do."""
     if not logits.is_inference():
-        torch.autograd.graph.increment_version(logits)
+        increment_version(logits)
 
 
 def _matrix(logits: Tensor) -> Tensor:
