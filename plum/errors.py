@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -52,10 +53,12 @@ def check_int(name: str, value: Any, least: int = 1, most: int | None = None) ->
         InvalidArgument: it is no integer of Python, NumPy or torch, or below ``least`` or above
             ``most``.
     """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
+    number: int | None = None
+    if type(value) is int:
+        number = value
+    elif not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            number = operator.index(value)
     if number is None or number < least or (most is not None and number > most):
         expected = f"an int >= {least}" if most is None else f"an int from {least} to {most}"
         raise InvalidArgument(name, expected, repr(value))
