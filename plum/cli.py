@@ -423,6 +423,7 @@ def _resolve(
 ) -> Config:
     """Resolves the options; a run that exists keeps its configuration unless they say otherwise."""
     from plum.config import resolve_config
+    from plum.data import DATASETS
     from plum.files import read_json
 
     if output.exists() and not output.is_dir():
@@ -439,6 +440,9 @@ def _resolve(
             hint = "choose another folder, as a run keeps its own there"
             raise InvalidData(saved, "the configuration of a run", "a file of something else", hint)
     config = resolve_config(preset=preset, dataset=dataset, file=file, settings=settings, base=base)
+    # Before it is saved, as the next command would go on with it.
+    if config.data.dataset not in DATASETS:
+        raise InvalidArgument("dataset", f"one of {', '.join(DATASETS)}", config.data.dataset)
     if (items or interactions) and config.data.dataset != "tables":
         expected = "tables, which --items and --interactions are for"
         raise InvalidArgument("dataset", expected, config.data.dataset, "add --dataset tables")

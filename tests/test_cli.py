@@ -148,6 +148,12 @@ def test_errors_are_one_line_and_a_status(tmp_path, arguments, status, message):
     assert "Traceback" not in result.stderr
 
 
+def test_a_data_set_that_is_not_known_is_not_saved(tmp_path):
+    result = plum("run", "-o", tmp_path / "run", "--dataset", "netflix")
+    assert result.stderr.startswith("error: dataset: expected one of synthetic, ml-100k")
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_arguments_there_is_help_and_no_error():
     result = plum()
     assert result.returncode == 2 and "Commands" in result.stdout + result.stderr
