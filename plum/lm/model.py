@@ -225,8 +225,10 @@ def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int
 def _check_causal(model: Any) -> None:
     """Raises InvalidArgument if tokens see those behind them, the ones they are to predict."""
     tokens = torch.arange(8)[None] % model.get_input_embeddings().weight.shape[0]
-    whole = model(input_ids=tokens, use_cache=False).logits[:, :4]
-    alone = model(input_ids=tokens[:, :4], use_cache=False).logits
+    # With a mask, as one of the tokens may be the padding, of which transformers would warn.
+    mask = torch.ones_like(tokens)
+    whole = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :4]
+    alone = model(input_ids=tokens[:, :4], attention_mask=mask[:, :4], use_cache=False).logits
     scale = 1e-3 * float(alone.abs().max())
     if not torch.allclose(whole, alone, rtol=1e-3, atol=scale, equal_nan=True):
         expected = "a causal or encoder-decoder language model"

@@ -207,6 +207,19 @@ def test_a_base_whose_tokens_see_the_next_ones_is_refused(base, tmp_path, causal
         load_generator(str(tmp_path), VOCABULARY)
 
 
+def test_a_base_is_tried_out_without_a_warning(tmp_path, generator, monkeypatch):
+    generator.model.save_pretrained(tmp_path)
+    generator.tokenizer.save_pretrained(tmp_path)
+    masks = []
+    monkeypatch.setattr(
+        type(generator.model.transformer),
+        "warn_if_padding_and_no_attention_mask",
+        lambda self, ids, mask: masks.append(mask),
+    )
+    load_generator(str(tmp_path), VOCABULARY)
+    assert masks and None not in masks
+
+
 def test_a_base_with_another_tables_tokens_is_refused(tmp_path, generator):
     generator.model.save_pretrained(tmp_path)
     generator.tokenizer.save_pretrained(tmp_path)
