@@ -183,6 +183,9 @@ def _folder(path: str | Path) -> Path:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise InvalidArgument("output", "a folder", f"the file {folder}")
+    if (folder / "config.json").exists():
+        hint = "take another folder, as a run has the table of its own embeddings in tokenize/"
+        raise InvalidArgument("output", "the folder of a table", f"the run {folder}", hint)
     return folder
 
 

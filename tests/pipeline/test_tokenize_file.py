@@ -229,6 +229,15 @@ def test_what_no_such_call_wrote_is_refused_and_stays(tmp_path, name):
     assert [file for file in (tmp_path / "t").rglob("*") if file.is_file()] == [path]
 
 
+def test_a_table_of_your_own_does_not_go_into_a_run(tmp_path):
+    write_items(tmp_path / "e.parquet", IDS)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(InvalidArgument, match=r"output: .* got the run .*run; take another folder"):
+        tokenize_parquet(tmp_path / "e.parquet", tmp_path / "run", **SMALL)
+    assert os.listdir(tmp_path / "run") == ["config.json"]
+
+
 def test_append_leaves_a_partial_folder_of_something_else(tmp_path):
     write_items(tmp_path / "e.parquet", IDS)
     tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", **SMALL)
