@@ -55,18 +55,22 @@ def _with_isa(names: Sequence[str], x: Tensor, codebooks: list[Tensor]) -> Calla
 
 
 def _forced(backend: str, x: Tensor, codebooks: list[Tensor]) -> Callable[[], Tensor]:
-    require("residual_quantize", backend)
+    forced = require("residual_quantize", backend)
     packed, sizes = torch.cat(codebooks), [len(book) for book in codebooks]
-    return lambda: residual_quantize(x, packed, sizes=sizes, backend=backend).codes
+    return lambda: residual_quantize(x, packed, sizes=sizes, backend=forced).codes
 
 
-def require(op: str, backend: str) -> None:
-    """A backend that cannot run here is absent; nothing is run to find out."""
+def require(op: str, backend: str) -> str | None:
+    """Says how to call an op for a backend: the one of CPUs as users call it, by default.
+
+    A backend that cannot run here is absent; nothing is run to find out.
+    """
     if backend == "reference":
-        return
+        return backend
     reason = OPS[op].backends[backend].missing()
     if reason is not None:
         raise PeerAbsent(reason)
+    return None if backend == OPS[op].default_backend("cpu") else backend
 
 
 def train_step(x: Tensor, codebooks: list[Tensor], revive_every: int = 0) -> Callable[[], Tensor]:
@@ -117,13 +121,13 @@ def plus_plus(x: Tensor, num_clusters: int) -> Callable[[], Tensor]:
 
 
 def sums(x: Tensor, codes: Tensor, codebooks: list[Tensor], backend: str) -> Callable[[], Tensor]:
-    require("codebook_sums", backend)
+    forced = require("codebook_sums", backend)
     packed, sizes = torch.cat(codebooks), [len(book) for book in codebooks]
-    return lambda: codebook_sums(x, codes, packed, sizes=sizes, backend=backend)
+    return lambda: codebook_sums(x, codes, packed, sizes=sizes, backend=forced)
 
 
 def usage(codes: Tensor, sizes: list[int], backend: str) -> Callable[[], Tensor]:
-    require("code_usage", backend)
+    forced = require("code_usage", backend)
     # On a GPU validation waits for the kernel; on a CPU it is free.
     validate = not codes.is_cuda
-    return lambda: code_usage(codes, sizes, validate=validate, backend=backend)
+    return lambda: code_usage(codes, sizes, validate=validate, backend=forced)

@@ -46,9 +46,8 @@ def prepare_deny(
     rows: Tensor, trie: SidTrie, filter: SidFilter | None, backend: str
 ) -> Callable[[], SidDeny]:
     """What a search does once with its denied rows ``[B, D]``."""
-    require("trie_deny", backend)
-    table = trie.index.table
-    return lambda: SidDeny(table, filter, trie_deny(rows, trie, filter, backend=backend))
+    forced, table = require("trie_deny", backend), trie.index.table
+    return lambda: SidDeny(table, filter, trie_deny(rows, trie, filter, backend=forced))
 
 
 def decode(
@@ -63,7 +62,7 @@ def decode(
 
     ``deny`` is rows ``[B, D]``; to prepare them is a part of the search.
     """
-    require("trie_beam_step", backend)
+    forced = require("trie_beam_step", backend)
     batch, width = logits[-1].shape[:2]
     root, zero = trie.root_states(batch), torch.zeros(batch, 1, device=trie.device)
 
@@ -72,9 +71,9 @@ def decode(
         denied = None if deny is None else prepare_deny(deny, trie, filter, backend)()
         options = {"k": width, "score": score, "filter": filter, "deny": denied}
         for level, rows in enumerate(logits):
-            step = trie_beam_step(rows, scores, states, trie, level, **options, backend=backend)
+            step = trie_beam_step(rows, scores, states, trie, level, **options, backend=forced)
             states, scores = step.states, step.scores
-        return forced_tail(states, trie, 0, backend=backend).codes
+        return forced_tail(states, trie, 0, backend=forced).codes
 
     return run
 
@@ -92,13 +91,13 @@ def step(
     k: int | None = None,
 ) -> Callable[[], Tensor]:
     """One step, to as many beams as there are by default; gives the scores ``[B, k]``."""
-    require("trie_beam_step", backend)
+    forced = require("trie_beam_step", backend)
     options = {
         "k": k or scores.shape[1],
         "score": score,
         "filter": filter,
         "deny": deny,
-        "backend": backend,
+        "backend": forced,
     }
     return lambda: trie_beam_step(logits, scores, states, trie, level, **options).scores
 
@@ -107,9 +106,9 @@ def mask(
     trie: SidTrie, level: int, states: Tensor, logits: Tensor, backend: str
 ) -> Callable[[], Tensor]:
     """Masks a copy of ``logits`` ``[M, V]`` in place; to mask it again is the same work."""
-    require("trie_mask_", backend)
+    forced = require("trie_mask_", backend)
     logits = logits.clone()
-    return lambda: trie_mask_(logits, states, trie, level, backend=backend)
+    return lambda: trie_mask_(logits, states, trie, level, backend=forced)
 
 
 def fill(logits: Tensor) -> Callable[[], Tensor]:
@@ -122,5 +121,5 @@ def mask_copy(
     trie: SidTrie, level: int, states: Tensor, logits: Tensor, backend: str
 ) -> Callable[[], Tensor]:
     """Masks into a new tensor and leaves ``logits`` ``[M, V]`` as they are."""
-    require("trie_mask", backend)
-    return lambda: trie_mask(logits, states, trie, level, backend=backend)
+    forced = require("trie_mask", backend)
+    return lambda: trie_mask(logits, states, trie, level, backend=forced)
