@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plum import _native
 from plum._library import Backend, Op
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int
 from plum.ops.code_usage import MAX_LEVELS, code_usage
 
 # Rows a chunk: bounds the memory of the [rows, K] matrix of the reference.
@@ -105,6 +105,8 @@ def pack_codebooks(
     codebooks: Sequence[Tensor] | Tensor, sizes: Sequence[int] | None
 ) -> tuple[Tensor, list[int]]:
     """Checks codebooks and returns them as one fp32 ``[ΣK, D]`` with their sizes."""
+    if sizes is not None:
+        sizes = [check_int("sizes", size) for size in sizes]
     if isinstance(codebooks, Tensor):
         if sizes is None or codebooks.ndim != 2 or sum(sizes) != codebooks.shape[0]:
             raise InvalidArgument(
@@ -112,7 +114,7 @@ def pack_codebooks(
                 "a list of [K_l, D], or one packed [ΣK, D] with sizes that add up to ΣK",
                 f"a tensor {list(codebooks.shape)} with sizes={sizes}",
             )
-        packed, sizes = codebooks, list(sizes)
+        packed = codebooks
     else:
         if len(codebooks) == 0:
             raise InvalidArgument("codebooks", "at least one level", "none")
@@ -130,8 +132,8 @@ def pack_codebooks(
                 expected = f"a tensor on {codebooks[0].device}, as codebooks[0]"
                 raise InvalidArgument(f"codebooks[{level}]", expected, codebook.device)
         own = [len(codebook) for codebook in codebooks]
-        if sizes is not None and list(sizes) != own:
-            raise InvalidArgument("sizes", f"None or {own}, as codebooks", list(sizes))
+        if sizes is not None and sizes != own:
+            raise InvalidArgument("sizes", f"None or {own}, as codebooks", sizes)
         packed, sizes = torch.cat(list(codebooks)), own
     if not sizes or any(size < 1 for size in sizes):
         raise InvalidArgument("codebooks", "at least one codeword a level", f"sizes {sizes}")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from plum.data import Dataset
 from plum.data.dataset import read_parquet
 from plum.decode import SidBeamSearch
-from plum.errors import InvalidArgument, InvalidData
+from plum.errors import InvalidArgument, InvalidData, check_int
 from plum.eval import expand_sids
 from plum.files import read_json, settle_folder
 from plum.lm import DepthGenerator, Generator, SidFormat, is_depth_generator, load_generator
@@ -260,8 +260,6 @@ class Recommender:
             InvalidArgument: an item id is not in the catalog, ``k`` is below 1, or the history is
                 empty and the generator is a ``DepthGenerator``, which begins at an item.
         """
-        if k < 1:
-            raise InvalidArgument("k", "at least 1", k)
         if not history and isinstance(self.generator, DepthGenerator):
             raise InvalidArgument("history", "at least one item id", "none")
         for item in history:
@@ -273,7 +271,7 @@ class Recommender:
                     "the ids are in data/items.parquet of the run",
                 )
         rows = np.array([self._index[item] for item in history], dtype=np.int32)
-        k = min(k, len(self.table))
+        k = min(check_int("k", k), len(self.table))
         items, scores = self.rank([rows], k, filter_seen=self.config.recommend.filter_seen)
         return [
             self.describe(int(item), float(score))

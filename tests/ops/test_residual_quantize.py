@@ -419,6 +419,8 @@ def test_sizes_must_be_those_of_the_codebooks():
     residual_quantize(torch.ones(1, 3), books, sizes=[2, 4])
     with pytest.raises(InvalidArgument, match=r"^sizes: expected None or \[2, 4\]"):
         residual_quantize(torch.ones(1, 3), books, sizes=[3, 3])
+    with pytest.raises(InvalidArgument, match=r"^sizes: expected an int >= 1, got 2\.5"):
+        residual_quantize(torch.ones(1, 3), torch.cat(books), sizes=[2.5, 3.5])
 
 
 def test_the_first_chunk_with_a_bad_row_is_named_as_by_the_reference():

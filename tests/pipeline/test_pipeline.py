@@ -179,6 +179,9 @@ def test_a_generator_with_one_position_per_item_takes_the_same_place(finished, e
     assert len(recommender.recommend(history, 500)) == 120 - 7
     with pytest.raises(InvalidArgument, match="history: expected at least one item id, got none"):
         recommender.recommend([], 5)
+    for k in (0, 2.5):
+        with pytest.raises(InvalidArgument, match=f"^k: expected an int >= 1, got {k}"):
+            recommender.recommend(history, k)
     with pytest.raises(InvalidArgument, match="scratch:depth-small"):
         run(folder, encoder, "finetune.base=scratch:depth-huge")
     with pytest.raises(InvalidArgument, match=r"finetune\.lora_rank: .* scratch:depth-tiny, got 4"):
