@@ -15,7 +15,7 @@ import numpy as np
 from plum.embed.cache import encode_cached
 from plum.embed.image_features import NAME, VERSION, colors_and_textures
 from plum.embed.models import find_encoder, first_line, identity, quiet
-from plum.errors import InvalidArgument, InvalidData, MissingDependency
+from plum.errors import InvalidArgument, InvalidData, MissingDependency, check_int
 from plum.files import check_model_json
 
 if TYPE_CHECKING:
@@ -202,8 +202,7 @@ def encode_images(
         raise InvalidArgument("item_ids", "a list of at least one item id", repr(item_ids))
     if corrupt not in ("raise", "missing"):
         raise InvalidArgument("corrupt", "'raise' or 'missing'", repr(corrupt))
-    if batch_size < 1:
-        raise InvalidArgument("batch_size", "at least 1", batch_size)
+    check_int("batch_size", batch_size)
     files = ImageFiles(images)
     compute, cache_name = _encoder(encoder, device)
     keys = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from plum.errors import InvalidArgument, InvalidData, MissingDependency
+from plum.errors import InvalidArgument, InvalidData, MissingDependency, check_int
 from plum.files import atomic_path
 
 HISTOGRAM_BINS = 80
@@ -59,14 +59,11 @@ def similarity_report(
     if embeddings.ndim != 2 or len(embeddings) < 2 or embeddings.dtype.kind not in "fiu":
         got = f"{embeddings.dtype} {list(embeddings.shape)}"
         raise InvalidArgument("embeddings", "numbers [N, D] with N >= 2", got)
-    if not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise InvalidArgument("seed", "an int of at least 0", repr(seed))
+    check_int("seed", seed, 0)
     if labels is not None and len(labels) != len(embeddings):
         raise InvalidArgument("labels", f"{len(embeddings)} sets, one per row", len(labels))
-    if num_neighbors < 1:
-        raise InvalidArgument("num_neighbors", "at least 1", num_neighbors)
-    if max_rows < 2:
-        raise InvalidArgument("max_rows", "at least 2", max_rows)
+    check_int("num_neighbors", num_neighbors)
+    check_int("max_rows", max_rows, 2)
     rng = np.random.default_rng(seed)
     num_rows = len(embeddings)
     if num_rows > max_rows:

@@ -13,7 +13,7 @@ import numpy as np
 
 from plum.embed.cache import encode_cached
 from plum.embed.models import find_encoder, first_line, identity, quiet
-from plum.errors import InvalidArgument, InvalidData, MissingDependency
+from plum.errors import InvalidArgument, InvalidData, MissingDependency, check_int
 from plum.files import check_model_json
 
 
@@ -66,8 +66,7 @@ def encode_texts(
         MissingDependency: sentence-transformers is not installed.
     """
     keys = _keys(texts)
-    if batch_size < 1:
-        raise InvalidArgument("batch_size", "at least 1", batch_size)
+    check_int("batch_size", batch_size)
     folder = Path(find_encoder(encoder))
     if layer is not None:
         _check_layer(layer, folder)

@@ -214,11 +214,14 @@ class TimelineConfig:
 
     def __post_init__(self) -> None:
         """Checks every value against its range."""
-        given = {name for name in ("patience", "max_seconds") if getattr(self, name) is not None}
-        for name in ("epochs", "batch_size", "eval_every", *(given & {"patience"})):
+        for name in ("epochs", "batch_size", "eval_every"):
             check_int(name, getattr(self, name))
-        for name in ("learning_rate", *(given & {"max_seconds"})):
-            check_number(name, getattr(self, name), "a number above 0", lambda each: each > 0)
+        if self.patience is not None:
+            check_int("patience", self.patience)
+        limits = {"learning_rate": self.learning_rate}
+        limits |= {} if self.max_seconds is None else {"max_seconds": self.max_seconds}
+        for name, value in limits.items():
+            check_number(name, value, "a number above 0", lambda each: each > 0)
         check_int("warmup", self.warmup, 0)
         check_int("seed", self.seed, 0)
         check_number("weight_decay", self.weight_decay, "a number >= 0", lambda each: each >= 0)

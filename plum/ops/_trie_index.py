@@ -216,30 +216,27 @@ def check_states(states: Tensor, trie: SidTrie) -> list[int]:
     Raises:
         InvalidArgument: they are not int64 ``[..., 2]`` on the trie's device.
     """
-    check_tensor("states", states)
+    check_device("states", states, trie)
     # The shape of a tensor is made when it is asked for, and so is a slice of it.
     *shape, ends = states.shape or (0,)
     if states.dtype != torch.int64 or ends != 2:
         got = f"{states.dtype} {list(states.shape)}"
         raise InvalidArgument("states", "an int64 tensor [..., 2] of row ranges", got)
-    check_device("states", states, trie)
     return shape
 
 
 def check_codes(name: str, codes: Tensor, trie: SidTrie) -> None:
     """Raises InvalidArgument unless ``codes`` are integers, as below, on the trie's device."""
-    check_tensor(name, codes)
+    check_device(name, codes, trie)
     if codes.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise InvalidArgument(name, "int64, int32, int16 or uint8 codes", codes.dtype)
-    check_device(name, codes, trie)
 
 
 def check_logits(logits: Tensor, trie: SidTrie) -> None:
     """Raises InvalidArgument unless ``logits`` is fp32, bf16 or fp16 on the trie's device."""
-    check_tensor("logits", logits)
+    check_device("logits", logits, trie)
     if logits.dtype not in LOGITS_DTYPES:
         raise InvalidArgument("logits", "float32, bfloat16 or float16", logits.dtype)
-    check_device("logits", logits, trie)
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int
 from plum.files import atomic_folder, atomic_path, locked, read_json, write_json
 from plum.pipeline.embedding_file import ROWS_PER_CHUNK, EmbeddingFile
 from plum.quantize import Tokenizer, fit_tokenizer, load_tokenizer
@@ -75,10 +75,9 @@ def tokenize_parquet(
         raise InvalidArgument("kind", f"one of {', '.join(KINDS)}", repr(kind))
     if collisions not in POLICIES:
         raise InvalidArgument("collisions", f"one of {', '.join(POLICIES)}", repr(collisions))
-    if sample_rows is not None and sample_rows < 1:
-        raise InvalidArgument("sample_rows", "at least 1", sample_rows)
-    if latent_dim < 1:
-        raise InvalidArgument("latent_dim", "at least 1", latent_dim)
+    if sample_rows is not None:
+        check_int("sample_rows", sample_rows)
+    check_int("latent_dim", latent_dim)
     check_seed(seed)
     file = EmbeddingFile(embeddings, modalities)
     output = _folder(output)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_int
 from plum.ops import code_usage
 from plum.sid.codes import Codes, as_array, as_codes, as_sizes, group_by_sid
 from plum.sid.table import SidTable
@@ -187,8 +187,7 @@ def _finite(value: float) -> float | None:
 
 
 def _prefixes(codes: Codes, labels: Sequence[str] | None, seed: int) -> dict[str, Any]:
-    if not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise InvalidArgument("seed", "an int of at least 0", repr(seed))
+    check_int("seed", seed, 0)
     if labels is None:
         lengths = range(1, codes.shape[1] + 1)
         return {"prefixes": [{"groups": len(group_by_sid(codes[:, :n]).counts)} for n in lengths]}
