@@ -1,4 +1,4 @@
-// Memory that begins at a cache line.
+// Memory that begins at a cache line, and sizes in whole units.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,8 @@
 #include <new>
 
 namespace plum::cpu {
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 struct AlignedFree {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }

@@ -64,8 +64,6 @@ auto kernel(Isa isa, Element element) {
   return &generic::residual_quantize_block;
 }
 
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 // Adds the codes of rows [begin, begin + rows) to `counts`.
 void count_codes(const int32_t* codes, int64_t begin, int64_t rows,
                  const std::vector<int64_t>& offsets, std::vector<int64_t>& counts) {

@@ -154,11 +154,12 @@ double center(float* r, const float* c, const Level& level, int64_t stride, floa
   const double square = sum(norms[0] + norms[1]);
   row.norm = __builtin_sqrt(square * inflated(stride)) + flushed(stride);
   if (!kIntegers) row.error = error_of(row, sum(errors[0] + errors[1]), stride);
-  row.step = static_cast<float>(row.norm * (1 / residual::kRowSteps));
   if (kBounds) {
     const float most = largest(larger(highest, broadcast(0) - lowest));
     row.step = most > 0x1p-70f ? most * (1 / 127.0f) : 0x1p-77f;
-    row.square = square * (2 - inflated(stride) - 0x1p-22) - stride * 0x1p-124;
+    row.square = square * (2 - inflated(stride) - 0x1p-22) - stride * kFlushedProduct;
+  } else if (kIntegers) {
+    row.step = static_cast<float>(row.norm * (1 / residual::kRowSteps));
   }
   return total;
 }
@@ -175,8 +176,10 @@ void round_row(const float* r, const Level& level, int64_t stride, float* operan
     for (int j = 0; j < 2; ++j) errors[j] = fma(t[j], t[j], errors[j]);
   }
   row.error = error_of(row, sum(errors[0] + errors[1]), stride);
-  row.bounds[0] = static_cast<float>(row.norm * 1.000001);
-  row.bounds[1] = static_cast<float>(row.error * 1.000001);
+  if (kBounds) {
+    row.bounds[0] = static_cast<float>(row.norm * 1.000001);
+    row.bounds[1] = static_cast<float>(row.error * 1.000001);
+  }
 }
 
 // The nearest of `count` codewords as the contract defines it: the lowest of equal distances.

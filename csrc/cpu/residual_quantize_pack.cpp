@@ -6,6 +6,7 @@
 #include <string_view>
 #include <unordered_map>
 
+#include "aligned.h"
 #include "plum/residual_quantize.h"
 #include "residual_quantize_types.h"
 
@@ -18,8 +19,6 @@ using residual::Element;
 constexpr int64_t kMaxScreenWidth = 1 << 21;
 // Beyond this width a sum of int8 products may leave int32.
 constexpr int64_t kMaxInt8Width = 1 << 16;
-
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Rounds to the nearest bf16, ties to even.
 uint16_t to_bf16(float value) {
