@@ -52,20 +52,9 @@ void mask_by_bits(const Word* row, int64_t size, const uint64_t* bits, Word fill
   for (; v < size; ++v) out[v] = bits[v / 64] >> (v % 64) & 1 ? row[v] : fill;
 }
 
-// Fills all columns but those of `codes`, which rise; a code may be there several times.
-//   kept  scratch of `count`: `out` may be `row`
-template <typename Word>
-void mask_by_codes(const Word* row, int64_t size, const uint16_t* codes, int64_t count, Word fill,
-                   Word* out, Word* kept) {
-  for (int64_t i = 0; i < count; ++i) kept[i] = row[codes[i]];
-  fill_words(out, size, fill);
-  for (int64_t i = 0; i < count; ++i) out[codes[i]] = kept[i];
-}
-
-// The two ways to mask the columns of a level, and how to fill those around it.
 template <typename Word>
 const Masker<Word>& masker() {
-  static constexpr Masker<Word> kMasker{mask_by_bits<Word>, mask_by_codes<Word>, fill_words<Word>};
+  static constexpr Masker<Word> kMasker{mask_by_bits<Word>, fill_words<Word>};
   return kMasker;
 }
 

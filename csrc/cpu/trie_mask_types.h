@@ -9,8 +9,6 @@ namespace plum::cpu {
 template <typename Word>
 struct Masker {
   void (*by_bits)(const Word* row, int64_t size, const uint64_t* bits, Word fill, Word* out);
-  void (*by_codes)(const Word* row, int64_t size, const uint16_t* codes, int64_t count, Word fill,
-                   Word* out, Word* kept);
   void (*fill)(Word* row, int64_t count, Word value);
 };
 

@@ -120,6 +120,8 @@ int main() {
       check_mask<uint32_t>(trie, random, round % 2 * 9, threads);
       check_mask<uint16_t>(trie, random, round % 2 * 9, threads);
     }
+    // Few rows keep as many logits as are looked up together.
+    check_mask<uint32_t>(TrieTable(900, 1, 20000, random), random, 9, 2);
   }
   std::puts("test_trie_search: ok");
 }
