@@ -60,7 +60,7 @@ bool supported(Isa isa) {
       return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni");
 #ifdef PLUM_BF16
     case Isa::kAvx512Bf16:
-      return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+      return supported(Isa::kAvx512Vnni) && __builtin_cpu_supports("avx512bf16");
     case Isa::kAmxBf16:
       return supported(Isa::kAvx512Bf16) && has_amx_bf16() && tiles_permitted();
 #endif

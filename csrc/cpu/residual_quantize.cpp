@@ -46,7 +46,8 @@ auto kernel(Isa isa, Element element) {
     case Isa::kAmxBf16:
       return &amx_bf16::residual_quantize_block;
     case Isa::kAvx512Bf16:
-      return &avx512_bf16::residual_quantize_block;
+      return element == Element::kInt8 ? &avx512_int8::residual_quantize_block
+                                       : &avx512_bf16::residual_quantize_block;
 #endif
     case Isa::kAvx512Vnni:
       return element == Element::kInt8 ? &avx512_int8::residual_quantize_block
@@ -102,8 +103,8 @@ int64_t residual_quantize(const void* x, RowType type, int64_t rows,
   std::vector<int64_t> first_bad(workers, -1);
   std::vector<std::vector<int64_t>> counts(workers);
   parallel(workers, [&](int worker) {
-    // Residual, operand, two scores a lane, its Row and three words for each row.
-    constexpr int64_t kRowFloats = sizeof(residual::Row) / sizeof(float) + 3;
+    // Residual, operand, two scores a lane, its Row and four words for each row.
+    constexpr int64_t kRowFloats = sizeof(residual::Row) / sizeof(float) + 4;
     const auto workspace = aligned<float>(block * (2 * stride + 2 * kMaxLanes + kRowFloats));
     if (usage) counts[worker].assign(codebooks.size_, 0);
     const PackedCodebooks::Screens* screens = nullptr;

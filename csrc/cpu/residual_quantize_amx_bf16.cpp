@@ -54,7 +54,8 @@ void multiply(const float* operand, int64_t elements, const float* codewords, co
   _tile_stored(3, scores + kTile * kLanes + kTile, panel_bytes);
 }
 
-// Scores kGroup rows against panels [first, last), a few of them between two visits to the best.
+// Scores kGroup rows against panels [first, last), a few of them between two visits to the best:
+// before the first panel there is none.
 void screen(const float* operand, const Row*, int64_t elements, const Level& level, int64_t first,
             int64_t last, float* best, float* second) {
   constexpr int kScores = kGroup * kLanes, kPanels = 4;
@@ -68,7 +69,11 @@ void screen(const float* operand, const Row*, int64_t elements, const Level& lev
                scores + j * kScores);
     }
     for (int at = 0; at < kScores; at += kWidth) {
-      Vec top = load(best + at), next = load(second + at);
+      Vec top = broadcast(residual::kNone), next = top;
+      if (first > 0) {
+        top = load(best + at);
+        next = load(second + at);
+      }
       for (int64_t j = 0; j < panels; ++j) {
         const Bits tag = same_bits(static_cast<int32_t>(first + j));
         fold(tagged(load(scores + j * kScores + at), keep, tag), top, next);

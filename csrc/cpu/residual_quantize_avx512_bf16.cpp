@@ -14,7 +14,10 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 inline Vec first_sum(const Level& level, int64_t at) { return load(level.bias + at); }
-inline Vec score_of(Vec sum, const Level&, int64_t, const Row&) { return sum; }
+struct Scale {
+  Scale(const Level&, int64_t) {}
+};
+inline Vec score_of(Vec sum, const Scale&, const Row&) { return sum; }
 
 #include "residual_quantize_dot.inl"
 #include "residual_quantize_kernel.inl"

@@ -45,15 +45,23 @@ inline Sum first_sum(const Level& level, int64_t at) {
   return reinterpret_cast<Sum>(_mm512_loadu_si512(level.start + at));
 }
 
+struct Scale {
+  Scale(const Level& level, int64_t at)
+      : steps(load(level.steps + at)),
+        bias(load(level.bias + at)),
+        errors(load(level.errors + at)),
+        norms(load(level.norms + at)) {}
+  Vec steps, bias, errors, norms;
+};
 // The most that the scores can be. One step after the other: their product may be too small for a
 // float.
-inline Vec score_of(Sum sum, const Level& level, int64_t at, const Row& row) {
+inline Vec score_of(Sum sum, const Scale& scale, const Row& row) {
   const Vec product = _mm512_cvtepi32_ps(reinterpret_cast<Bits>(sum)) * broadcast(row.step);
   // Cauchy-Schwarz: |t.c' - t~.c~| <= |t| |c' - c~| + |t - t~| |c~|, where t~ and c~ are
   // multiplied.
-  Vec most = fma(broadcast(row.bounds[0]), load(level.errors + at), load(level.bias + at));
-  most = fma(broadcast(row.bounds[1]), load(level.norms + at), most);
-  return fma(product, load(level.steps + at), most);
+  Vec most = fma(broadcast(row.bounds[0]), scale.errors, scale.bias);
+  most = fma(broadcast(row.bounds[1]), scale.norms, most);
+  return fma(product, scale.steps, most);
 }
 
 #include "residual_quantize_dot.inl"

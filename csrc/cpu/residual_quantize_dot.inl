@@ -1,7 +1,7 @@
 // The screen on vector registers: 6 rows by 4 (of 16 floats) or 2 vectors of scores at a time.
 // The variant defines before it: the type Sum, first_sum(level, at) that sums start from,
-// multiply_add(a, b, sum), and score_of(sum, level, at, row), where `at` is the place of the first
-// codeword in arrays [panels, lanes].
+// multiply_add(a, b, sum), Scale(level, at) that makes scores of sums, and score_of(sum, scale,
+// row), where `at` is the place of the first codeword in arrays [panels, lanes].
 
 constexpr int kLanes = 64;
 constexpr int kGroup = 6;
@@ -12,10 +12,36 @@ constexpr int kTileVectors = kWidth == 16 ? 4 : 2;
 // Nothing to set up.
 struct ScreenState {};
 
+// Folds the scores of a tile, of codewords at `at` on, into the best and second best of its lanes;
+// of the first panel they are all there is. Inlined and unrolled, so that sums stay in registers.
+template <bool kFirst>
+__attribute__((always_inline)) inline void fold_tile(const Sum (&sums)[kGroup][kTileVectors],
+                                                     const Level& level, int64_t at,
+                                                     const Row* rows, Bits tag, float* best,
+                                                     float* second) {
+  const Bits keep = same_bits(~level.tag_mask);
+#pragma GCC unroll 4
+  for (int v = 0; v < kTileVectors; ++v) {
+    const Scale scale(level, at + v * kWidth);
+#pragma GCC unroll 6
+    for (int i = 0; i < kGroup; ++i) {
+      const int to = i * kLanes + v * kWidth;
+      const Vec score = tagged(score_of(sums[i][v], scale, rows[i]), keep, tag);
+      Vec top = score, next = broadcast(residual::kNone);
+      if (!kFirst) {
+        top = load(best + to);
+        next = load(second + to);
+        fold(score, top, next);
+      }
+      store(best + to, top);
+      store(second + to, next);
+    }
+  }
+}
+
 // Scores kGroup rows against panels [first, last).
 void screen(const float* operand, const Row* rows, int64_t elements, const Level& level,
             int64_t first, int64_t last, float* best, float* second) {
-  const Bits keep = same_bits(~level.tag_mask);
   for (int64_t panel = first; panel < last; ++panel) {
     const Bits tag = same_bits(static_cast<int32_t>(panel));
     for (int lane = 0; lane < kLanes; lane += kTileVectors * kWidth) {
@@ -41,15 +67,10 @@ void screen(const float* operand, const Row* rows, int64_t elements, const Level
           }
         }
       }
-      for (int i = 0; i < kGroup; ++i) {
-        for (int v = 0; v < kTileVectors; ++v) {
-          const int to = i * kLanes + lane + v * kWidth;
-          const Vec found = score_of(sums[i][v], level, at + v * kWidth, rows[i]);
-          Vec top = load(best + to), next = load(second + to);
-          fold(tagged(found, keep, tag), top, next);
-          store(best + to, top);
-          store(second + to, next);
-        }
+      if (panel == 0) {
+        fold_tile<true>(sums, level, at, rows, tag, best + lane, second + lane);
+      } else {
+        fold_tile<false>(sums, level, at, rows, tag, best + lane, second + lane);
       }
     }
   }

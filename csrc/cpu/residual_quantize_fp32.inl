@@ -23,7 +23,10 @@ inline void store_operand(Vec& x, Vec& y, float, float* operand) {
 using Sum = Vec;
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 inline Vec first_sum(const Level& level, int64_t at) { return load(level.bias + at); }
-inline Vec score_of(Vec sum, const Level&, int64_t, const Row&) { return sum; }
+struct Scale {
+  Scale(const Level&, int64_t) {}
+};
+inline Vec score_of(Vec sum, const Scale&, const Row&) { return sum; }
 
 #include "residual_quantize_dot.inl"
 #include "residual_quantize_kernel.inl"

@@ -51,10 +51,15 @@ inline void store_operand(Vec& x, Vec& y, float step, float* operand) {
 }
 
 inline Sum first_sum(const Level&, int64_t) { return Sum{}; }
+struct Scale {
+  Scale(const Level& level, int64_t at)
+      : step(broadcast(level.step)), bias(load(level.bias + at)) {}
+  Vec step, bias;
+};
 // One step after the other: their product may be too small for a float.
-inline Vec score_of(Sum sum, const Level& level, int64_t at, const Row& row) {
+inline Vec score_of(Sum sum, const Scale& scale, const Row& row) {
   const Vec product = as_floats(reinterpret_cast<Bits>(sum)) * broadcast(row.step);
-  return fma(product, broadcast(level.step), load(level.bias + at));
+  return fma(product, scale.step, scale.bias);
 }
 
 #include "residual_quantize_dot.inl"

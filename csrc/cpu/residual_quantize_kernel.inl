@@ -13,8 +13,6 @@ constexpr bool kIntegers = kScreen == Element::kInt16 || kScreen == Element::kIn
 constexpr bool kBounds = kScreen == Element::kInt8;
 // Dimensions that share an element.
 constexpr int kPack = kScreen == Element::kInt8 ? 4 : kScreen == Element::kFp32 ? 1 : 2;
-// The lowest score: stays finite when its low bits hold a panel.
-constexpr float kNone = -3e38f;
 // Below this (|t| + |c'|)^2, scores and distances cannot overflow.
 constexpr double kHuge = 0x1p120;
 // What D products lose at most when denormals are flushed, and a norm of D values when their
@@ -50,8 +48,8 @@ void squared_distances(const float* r, const float* const* c, int64_t stride, do
   for (int j = 0; j < kAtOnce; ++j) distances[j] = total[j];
 }
 
-// The relative error of such a sum: 3 roundings of a term, one of each addition in a chain and at
-// most 9 of adding up the chains.
+// The relative error of such a sum: 3 roundings of a term, one of each addition in a chain, at
+// most 9 of adding up the chains, and one of keeping the sum as a float.
 inline double distance_error(int64_t stride) {
   return (smaller_of(stride, kChain) / (2 * kWidth) + 16) * 0x1p-24;
 }
@@ -215,14 +213,30 @@ int32_t nearest_exact(const Problem& p, const Level& level, const float* r, cons
   return nearest;
 }
 
-// Keeps in `close` those of `count` codewords that may be nearest by distances of bounded relative
-// error, at most kMaxCandidates; returns how many, or -1 if they are more. `close` may be `slots`.
+// A codeword that was compared before.
+struct Known {
+  int32_t slot;
+  float distance;
+};
+
+// Keeps in `close` those of `count` codewords and the known one, if any, that may be nearest by
+// distances of bounded relative error, at most kMaxCandidates; returns how many, or -1 if they are
+// more. `close` may be `slots` where none is known.
 template <int kAtOnce, typename Distances>
 int narrow(const Problem& p, const Level& level, const float* r, const int32_t* slots,
-           int64_t count, Distances distances_of, double error, int32_t* close) {
+           int64_t count, Distances distances_of, double error, const Known* known,
+           int32_t* close) {
   double distances[kMaxCandidates];
   int kept = 0;
   double limit = __builtin_inf(), least = limit;
+  const auto limit_of = [&](double distance) {
+    return distance * (1 + 4 * error) + p.stride * kFlushedProduct;
+  };
+  if (known) {
+    close[kept] = known->slot;
+    distances[kept++] = least = known->distance;
+    limit = limit_of(least);
+  }
   for (int64_t first = 0; first < count; first += kAtOnce) {
     int32_t slot[kAtOnce];
     const float* c[kAtOnce];
@@ -237,7 +251,7 @@ int narrow(const Problem& p, const Level& level, const float* r, const int32_t* 
       if (found[j] > limit || first + j >= count) continue;
       if (found[j] < least) {
         least = found[j];
-        limit = least * (1 + 4 * error) + p.stride * kFlushedProduct;
+        limit = limit_of(least);
         const int before = kept;
         kept = 0;
         for (int k = 0; k < before; ++k) {
@@ -256,14 +270,14 @@ int narrow(const Problem& p, const Level& level, const float* r, const int32_t* 
 
 // As nearest_exact, which decides only between those that other distances cannot tell apart.
 int32_t nearest_of(const Problem& p, const Level& level, const float* r, const int32_t* slots,
-                   int64_t count) {
+                   int64_t count, const Known* known) {
   int32_t close[kMaxCandidates];
-  int kept =
-      narrow<2>(p, level, r, slots, count, squared_distances<2>, distance_error(p.stride), close);
+  int kept = narrow<2>(p, level, r, slots, count, squared_distances<2>, distance_error(p.stride),
+                       known, close);
   if (kept < 0) return nearest_exact(p, level, r, slots, count);
   if (kept == 1) return close[0];
   const double error = (p.stride + 32) * 0x1p-52;
-  kept = narrow<1>(p, level, r, close, kept, squared_distance64, error, close);
+  kept = narrow<1>(p, level, r, close, kept, squared_distance64, error, nullptr, close);
   return kept == 1 ? close[0] : nearest_exact(p, level, r, close, kept);
 }
 
@@ -300,7 +314,7 @@ inline int32_t slot_of(const Level& level, const float* best, int lane) {
 // The nearest codeword of r among those whose best or second best scores are above `threshold`.
 // Adds how many those are to `compared`.
 int32_t nearest_above(const Problem& p, const Level& level, const float* r, const float* best,
-                      const float* second, float threshold, int64_t& compared) {
+                      const float* second, float threshold, const Known* known, int64_t& compared) {
   const uint64_t crowded = lanes_above(second, threshold);
   int32_t candidates[kMaxCandidates];
   int count = 0;
@@ -311,22 +325,19 @@ int32_t nearest_above(const Problem& p, const Level& level, const float* r, cons
     for (; slot < level.count; slot += kLanes) {
       if (count == kMaxCandidates) {
         compared += level.count;
-        return nearest_of(p, level, r, nullptr, level.count);
+        return nearest_of(p, level, r, nullptr, level.count, nullptr);
       }
-      candidates[count++] = static_cast<int32_t>(slot);
+      candidates[count] = static_cast<int32_t>(slot);
+      count += !known || slot != known->slot;
       if (!whole_lane) break;
     }
   }
   compared += count;
-  return nearest_of(p, level, r, candidates, count);
+  return nearest_of(p, level, r, candidates, count, known);
 }
 
-// A lower bound of the score of the codeword at `slot`, by its distance.
-inline double score_at_least(const Problem& p, const Level& level, const Row& row, const float* r,
-                             int32_t slot) {
-  const float* c = level.rows + slot * p.stride;
-  double distance;
-  squared_distances<1>(r, &c, p.stride, &distance);
+// A lower bound of the score of a codeword, by its distance.
+inline double score_at_least(const Problem& p, const Row& row, double distance) {
   distance = distance * (1 + 2 * distance_error(p.stride)) + p.stride * kFlushedProduct;
   return (row.square - distance) / 2;
 }
@@ -334,12 +345,13 @@ inline double score_at_least(const Problem& p, const Level& level, const Row& ro
 // Finds the nearest codewords of `count` rows, given the best and second best tagged scores of each
 // lane. Rows with one candidate go straight through; the others come after them. Returns how many
 // codewords were compared by distance.
-//   work  [2, count]
+//   work  [3, count]
 int64_t find_nearest(const Problem& p, const Level& level, const float* residual, int64_t count,
                      const Row* rows, const float* best, const float* second, float* work,
                      int32_t* slots) {
   float* thresholds = work;
-  int32_t* unsure = reinterpret_cast<int32_t*>(work + count);
+  float* distances = work + count;
+  int32_t* unsure = reinterpret_cast<int32_t*>(work + 2 * count);
   int64_t compared = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float* scores = best + i * kLanes;
@@ -356,7 +368,11 @@ int64_t find_nearest(const Problem& p, const Level& level, const float* residual
     const double top = thresholds[i];
     double least = top;
     if (kBounds) {
-      least = score_at_least(p, level, rows[i], residual + i * p.stride, slots[i]);
+      const float* c = level.rows + slots[i] * p.stride;
+      double distance;
+      squared_distances<1>(residual + i * p.stride, &c, p.stride, &distance);
+      distances[i] = static_cast<float>(distance);
+      least = score_at_least(p, rows[i], distances[i]);
       ++compared;
     }
     const double size = __builtin_fmax(__builtin_fabs(top), __builtin_fabs(least));
@@ -369,7 +385,9 @@ int64_t find_nearest(const Problem& p, const Level& level, const float* residual
     const double norms = rows[i].norm + level.norm;
     const bool sure =
         (lanes & (lanes - 1)) == 0 && lanes != 0 && crowded == 0 && norms * norms < kHuge;
-    slots[i] = slot_of(level, best + i * kLanes, lanes == 0 ? 0 : __builtin_ctzll(lanes));
+    if (!kBounds) {
+      slots[i] = slot_of(level, best + i * kLanes, lanes == 0 ? 0 : __builtin_ctzll(lanes));
+    }
     unsure[left] = static_cast<int32_t>(i);
     left += !sure;
   }
@@ -378,8 +396,9 @@ int64_t find_nearest(const Problem& p, const Level& level, const float* residual
     const float* r = residual + i * p.stride;
     const double norms = rows[i].norm + level.norm;
     if (norms * norms < kHuge) {
+      const Known top = {slots[i], kBounds ? distances[i] : 0};
       slots[i] = nearest_above(p, level, r, best + i * kLanes, second + i * kLanes, thresholds[i],
-                               compared);
+                               kBounds ? &top : nullptr, compared);
     } else {
       slots[i] = nearest_exact(p, level, r, nullptr, level.count);
     }
@@ -411,7 +430,7 @@ int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, int64_t n
   float* second = best + padded * kLanes;
   Row* norms = reinterpret_cast<Row*>(second + padded * kLanes);
   float* work = reinterpret_cast<float*>(norms + padded);
-  int32_t* slots = reinterpret_cast<int32_t*>(work + 2 * padded);
+  int32_t* slots = reinterpret_cast<int32_t*>(work + 3 * padded);
   [[maybe_unused]] const ScreenState state;
   int64_t bad = -1;
   // A row that is not finite is noted, and goes on as zeros.
@@ -442,7 +461,6 @@ int64_t quantize_block(const Problem& p, int64_t begin, int64_t count, int64_t n
     const Level& level = p.levels[l];
     const bool last_level = l + 1 == p.num_levels;
     const Level& next_level = p.levels[last_level ? l : l + 1];
-    for (int64_t i = 0; i < 2 * padded * kLanes; i += kWidth) store(best + i, broadcast(kNone));
     const int64_t panels = (level.count + kLanes - 1) / kLanes;
     const int64_t together = residual::kPanelBytes / (elements * kLanes * sizeof(float)) + 1;
     for (int64_t first = 0; first < panels; first += together) {

@@ -93,19 +93,21 @@ void round_values(Element element, float step, std::vector<double>& values,
   }
 }
 
-// Where an int8 screen saves more than its bounds and what they leave to compare take, as measured.
-bool coarse_pays(int64_t codewords_a_level, int64_t width) {
-  return codewords_a_level * (width - 32) >= 64 * (width + 192) && width <= kMaxInt8Width;
+// Where an int8 screen saves more than its bounds and what they leave to compare take, as measured
+// on an Intel CPU without bf16 and an AMD CPU with it.
+bool coarse_pays(Isa isa, int64_t lanes_a_level, int64_t width) {
+  if (isa != Isa::kAvx512Vnni && isa != Isa::kAvx512Bf16) return false;
+  const int64_t least = 64 * (width + (isa == Isa::kAvx512Bf16 ? 64 : 192));
+  return lanes_a_level * (width - 32) >= least && width <= kMaxInt8Width;
 }
 
-// What the screen of an instruction set multiplies.
-Element element_of(Isa isa, int64_t codewords_a_level, int64_t width) {
+// What the screen of an instruction set multiplies where int8 does not pay.
+Element fine_element(Isa isa) {
   switch (isa) {
     case Isa::kAmxBf16:
     case Isa::kAvx512Bf16:
       return Element::kBf16;
     case Isa::kAvx512Vnni:
-      return coarse_pays(codewords_a_level, width) ? Element::kInt8 : Element::kInt16;
     case Isa::kAvx2:
       return Element::kInt16;
     default:
@@ -152,7 +154,12 @@ PackedCodebooks::PackedCodebooks(const float* codebooks, const std::vector<int64
     gather(codebooks, sizes[l], levels_[l]);
     codebooks += sizes[l] * width;
   }
-  screens_ = screens(element_of(isa_, size_ / static_cast<int64_t>(sizes.size()), width));
+  int64_t lanes = 0;
+  for (const Level& level : levels_) {
+    lanes += round_up(static_cast<int64_t>(level.code.size()), lanes_);
+  }
+  const bool coarse = coarse_pays(isa_, lanes / static_cast<int64_t>(sizes.size()), width);
+  screens_ = screens(coarse ? Element::kInt8 : fine_element(isa_));
 }
 
 void PackedCodebooks::gather(const float* codebook, int64_t size, Level& level) const {
@@ -189,8 +196,7 @@ PackedCodebooks::Screen PackedCodebooks::screen(const Level& level, Element elem
   const int64_t padded = round_up(count, lanes_), each = dimensions_of(element);
   while (screen.tag_mask < (count - 1) / lanes_) screen.tag_mask = 2 * screen.tag_mask + 1;
   screen.panels.assign(padded * stride_ / each, 0);
-  // Below every score, and finite when its low bits are replaced.
-  screen.bias.assign(padded, -3e38f);
+  screen.bias.assign(padded, residual::kNone);
   auto* words = reinterpret_cast<uint32_t*>(screen.panels.data());
   auto* halves = reinterpret_cast<uint16_t*>(screen.panels.data());
   auto* bytes = reinterpret_cast<uint8_t*>(screen.panels.data());
@@ -242,7 +248,7 @@ PackedCodebooks::Screen PackedCodebooks::screen(const Level& level, Element elem
 
 const PackedCodebooks::Screens& PackedCodebooks::active_screens() const {
   if (!fallback_->wanted.load(std::memory_order_relaxed)) return screens_;
-  std::call_once(fallback_->once, [this] { fallback_->screens = screens(Element::kInt16); });
+  std::call_once(fallback_->once, [this] { fallback_->screens = screens(fine_element(isa_)); });
   return fallback_->screens;
 }
 

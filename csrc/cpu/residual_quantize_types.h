@@ -18,6 +18,9 @@ constexpr double kRowSteps = 32000, kCodewordSteps = 64000;
 // Bytes of panels that stay in the second-level cache beside a block of rows.
 constexpr int64_t kPanelBytes = int64_t{1} << 18;
 
+// Below every score, and finite when its low bits hold a panel.
+constexpr float kNone = -3e38f;
+
 // int8 rows are stored with this added: the instruction multiplies unsigned by signed bytes.
 constexpr int32_t kByteOffset = 128;
 
