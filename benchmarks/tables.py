@@ -118,16 +118,18 @@ def _recall(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def summary() -> list[str]:
-    """How many times as fast as the best known peer of each kind, on two CPUs."""
-    isas = {"AMX": "amx_bf16", "AVX-512 with VNNI": "avx512_vnni"}
+    """How many times as fast as the best known peer of each kind, on three CPUs."""
+    isas = {"AMX": "amx_bf16", "AVX-512 with VNNI": "avx512_vnni",
+            "AVX-512 with VNNI and bf16": "avx512_bf16"}  # fmt: skip
     search, kmeans, step = (
         {isa: Source(op, isa=isa) for isa in isas.values()}
         for op in ("residual_quantize", "kmeans", "training_step")
     )
     torch, vector = ("torch addmm + argmin",), ("vector-quantize-pytorch",)
-    decode, generate = Source("trie_decode"), Source("generate")
+    decode = {isa: Source("trie_decode", isa=isa) for isa in isas.values() if isa != "amx_bf16"}
+    generate = Source("generate")
 
-    def on_both(
+    def on_each(
         sources: dict[str, Source], ours: str, peers: Sequence[str], shape: str
     ) -> list[str]:
         return [_over(sources[isa], (ours,), peers, shape) for isa in isas.values()]
@@ -135,18 +137,18 @@ def summary() -> list[str]:
     shape = "D=384 3x256"
     rows = [
         [f"search of {_shapes([shape])[0]}: torch's `addmm` + `argmin`",
-         *on_both(search, "plum cpu", torch, shape)],
-        ["the same: vector-quantize-pytorch", *on_both(search, "plum cpu", vector, shape)],
+         *on_each(search, "plum cpu", torch, shape)],
+        ["the same: vector-quantize-pytorch", *on_each(search, "plum cpu", vector, shape)],
         ["a training step of it: vector-quantize-pytorch's `ResidualVQ`",
-         *on_both(step, "plum ResidualVQ", vector, shape)],
+         *on_each(step, "plum ResidualVQ", vector, shape)],
         ["k-means, 2,048 clusters: faiss",
-         *on_both(kmeans, "plum KMeans", ("faiss Kmeans",), "D=384 K=2048")],
+         *on_each(kmeans, "plum KMeans", ("faiss Kmeans",), "D=384 K=2048")],
         [f"a constrained decode, 8 {_TIMES} 64 beams: STATIC", "",
-         _over_catalogs(decode, "plum cpu", "8x64")],
+         *(_over_catalogs(source, "plum cpu", "8x64") for source in decode.values())],
         ["a whole search, GPT-2-small shape: transformers' `generate`", "",
-         _over(generate, ("plum full",), ("transformers generate",), "256 tokens, W=32, L=3")],
+         _over(generate, ("plum full",), ("transformers generate",), "256 tokens, W=32, L=3"), ""],
     ]  # fmt: skip
-    files = [*search.values(), decode, generate]
+    files = [*search.values(), *decode.values(), generate]
     names = ", ".join(dict.fromkeys(f"`{each.file}`" for each in files))
     return [
         f"From `benchmarks/results/`: {names}.",
@@ -276,9 +278,9 @@ _BEAMS = {
 }
 
 
-def trie_mask() -> list[str]:
+def trie_mask(isa: str = "avx512_vnni") -> list[str]:
     """How many times as fast masks are as the peers', over the catalogs."""
-    source = Source("trie_mask")
+    source = Source("trie_mask", isa=isa)
     rows = []
     for title, ours, peer in (
         ("transformers' prefix function, in place", "plum cpu", "transformers prefix function"),
@@ -315,9 +317,9 @@ def trie_mask() -> list[str]:
     ]
 
 
-def trie_filter() -> list[str]:
+def trie_filter(isa: str = "avx512_vnni") -> list[str]:
     """What a filter and a deny list add to a step and to a search, in how many cases how much."""
-    source, searches = Source("trie_filter"), Source("trie_limited_decode")
+    source, searches = (Source(f"trie_{what}", isa=isa) for what in ("filter", "limited_decode"))
     rows = []
     for label, measured, denies, asked in (
         ("a step, one filter", source, False, 1.25),
@@ -360,9 +362,9 @@ def _over_catalogs(source: Source, provider: str, beams: str) -> str:
     return f"{_times(geometric_mean(known))} ({_times(min(known))})" if known else ""
 
 
-def trie_build() -> list[str]:
+def trie_build(isa: str = "avx512_vnni") -> list[str]:
     """Time and bytes of the indexes of five million SIDs."""
-    source = Source("trie_build")
+    source = Source("trie_build", isa=isa)
     shapes = ("uniform L3 5M", "uniform L8 5M")
 
     def both(cells: Sequence[str]) -> str:
@@ -502,19 +504,20 @@ def _table(head: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
+# Shown of several CPUs; of the first three the default is AMX.
+_ON_SEVERAL = (
+    *(residual_quantize, kmeans, training_step),
+    *(trie_decode, trie_mask, trie_filter, trie_build),
+)
 TABLES: dict[str, Callable[[], list[str]]] = {
     "recommendation": recommendation,
     "summary": summary,
     "residual_quantize": residual_quantize,
-    "residual_quantize_vnni": partial(residual_quantize, "avx512_vnni"),
-    "kmeans_vnni": partial(kmeans, "avx512_vnni"),
-    "training_step_vnni": partial(training_step, "avx512_vnni"),
     "residual_quantize_gpu": residual_quantize_gpu,
     "trie_step_gpu": trie_step_gpu,
     "kmeans": kmeans,
     "training_step": training_step,
     "trie_decode": trie_decode,
-    "trie_decode_avx2": partial(trie_decode, "avx2"),
     "trie_mask": trie_mask,
     "trie_filter": trie_filter,
     "trie_build": trie_build,
@@ -523,6 +526,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "generate_run": generate_run,
     "drop_in": drop_in,
     "scaling": scaling,
+    **{f"{table.__name__}_vnni": partial(table, "avx512_vnni") for table in _ON_SEVERAL[:3]},
+    **{f"{table.__name__}_bf16": partial(table, "avx512_bf16") for table in _ON_SEVERAL},
 }
 
 
