@@ -264,6 +264,10 @@ def _fingerprint(path: Path) -> str:
 
 
 def _check_columns(where: str, frame: pl.DataFrame, types: dict[str, type[pl.DataType]]) -> None:
+    if not isinstance(frame, pl.DataFrame):
+        got = f"a {type(frame).__module__.split('.')[0]} {type(frame).__name__}"
+        hint = "collect() a lazy frame, take one of pandas by polars.from_pandas(frame)"
+        raise InvalidData(where, "a polars DataFrame", got, hint)
     for column, dtype in types.items():
         if column not in frame.columns:
             have = ", ".join(frame.columns) or "no columns"

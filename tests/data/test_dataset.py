@@ -91,6 +91,8 @@ def test_bad_template_is_refused(template: object, words: str) -> None:
         (catalog(item_id=["a", "b", "a"]), ["unique", "'a'"]),
         (catalog(title=["Alpha", " ", None], genres=["", "", "x"]), ["item 'b'", "{title}"]),
         (catalog().with_columns(year=pl.lit(1999)), ["'year'", "String", "Int32"]),
+        (catalog().lazy(), ["a polars DataFrame", "a polars LazyFrame", "collect()"]),
+        ({"item_id": ["a"]}, ["a polars DataFrame", "a builtins dict"]),
     ],
 )
 def test_bad_items_are_named(items: pl.DataFrame, words: list[str]) -> None:
@@ -126,6 +128,7 @@ def test_only_the_first_few_repeated_ids_are_named() -> None:
         (log([("u1", "a", 1), ("u1", "", 2)]), ["row 1", "item_id"]),
         (log([("u1", "a", 1), ("u1", "b", -4)]), ["row 1", "timestamp >= 0", "-4"]),
         (log([("u1", "a", None)]), ["row 0", "timestamp >= 0", "None"]),
+        (LOG, ["a polars DataFrame", "a builtins list"]),
     ],
 )
 def test_bad_interactions_are_named(rows: pl.DataFrame, words: list[str]) -> None:
