@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,9 +31,8 @@ from benchmarks import (
 )
 from benchmarks.cases import embedding_like, make_case, share_equal
 from benchmarks.ceilings import Ceiling
-from benchmarks.measure import measure
 from benchmarks.peers import PeerAbsent, checkouts, generate_ours, ours, trie_gpu, trie_ours
-from benchmarks.worker import Job, Worker, prepare_here, processor_time
+from benchmarks.worker import Worker, prepare_here
 from plum.ops.trie_walk import trie_walk
 from plum.trie import SidTrie
 
@@ -224,41 +222,6 @@ def test_a_worker_answers_as_this_process_does_and_outlives_errors():
 def _answer(job):
     job()
     return job.result()
-
-
-def test_only_one_thread_is_timed_by_processor_time():
-    def timed(threads):
-        torch.set_num_threads(threads)
-        start = processor_time()
-        time.sleep(0.2)
-        return processor_time() - start
-
-    before = torch.get_num_threads()
-    try:
-        assert timed(1) < 0.1 and timed(2) >= 0.2
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(("reading", "calls"), [(0.0, 1), (2e-6, 1), (1e-4, 5)])
-def test_reading_the_clock_is_little_of_a_round(reading, calls, monkeypatch):
-    now = 0.0
-
-    def clock() -> float:
-        nonlocal now
-        now += reading
-        return now
-
-    def run() -> torch.Tensor:
-        nonlocal now
-        now += 2e-3
-        return torch.zeros(1)
-
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    timed = []
-    benchmark = SimpleNamespace(_timer=clock, pedantic=lambda job, **how: timed.append(how))
-    assert measure(benchmark, Job(run), 1.0, lambda found: found.item()) == 0
-    assert timed == [{"rounds": 50, "iterations": calls}]
 
 
 def test_a_worker_has_the_blas_it_was_asked_for(monkeypatch):
