@@ -1,8 +1,9 @@
 """The ``torch.library`` handle and the registry of op backends.
 
 An op is defined once, with a plain-torch reference that runs on every device; native backends are
-optimizations of it. PyTorch's dispatcher makes the automatic choice; ``backend="..."`` on a public
-function goes past it, for tests and benchmarks.
+optimizations of it. PyTorch's dispatcher makes the automatic choice. To a Python function it takes
+as long as a mask of 32 rows does, so plain tensors on a CPU go past it where nothing looks on that
+it would tell; ``backend="..."`` on a public function always does, for tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from plum.errors import BackendUnavailable, InvalidArgument
 
 _CPU = torch.device("cpu")
+# Types of arguments that are what they seem, unlike subclasses of Tensor. Lists hold the arrays of
+# a trie or a filter, which plum made.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, int, bool, float, str, list, tuple, type(None)))
 BACKENDS = ("reference", "cpu", "cuda", "wgmma", "triton")
 # Major compute capabilities on which the GPU backends have passed their tests and, where timed,
 # beaten plain torch: benchmarks/results/h200-*.json.
@@ -107,17 +112,23 @@ class Op:
         _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _lib.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"plum::{self.name}", fake, lib=_lib)
+        self._on_cpu = reference
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
             there = [backend for backend in backends if backend.device == device]
             if there:
                 automatic = _on_a_cpu if device == "cpu" else _on_a_gpu
-                _lib.impl(self.name, automatic(self.name, there, reference), key)
+                run = automatic(self.name, there, reference)
+                _lib.impl(self.name, run, key)
+                if device == "cpu":
+                    self._on_cpu = run
         self._overload = getattr(torch.ops.plum, self.name).default
         OPS[self.name] = self
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Runs the op; ``backend`` forces one and raises when it cannot run here."""
         if backend is None:
+            if _nothing_looks_on() and _PLAIN.issuperset(map(type, args)) and args[0].is_cpu:
+                return self._on_cpu(*args)
             return self._overload(*args)
         if backend == "reference":
             return self.reference(*args)
@@ -141,6 +152,17 @@ class Op:
             if backend.device == device and backend.why_not() is None:
                 return backend.name
         return "reference"
+
+
+def _nothing_looks_on() -> bool:
+    """Says whether nothing that traces, transforms, watches or profiles ops is at work here."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    )
 
 
 def _on_its_device(backend: Backend) -> Callable[..., Any]:

@@ -574,6 +574,7 @@ def _trie(index: Sequence[Tensor]) -> tuple[int, ...]:
     assert table.is_cpu and codes.is_cpu and fields == 9
     # Every op asks for them in every call, and a loop takes half as long again.
     tables, runs, rows = table.data_ptr(), codes.data_ptr(), starts.data_ptr()
+    assert tables and runs  # fake tensors have no memory
     return depth, tables, runs, rows, begins.data_ptr(), ranks.data_ptr(), masks.data_ptr()
 
 

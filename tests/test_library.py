@@ -10,7 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import plum.ops  # noqa: F401  registers the ops
 from plum import _library, _native
@@ -199,6 +202,57 @@ def by_backend(name, args):
     for backend in ["reference", *OPS[name].backends]:
         with contextlib.suppress(BackendUnavailable):
             yield backend, pytree.tree_leaves(OPS[name](*args, backend=backend))
+
+
+def counted(codes):
+    """An op of two codes a level, counted over levels."""
+    return OPS["code_usage"](codes, [2, 2], True)
+
+
+CODES = torch.tensor([[0, 1], [1, 1], [1, 1]])
+COUNTS = [1, 2, 0, 3]
+
+
+def test_plain_tensors_on_a_cpu_go_past_the_dispatcher(monkeypatch):
+    monkeypatch.setattr(OPS["code_usage"], "_overload", None)
+    assert counted(CODES).tolist() == COUNTS
+    with torch.inference_mode(), torch.autocast("cpu"):
+        assert counted(CODES).tolist() == COUNTS
+    for other in (CODES.to("meta"), CODES.as_subclass(type("Mine", (torch.Tensor,), {}))):
+        with pytest.raises(TypeError, match="NoneType"):
+            counted(other)
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_traces_watches_or_transforms_ops_still_sees_them():
+    with Watch() as watch:
+        assert counted(CODES).tolist() == COUNTS
+    assert watch.seen[0] == "plum.code_usage.default"
+    assert "plum.code_usage.default" in make_fx(counted)(CODES).code
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert "plum::code_usage" in str(torch.jit.trace(counted, (CODES,)).graph)
+    with torch.profiler.profile() as profile:
+        counted(CODES)
+    assert "plum::code_usage" in {event.key for event in profile.key_averages()}
+    assert torch.func.functionalize(counted)(CODES).tolist() == COUNTS
+
+
+def test_a_trie_of_fake_tensors_is_refused_and_not_read():
+    with FakeTensorMode() as mode:
+        index = [mode.from_tensor(tensor) for tensor in TRIE.index]
+    with warnings.catch_warnings(), pytest.raises(AssertionError):
+        warnings.simplefilter("ignore", UserWarning)
+        OPS["forced_tail"](STATES, index, 0)
 
 
 def on_meta(tensor):
