@@ -17,6 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import profiler
+from torch.compiler import is_compiling
 
 from plum.errors import BackendUnavailable, InvalidArgument
 
@@ -157,11 +161,11 @@ class Op:
 def _nothing_looks_on() -> bool:
     """Says whether nothing that traces, transforms, watches or profiles ops is at work here."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
+        is_compiling()
+        or _len_torch_dispatch_stack()
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or profiler._is_profiler_enabled
     )
 
 
