@@ -185,25 +185,25 @@ void round_row(const float* r, const Level& level, int64_t stride, float* operan
 int32_t nearest_exact(const Problem& p, const Level& level, const float* r, const int32_t* slots,
                       int64_t count) {
   // Sums in the order of the dimensions are chains of additions; several chains run at once.
-  constexpr int kTogether = 8;
+  constexpr int kChains = 8;
   int32_t nearest = 0;
   double least = __builtin_inf();
-  for (int64_t first = 0; first < count; first += kTogether) {
-    int32_t slot[kTogether];
-    const float* c[kTogether];
-    double distance[kTogether] = {};
-    for (int j = 0; j < kTogether; ++j) {
+  for (int64_t first = 0; first < count; first += kChains) {
+    int32_t slot[kChains];
+    const float* c[kChains];
+    double distance[kChains] = {};
+    for (int j = 0; j < kChains; ++j) {
       const int64_t i = smaller_of(first + j, count - 1);
       slot[j] = slots ? slots[i] : static_cast<int32_t>(i);
       c[j] = level.rows + slot[j] * p.stride;
     }
     for (int64_t d = 0; d < p.width; ++d) {
-      for (int j = 0; j < kTogether; ++j) {
+      for (int j = 0; j < kChains; ++j) {
         const double difference = double(r[d]) - double(c[j][d]);
         distance[j] += difference * difference;
       }
     }
-    for (int j = 0; j < kTogether; ++j) {
+    for (int j = 0; j < kChains; ++j) {
       if (distance[j] < least || (distance[j] == least && slot[j] < nearest)) {
         least = distance[j];
         nearest = slot[j];
@@ -274,7 +274,11 @@ int32_t nearest_of(const Problem& p, const Level& level, const float* r, const i
   int32_t close[kMaxCandidates];
   int kept = narrow<2>(p, level, r, slots, count, squared_distances<2>, distance_error(p.stride),
                        known, close);
-  if (kept < 0) return nearest_exact(p, level, r, slots, count);
+  if (kept < 0) {
+    // There may be room for all slots, but not for the known one too.
+    return known ? nearest_exact(p, level, r, nullptr, level.count)
+                 : nearest_exact(p, level, r, slots, count);
+  }
   if (kept == 1) return close[0];
   const double error = (p.stride + 32) * 0x1p-52;
   kept = narrow<1>(p, level, r, close, kept, squared_distance64, error, nullptr, close);

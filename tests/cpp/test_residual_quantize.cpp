@@ -104,6 +104,29 @@ void compare_with_naive(int64_t rows, int64_t width, const std::vector<int64_t>&
   }
 }
 
+// One codeword a little nearer to 0 than `others`, which cannot be told apart before the last
+// comparison: as many as are kept, or more, beside one that was compared before.
+void check_crowds(int64_t others) {
+  const int64_t width = 256;
+  Case c{1, width, {others + 1}, std::vector<float>(width), {}};
+  const float rest = std::sqrt((width * (1 - 2e-6f) - 64) / (width - 1));
+  std::mt19937_64 random(others);
+  for (int64_t k = 0; k <= others; ++k) {
+    for (int64_t d = 0; d < width; ++d) {
+      const float size = k ? 1 : d ? rest : 8;
+      c.codebooks.push_back(random() & 1 ? size : -size);
+    }
+  }
+  const NaiveSearch expected = naive(c);
+  CHECK(expected.codes[0] == 0);
+  for (const std::string& isa : plum::cpu::available_isas()) {
+    plum::cpu::set_isa(isa);
+    Answer answer;
+    CHECK(run(c, c.x.data(), RowType::kFloat32, 1, answer) == -1);
+    check_equal(c, answer, expected);
+  }
+}
+
 // Every fp16 pattern as a row of width 1, as the CPU's answer to the widened value.
 void check_half_rows(RowType type) {
   Case c{1 << 16, 1, {3}, std::vector<float>(1 << 16), {-1, 0.25, 100}};
@@ -172,6 +195,7 @@ int main() {
   }
   compare_with_naive(40, 2, {5000}, Values::kNormal);
   compare_with_naive(1, 1, std::vector<int64_t>(20, 2), Values::kNormal);
+  for (int64_t others : {510, 511, 512, 513, 514, 2000}) check_crowds(others);
   compare_with_naive(0, 4, {2}, Values::kNormal);
   check_half_rows(RowType::kBfloat16);
   check_half_rows(RowType::kFloat16);
