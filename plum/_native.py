@@ -129,7 +129,7 @@ def set_cpu_isa(name: str) -> None:
 
 def code_usage_cpu(codes: Tensor, sizes: Sequence[int], usage: Tensor) -> int:
     """Adds the counts of ``codes`` to ``usage``; returns the first bad position, or -1."""
-    _check_cpu(codes)
+    _check_cpu(codes, torch.int32, torch.int64)
     _check_cpu(usage, torch.int64)
     assert usage.numel() == sum(sizes) and codes.shape[1] == len(sizes)
     return _C.code_usage_cpu(
@@ -161,7 +161,7 @@ def codebook_sums_cpu(
 ) -> int:
     """Fills ``sums``; returns the first bad position of ``codes``, or -1."""
     _check_cpu(x)
-    _check_cpu(codes)
+    _check_cpu(codes, torch.int32, torch.int64)
     _check_cpu(codebooks, torch.float32)
     _check_cpu(sums, torch.float64)
     assert codes.shape == (len(x), len(sizes))
@@ -196,7 +196,7 @@ def residual_quantize_cpu(
     _check_cpu(x)
     _check_cpu(codes, torch.int32)
     _check_cpu(norms, torch.float32)
-    assert codes.shape == norms.shape and len(codes) == len(x)
+    assert codes.shape == norms.shape == (len(x), packed.levels) and x.shape[1] == packed.width
     if residual is not None:
         _check_cpu(residual, torch.float32)
         assert residual.shape == x.shape
@@ -591,6 +591,6 @@ def _filter(filter: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for tensor in filter) if filter else (0, 0, 0)
 
 
-def _check_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+def _check_cpu(tensor: Tensor, *dtypes: torch.dtype) -> None:
     assert tensor.is_cpu and tensor.is_contiguous()
-    assert dtype is None or tensor.dtype == dtype
+    assert not dtypes or tensor.dtype in dtypes

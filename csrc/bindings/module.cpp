@@ -358,6 +358,8 @@ PYBIND11_MODULE(_C, module) {
       .def("matches", &matches)
       .def_property_readonly("first_bad", &PackedCodebooks::first_bad)
       .def_property_readonly("size", &PackedCodebooks::size)
+      .def_property_readonly("width", &PackedCodebooks::width)
+      .def_property_readonly("levels", &PackedCodebooks::levels)
       .def_property_readonly("bytes", &PackedCodebooks::bytes);
   module.def("residual_quantize_cpu", &residual_quantize_cpu);
   module.def("trie_mask_cpu", &trie_mask_cpu);

@@ -34,17 +34,8 @@ constexpr int64_t kRowsPerFlush = int64_t{1} << 31;
 template <typename Code>
 auto kernel() {
 #ifdef PLUM_X86
-  switch (active_isa()) {
-    case Isa::kAmxBf16:
-    case Isa::kAvx512Bf16:
-    case Isa::kAvx512Vnni:
-    case Isa::kAvx512:
-      return &avx512::count_rows<Code>;
-    case Isa::kAvx2:
-      return &avx2::count_rows<Code>;
-    case Isa::kGeneric:
-      break;
-  }
+  if (active_isa() >= Isa::kAvx512) return &avx512::count_rows<Code>;
+  if (active_isa() == Isa::kAvx2) return &avx2::count_rows<Code>;
 #endif
   return &generic::count_rows<Code>;
 }
@@ -71,7 +62,7 @@ int64_t code_usage(const Code* codes, int64_t rows, int64_t levels, const int64_
   std::vector<std::vector<int64_t>> sums(workers);
   std::vector<int64_t> first_bad(workers, -1);
   parallel(workers, [&](int worker) {
-    std::vector<uint32_t> histogram(2 * (total + 1), 0);
+    std::vector<uint32_t> histogram(2 * (size_t{total} + 1), 0);
     std::vector<int64_t>& sum = sums[worker];
     sum.assign(total, 0);
     const int64_t end = rows * (worker + 1) / workers;

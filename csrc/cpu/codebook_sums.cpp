@@ -36,17 +36,8 @@ constexpr int64_t kElementsPerThread = 1 << 17;
 
 auto kernel() {
 #ifdef PLUM_X86
-  switch (active_isa()) {
-    case Isa::kAmxBf16:
-    case Isa::kAvx512Bf16:
-    case Isa::kAvx512Vnni:
-    case Isa::kAvx512:
-      return &avx512::codebook_sums_columns;
-    case Isa::kAvx2:
-      return &avx2::codebook_sums_columns;
-    case Isa::kGeneric:
-      break;
-  }
+  if (active_isa() >= Isa::kAvx512) return &avx512::codebook_sums_columns;
+  if (active_isa() == Isa::kAvx2) return &avx2::codebook_sums_columns;
 #endif
   return &generic::codebook_sums_columns;
 }

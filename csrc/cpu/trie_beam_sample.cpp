@@ -27,7 +27,8 @@ uint64_t mixed(uint64_t z) {
 double gumbel(uint64_t seed, int64_t node, int64_t level, int64_t code) {
   const auto place = static_cast<uint64_t>(node << 20 | level << 16 | code);
   const uint64_t bits = mixed(mixed(place) ^ seed);
-  const double uniform = (static_cast<double>(bits >> 11) + 0.5) * 0x1p-53;
+  // The sum of the highest bits is rounded up to 2^53.
+  const double uniform = std::min((static_cast<double>(bits >> 11) + 0.5) * 0x1p-53, 1 - 0x1p-53);
   return -std::log(-std::log(uniform));
 }
 

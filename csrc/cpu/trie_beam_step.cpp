@@ -43,17 +43,8 @@ constexpr int kHalvings = 10;
 
 const beam::Kernels& active_kernels() {
 #ifdef PLUM_X86
-  switch (active_isa()) {
-    case Isa::kAmxBf16:
-    case Isa::kAvx512Bf16:
-    case Isa::kAvx512Vnni:
-    case Isa::kAvx512:
-      return avx512::beam_kernels();
-    case Isa::kAvx2:
-      return avx2::beam_kernels();
-    case Isa::kGeneric:
-      break;
-  }
+  if (active_isa() >= Isa::kAvx512) return avx512::beam_kernels();
+  if (active_isa() == Isa::kAvx2) return avx2::beam_kernels();
 #endif
   return generic::beam_kernels();
 }

@@ -3,7 +3,9 @@
 
 #include <cstdint>
 
-#include "plum/trie_beam_step.h"
+namespace plum::cpu {
+struct BeamStepInput;
+}
 
 namespace plum::cpu::beam {
 

@@ -36,17 +36,8 @@ constexpr int64_t kMostKept = 4096;
 template <typename Word>
 const Masker<Word>& active_masker() {
 #ifdef PLUM_X86
-  switch (active_isa()) {
-    case Isa::kAmxBf16:
-    case Isa::kAvx512Bf16:
-    case Isa::kAvx512Vnni:
-    case Isa::kAvx512:
-      return avx512::masker<Word>();
-    case Isa::kAvx2:
-      return avx2::masker<Word>();
-    case Isa::kGeneric:
-      break;
-  }
+  if (active_isa() >= Isa::kAvx512) return avx512::masker<Word>();
+  if (active_isa() == Isa::kAvx2) return avx2::masker<Word>();
 #endif
   return generic::masker<Word>();
 }

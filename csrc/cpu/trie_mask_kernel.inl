@@ -11,8 +11,9 @@ void fill_words(Word* row, int64_t count, Word value) {
 // Copies eight words, `fill` where the bit is 0.
 inline void copy_eight(const uint32_t* row, uint32_t bits, uint32_t fill, uint32_t* out) {
 #if defined(__AVX512F__)
-  _mm256_storeu_epi32(out, _mm256_mask_loadu_epi32(_mm256_set1_epi32(static_cast<int>(fill)),
-                                                   static_cast<__mmask8>(bits), row));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm256_mask_loadu_epi32(_mm256_set1_epi32(static_cast<int>(fill)),
+                                              static_cast<__mmask8>(bits), row));
 #elif defined(__AVX2__)
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set =
@@ -27,8 +28,9 @@ inline void copy_eight(const uint32_t* row, uint32_t bits, uint32_t fill, uint32
 
 inline void copy_eight(const uint16_t* row, uint32_t bits, uint16_t fill, uint16_t* out) {
 #if defined(__AVX512F__)
-  _mm_storeu_epi16(out, _mm_mask_loadu_epi16(_mm_set1_epi16(static_cast<short>(fill)),
-                                             static_cast<__mmask8>(bits), row));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm_mask_loadu_epi16(_mm_set1_epi16(static_cast<short>(fill)),
+                                        static_cast<__mmask8>(bits), row));
 #elif defined(__AVX2__)
   const __m128i lane = _mm_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128);
   const __m128i set =

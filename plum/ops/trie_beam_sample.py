@@ -176,6 +176,7 @@ def _reference(
     place = (rows[owner, 0] << 20) | (level << 16) | codes
     noise = mixed(mixed(place) ^ mixed(seeds)[owner // beams])
     uniform = (((noise >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+    uniform = uniform.clamp(max=1 - 2.0**-53)  # the sum of the highest bits is rounded up to 2^53
     perturbed = score - (-uniform.log()).log()
     # The key, given that the largest of them is the parent's (Kool et al. 2019, appendix B.3).
     parent, largest = keys.flatten()[owner], _largest(perturbed, counts)[owner]

@@ -6,6 +6,7 @@
 
 namespace plum::cpu {
 
+// Each can do what those before it can.
 enum class Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmxBf16 };
 constexpr int kNumIsas = 6;
 

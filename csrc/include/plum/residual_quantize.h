@@ -33,6 +33,8 @@ class PackedCodebooks {
   int64_t first_bad() const { return first_bad_; }
   // The number of codewords, over all levels.
   int64_t size() const { return size_; }
+  int64_t width() const { return width_; }
+  int64_t levels() const { return static_cast<int64_t>(levels_.size()); }
   size_t bytes() const;
 
  private:

@@ -8,9 +8,6 @@
 
 namespace plum::cpu {
 
-// Beams that a step can tell apart.
-constexpr int64_t kMaxBeams = 1 << 16;
-
 // B requests of W beams each. Strides are in elements; the columns of a row are contiguous.
 struct BeamStepInput {
   const void* logits;  // [B, W, width]
@@ -36,7 +33,7 @@ struct BeamStepOutput {
 
 // Keeps the k best children of each request: score + ((x - top) - log(sum of exp(x - top))), a NaN
 // or -inf never. Ties go to the lower beam, then the lower code. The sum has a fixed order: bits do
-// not depend on instruction set, threads or batch. `beams` is at most kMaxBeams.
+// not depend on instruction set, threads or batch. `beams` is at most 2^16.
 void trie_beam_step(const BeamStepInput& input, const Trie& trie, const TrieFilter& filter,
                     int64_t k, const BeamStepOutput& output, int threads);
 
