@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import (
+    _get_tracing_state,
+    _is_torch_function_mode_enabled,
+    _len_torch_dispatch_stack,
+)
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import profiler
 from torch.compiler import is_compiling
@@ -163,6 +167,7 @@ def _nothing_looks_on() -> bool:
     return not (
         is_compiling()
         or _len_torch_dispatch_stack()
+        or _is_torch_function_mode_enabled()  # also of make_fx before dispatch
         or peek_interpreter_stack() is not None
         or _get_tracing_state() is not None
         or profiler._is_profiler_enabled

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -233,11 +234,26 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def test_what_traces_watches_or_transforms_ops_still_sees_them():
     with Watch() as watch:
         assert counted(CODES).tolist() == COUNTS
     assert watch.seen[0] == "plum.code_usage.default"
-    assert "plum.code_usage.default" in make_fx(counted)(CODES).code
+    for before in (False, True):
+        traced = make_fx(counted, pre_dispatch=before)(CODES).code
+        assert "plum.code_usage.default" in traced
+    with Functions() as functions:
+        counted(CODES)
+    assert "plum.code_usage.default" in functions.seen
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         assert "plum::code_usage" in str(torch.jit.trace(counted, (CODES,)).graph)
