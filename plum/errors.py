@@ -7,6 +7,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 
 class PlumError(Exception):
     """Base of all errors that plum raises on purpose; the command line prints it as one line."""
@@ -63,6 +65,12 @@ def check_int(name: str, value: Any, least: int = 1, most: int | None = None) ->
         expected = f"an int >= {least}" if most is None else f"an int from {least} to {most}"
         raise InvalidArgument(name, expected, repr(value))
     return number
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raises InvalidArgument unless ``value`` is a tensor: lists and arrays have no device."""
+    if not isinstance(value, Tensor):
+        raise InvalidArgument(name, "a tensor", f"a {type(value).__name__}")
 
 
 def check_number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:

@@ -46,8 +46,8 @@ def prepare_deny(
     rows: Tensor, trie: SidTrie, filter: SidFilter | None, backend: str
 ) -> Callable[[], SidDeny]:
     """What a search does once with its denied rows ``[B, D]``."""
-    forced, table = require("trie_deny", backend), trie.index.table
-    return lambda: SidDeny(table, filter, trie_deny(rows, trie, filter, backend=forced))
+    forced = require("trie_deny", backend)
+    return lambda: SidDeny(trie.index, filter, trie_deny(rows, trie, filter, backend=forced))
 
 
 def decode(

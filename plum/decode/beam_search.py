@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -228,8 +229,10 @@ class SidBeamSearch:
                 found = self._descend(input_ids, attention_mask, widths, limits, draws, skip)
             else:
                 # A trie that was changed has other tensors, which a graph of before does not read.
+                kind = input_ids.device.type
+                autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
                 found = self._graphs.run(
-                    (num_beams, trie.roots_on_device),
+                    (num_beams, trie.roots_on_device, autocast),
                     lambda ids, mask, *kept: self._descend(
                         ids, mask, widths, limits.of(kept), None, False
                     ),
@@ -477,8 +480,8 @@ class _Limits(NamedTuple):
 
     def of(self, tensors: Sequence[Tensor]) -> _Limits:
         """Returns limits of the same kind that consist of other tensors."""
-        filter = None if self.filter is None else SidFilter(self.filter.table, *tensors[:3])
-        deny = None if self.deny is None else SidDeny(self.deny.table, filter, tensors[-1])
+        filter = None if self.filter is None else SidFilter(self.filter.made_for, *tensors[:3])
+        deny = None if self.deny is None else SidDeny(self.deny.made_for, filter, tensors[-1])
         return _Limits(filter, deny)
 
 
@@ -544,14 +547,27 @@ def _is_broken(logits: Tensor) -> Tensor:
     return ~(logits.amax(dim=(1, 2)) < torch.inf)
 
 
+# By id, the searches that run on a model, and its modules that were in training mode before them.
+_evaluated: dict[int, tuple[int, list[torch.nn.Module]]] = {}
+_evaluating_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Switches dropout off, then gives every module its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    try:
+    """Switches dropout off; the last search of a model gives every module its own mode back."""
+    with _evaluating_lock:
+        count, training = _evaluated.get(id(model), (0, []))
+        training = training or [module for module in model.modules() if module.training]
+        _evaluated[id(model)] = count + 1, training
         for module in training:
             module.training = False
+    try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _evaluating_lock:
+            count, training = _evaluated.pop(id(model))
+            if count > 1:
+                _evaluated[id(model)] = count - 1, training
+            else:
+                for module in training:
+                    module.training = True

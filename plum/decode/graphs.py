@@ -16,11 +16,12 @@ from plum.errors import InvalidArgument
 
 @dataclass(frozen=True)
 class _Captured:
-    """A graph, the tensors that it reads, and what it writes."""
+    """A graph, the tensors that it reads, what it writes, and the end of its latest replay."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     outputs: tuple[Any, ...]
+    done: torch.cuda.Event
 
 
 class Graphs:
@@ -59,11 +60,17 @@ class Graphs:
             self._captured[key] = captured
             if len(self._captured) > self._most:
                 self._captured.popitem(last=False)
+            # The lock orders threads, this the streams that they may have of their own.
+            captured.done.wait()
             for kept, tensor in zip(captured.inputs, inputs, strict=True):
                 kept.copy_(tensor)
             captured.graph.replay()
-            outputs = captured.outputs
-            return tuple(each.clone() if isinstance(each, Tensor) else each for each in outputs)
+            copies = (
+                each.clone() if isinstance(each, Tensor) else each for each in captured.outputs
+            )
+            found = tuple(copies)
+            captured.done.record()
+            return found
 
 
 def _capture(function: Callable[..., tuple[Any, ...]], inputs: tuple[Tensor, ...]) -> _Captured:
@@ -83,4 +90,4 @@ def _capture(function: Callable[..., tuple[Any, ...]], inputs: tuple[Tensor, ...
         expected = "a model whose forward waits for nothing on the device"
         hint = "use SidBeamSearch(..., cuda_graphs=False)"
         raise InvalidArgument("model", expected, str(error).split("\n")[0], hint) from error
-    return _Captured(graph, inputs, outputs)
+    return _Captured(graph, inputs, outputs, torch.cuda.Event())

@@ -32,7 +32,8 @@ class SidProcessor(v1.LogitsProcessor, v2.LogitsProcessor):
     What it needs is read from the engine's ``additional_config``, under ``plum``:
 
     - ``trie``: The file of a :class:`~plum.trie.SidTrie` with ``token_offsets``.
-    - ``end_token_id``: What is left to a row whose codes are in no SID, and after a whole SID.
+    - ``end_token_id``: What is left to a row whose codes are in no SID and, with
+      ``begin_token_id``, after a whole SID; without it another SID follows.
     - ``begin_token_id``: A SID follows this token, and text that does not end in a code is left as
       it is. Without it a SID follows every prompt, also one that ends in the SIDs of a history.
 

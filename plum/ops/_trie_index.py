@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument, check_int
+from plum.errors import InvalidArgument, check_int, check_tensor
 
 if TYPE_CHECKING:
     from plum.trie import SidDeny, SidFilter, SidTrie
@@ -239,12 +239,6 @@ def check_logits(logits: Tensor, trie: SidTrie) -> None:
         raise InvalidArgument("logits", "float32, bfloat16 or float16", logits.dtype)
 
 
-def check_tensor(name: str, value: object) -> None:
-    """Raises InvalidArgument unless ``value`` is a tensor: lists and arrays have no device."""
-    if not isinstance(value, Tensor):
-        raise InvalidArgument(name, "a tensor", f"a {type(value).__name__}")
-
-
 def detached(tensor: Tensor) -> Tensor:
     """Returns a tensor without its gradient; itself, which is sooner there, if it has none."""
     return tensor.detach() if tensor.requires_grad else tensor
@@ -261,14 +255,18 @@ def check_device(name: str, tensor: Tensor, trie: SidTrie) -> None:
 
 
 def check_same_trie(name: str, made: SidFilter | SidDeny, trie: SidTrie) -> None:
-    """Raises InvalidArgument unless ``made`` is of the trie, or of one laid out like it."""
-    table = getattr(made, "table", None)
-    if not isinstance(table, Tensor):
+    """Raises InvalidArgument unless ``made`` is of the trie as it is, or of one with its SIDs."""
+    theirs, ours = getattr(made, "made_for", None), trie.index
+    if not isinstance(theirs, TrieIndex):
         expected = f"what trie.{name} prepares, or a tensor"
         raise InvalidArgument(name, expected, f"a {type(made).__name__}")
-    if table is not trie.index.table and not torch.equal(table, trie.index.table):
-        got = f"that of another, of {int(table[0, ROWS])} SIDs"
-        raise InvalidArgument(name, f"one that this trie of {trie.num_sids} SIDs made", got)
+    # On another device a trie has the same table; from another file it has an equal one.
+    if theirs.table is ours.table or (
+        theirs.codes.device == ours.codes.device and all(map(torch.equal, theirs, ours))
+    ):
+        return
+    got = f"that of another, of {theirs.rows} SIDs"
+    raise InvalidArgument(name, f"one that this trie of {trie.num_sids} SIDs made", got)
 
 
 def first_columns(trie: SidTrie, level: int, levels: Tensor | None, width: int) -> list[int]:

@@ -64,6 +64,9 @@ def filter_tensors(filter: SidFilter | None, trie: SidTrie) -> list[Tensor]:
     """
     if filter is None:
         return []
+    if isinstance(filter, Tensor):
+        hint = "call trie.filter(allowed), and give it to the steps too"
+        raise InvalidArgument("filter", "what trie.filter prepares", "a Tensor", hint)
     check_same_trie("filter", filter, trie)
     check_device("filter", filter.bits, trie)
     return [filter.bits, filter.ranks, filter.masks]

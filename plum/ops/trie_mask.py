@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from plum import _native
@@ -56,7 +57,7 @@ def trie_mask(
     every, each, columns = _check(logits, states, trie, level)
     args = (states, list(trie.index), every, each, columns)
     masked = _copy_op(detached(logits), *args, backend=backend)
-    if logits.requires_grad and torch.is_grad_enabled():
+    if (logits.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
         # The same once more, so that autograd sees it.
         masked = logits.masked_fill(masked == float("-inf"), float("-inf")).contiguous()
     return masked

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from plum.ops._trie_index import TrieIndex
 from plum.trie.sid_filter import SidFilter
 
 
@@ -14,14 +15,14 @@ class SidDeny:
     """The children of a trie that the denied rows of each request leave empty.
 
     Attributes:
-        table: The ``table`` of the trie that it is for, which tells tries apart.
+        made_for: The arrays of the trie that it is for, which tell tries apart.
         filter: The filter that it was prepared with, which a step must be given too; None for
             none.
         dead: int64 ``[B, L, D]``, of each level the first rows of these children
             (:func:`~plum.ops.trie_deny`).
     """
 
-    table: Tensor
+    made_for: TrieIndex
     filter: SidFilter | None
     dead: Tensor
 
@@ -31,4 +32,4 @@ class SidDeny:
 
     def __getitem__(self, requests: slice) -> SidDeny:
         """Returns that of some of the requests."""
-        return SidDeny(self.table, self.filter, self.dead[requests])
+        return SidDeny(self.made_for, self.filter, self.dead[requests])

@@ -26,13 +26,13 @@ class SidFilter(NamedTuple):
     A child is legal if a row below it may be reached, so no beam enters a dead end.
 
     Attributes:
-        table: The ``table`` of the trie that it is for, which tells tries apart.
+        made_for: The arrays of the trie that it is for, which tell tries apart.
         bits: int64, bit r is set if row r may be reached.
         ranks: uint32 in int32, the bits set before each 512 rows.
         masks: Laid out like the trie's, without the children below which no row is left.
     """
 
-    table: Tensor
+    made_for: TrieIndex
     bits: Tensor
     ranks: Tensor
     masks: Tensor
@@ -58,7 +58,7 @@ def make_filter(allowed: Tensor, index: TrieIndex, *, native: bool = True) -> Si
     if native and allowed.is_cpu and _native.missing() is None:
         ranks = bits.new_empty(blocks, dtype=torch.int32)
         _native.fill_filter(index, (bits, ranks, masks))
-        return SidFilter(index.table, bits, ranks, masks)
+        return SidFilter(index, bits, ranks, masks)
     padded = torch.nn.functional.pad(allowed, (0, blocks * RANK_BITS - rows))
     counts = padded.view(blocks, RANK_BITS).sum(dim=1)
     before = torch.nn.functional.pad(allowed.cumsum(0), (1, 0))
@@ -76,4 +76,4 @@ def make_filter(allowed: Tensor, index: TrieIndex, *, native: bool = True) -> Si
         words = packed(legal, at[WORDS]).flatten()
         masks[at[MASKS_AT] : at[MASKS_AT] + len(words)] = words
     ranks = (counts.cumsum(0) - counts).to(torch.int32)
-    return SidFilter(index.table, bits, ranks, masks)
+    return SidFilter(index, bits, ranks, masks)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument, InvalidData, check_int
+from plum.errors import InvalidArgument, InvalidData, check_int, check_tensor
 from plum.files import atomic_path
-from plum.ops._trie_index import EDGES, TrieIndex, check_device, check_tensor
+from plum.ops._trie_index import EDGES, TrieIndex, check_device
 from plum.ops.forced_tail import forced_tail
 from plum.ops.trie_deny import trie_deny
 from plum.trie.build import build_index, read_column, sort_sids
@@ -332,7 +332,7 @@ class SidTrie:
             InvalidArgument: the dtype, shape or device does not fit, or the filter is another
                 trie's.
         """
-        return SidDeny(self.index.table, filter, trie_deny(rows, self, filter))
+        return SidDeny(self.index, filter, trie_deny(rows, self, filter))
 
     def insert(self, codes: Any, item_ids: Any) -> SidTrie:
         """Adds items in place; the rows are renumbered, so states and filters of before are void.

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from plum.decode import SidBeamSearch
+from plum.decode.beam_search import _evaluating
 from plum.errors import InvalidArgument, InvalidData
 from plum.trie import SidTrie
 
@@ -202,6 +204,26 @@ def test_a_search_leaves_the_model_as_it_was_and_repeats_exactly():
     assert torch.equal(first.states, second.states)
     assert [module.training for module in model.modules()] == before
     assert not first.scores.requires_grad
+
+
+def test_two_searches_at_once_leave_the_model_as_it_was():
+    model, modes = tiny("gpt2", resid_pdrop=0.5).train(), []
+    inside, outside = threading.Event(), threading.Event()
+
+    def first():
+        with _evaluating(model):
+            inside.set()
+            outside.wait(10)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait(10)
+    with _evaluating(model):
+        outside.set()
+        thread.join()
+        # The other one has ended, and dropout is still off.
+        modes.append(any(module.training for module in model.modules()))
+    assert modes == [False] and all(module.training for module in model.modules())
 
 
 def test_each_prompt_is_encoded_once_and_the_cache_is_not_repeated_per_beam(monkeypatch):

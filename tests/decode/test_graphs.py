@@ -31,7 +31,8 @@ def captures(monkeypatch):
                     old.copy_(new)
 
         made.append(inputs[0].shape)
-        return graphs._Captured(SimpleNamespace(replay=replay), kept, outputs)
+        done = SimpleNamespace(wait=lambda: None, record=lambda: None)
+        return graphs._Captured(SimpleNamespace(replay=replay), kept, outputs, done)
 
     monkeypatch.setattr(graphs, "_capture", capture)
     return made
@@ -62,6 +63,19 @@ def test_the_latest_stay(captures):
     for size in (1, 2, 1, 3, 1, 2):
         found.run((), lambda x: (x + 1,), (torch.zeros(size),))
     assert captures == [(1,), (2,), (3,), (2,)]
+
+
+def test_a_replay_waits_for_the_one_before_on_another_stream(captures):
+    found, told = graphs.Graphs(1), []
+    add = lambda x: (x + 1,)  # noqa: E731
+    found.run((), add, (torch.zeros(2),))
+    (captured,) = found._captured.values()
+    replay = captured.graph.replay
+    captured.graph.replay = lambda: (told.append("replay"), replay())
+    captured.done.wait = lambda: told.append("wait")
+    captured.done.record = lambda: told.append("record")
+    found.run((), add, (torch.ones(2),))
+    assert told == ["wait", "replay", "record"]
 
 
 def test_threads_do_not_get_the_results_of_each_other(captures):
@@ -102,6 +116,9 @@ def test_replayed_searches_find_what_others_do(captures, how):
             torch.testing.assert_close(found.scores, expected.scores)
             assert torch.equal(found.states, expected.states)
     assert len(captures) == 4
+    with torch.autocast("cpu", torch.bfloat16):
+        replayed.search(prompts, mask, num_beams=4)
+    assert len(captures) == 5, "another forward pass"
 
 
 @pytest.mark.parametrize("with_graphs", [False, True])

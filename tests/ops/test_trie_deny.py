@@ -143,6 +143,14 @@ def test_filters_and_deny_lists_of_another_trie_of_the_same_size_are_refused(tmp
         message = f"{name}: expected one that this trie of 3 SIDs made, got that of another, of 3"
         with pytest.raises(InvalidArgument, match=message):
             trie_beam_step(*args, k=2, **{name: made})
+    # Other SIDs in the places of those that are gone.
+    changed = SidTrie.from_codes([[0, 1], [1, 0], [1, 1]], ["a", "b", "c"], (2, 2))
+    stale = {"filter": changed.filter(keep), "deny": changed.deny(rows)}
+    changed.delete(["b"]).insert([[0, 0]], ["d"])
+    assert changed.index.table.equal(trie.index.table)
+    for name, made in stale.items():
+        with pytest.raises(InvalidArgument, match=f"{name}: expected one that this trie"):
+            trie_beam_step(*args[:3], changed, 0, k=2, **{name: made})
     # The same trie from a file is no other.
     trie.save(tmp_path / "t.safetensors")
     again = SidTrie.load(tmp_path / "t.safetensors")
@@ -160,3 +168,9 @@ def test_opcheck_and_compile():
         lambda r: trie_deny(r, trie, filter) + 0, fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(rows), trie_deny(rows, trie, filter))
+
+
+def test_a_filter_of_a_deny_list_is_prepared_first():
+    trie = SidTrie.from_codes([[0, 1], [1, 0]])
+    with pytest.raises(InvalidArgument, match=r"filter: expected what trie.filter .*; call trie\."):
+        trie.deny(torch.tensor([[0]]), torch.ones(2, dtype=torch.bool))

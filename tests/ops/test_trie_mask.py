@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from plum.errors import BackendUnavailable, InvalidArgument
 from plum.ops.trie_mask import trie_mask, trie_mask_
@@ -90,6 +91,18 @@ def test_the_gradient_flows_to_what_is_legal(backend):
     torch.testing.assert_close(
         logits.grad, (logits.exp() * weight.permute(2, 1, 0) * legal).detach()
     )
+
+
+def test_forward_derivatives_flow_to_what_is_legal():
+    trie = SidTrie.from_codes([[0], [2]], codebook_sizes=[4])
+    state, tangent = trie.root_states(1)[0], torch.arange(1.0, 5.0)[None]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.zeros(1, 4), tangent)
+        found = forward_ad.unpack_dual(trie_mask(dual, state, trie, 0))
+    assert found.primal.tolist() == [[0, -INF, 0, -INF]]
+    assert found.tangent.tolist() == [[1, 0, 3, 0]]
+    _, found = torch.func.jvp(lambda x: trie_mask(x, state, trie, 0), (dual * 0,), (tangent,))
+    assert found.tolist() == [[1, 0, 3, 0]]
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "cpu"])
