@@ -213,8 +213,8 @@ def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int
     with torch.no_grad():
         for table in tables:
             old, new = table[:known], table[known : len(tokenizer)]
-            noise = torch.randn(new.shape, generator=draw, dtype=table.dtype)
-            new.copy_(old.mean(0) + 0.1 * old.std(0) * noise)
+            noise = torch.randn(new.shape, generator=draw, dtype=table.dtype, device="cpu")
+            new.copy_(old.mean(0) + 0.1 * old.std(0) * noise.to(old.device))
     model.config.pad_token_id = tokenizer.pad_token_id
     if not config.is_encoder_decoder:
         _check_causal(model)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plum import _native
 from plum._library import Backend, Op
-from plum.errors import InvalidArgument, check_int
+from plum.errors import InvalidArgument, check_int, check_tensor
 
 
 def code_usage(
@@ -50,6 +50,7 @@ MAX_LEVELS = 64
 
 def check_codes(codes: Tensor, sizes: Sequence[int]) -> list[int]:
     """Checks the shape and dtype of ``codes`` ``[N, L]`` and returns ``sizes`` as a list."""
+    check_tensor("codes", codes)
     sizes = [check_int("sizes", size) for size in sizes]
     if codes.ndim != 2 or codes.dtype not in (torch.int32, torch.int64):
         raise InvalidArgument(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plum import _native
 from plum._library import Backend, Op
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_tensor
 from plum.ops.code_usage import check_codes, out_of_range
 from plum.ops.residual_quantize import check_rows, pack_codebooks
 
@@ -56,6 +56,7 @@ def codebook_sums(
     """
     packed, sizes = pack_codebooks(codebooks, sizes)
     check_rows(x, packed)
+    check_tensor("codes", codes)
     if codes.shape != (len(x), len(sizes)):
         expected = f"int32 or int64 {[len(x), len(sizes)]}, a row for each of x"
         raise InvalidArgument("codes", expected, f"{codes.dtype} {list(codes.shape)}")

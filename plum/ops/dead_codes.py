@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plum._library import Op
-from plum.errors import InvalidArgument, check_int, check_number
+from plum.errors import InvalidArgument, check_int, check_number, check_tensor
 
 
 def dead_codes(
@@ -42,6 +42,7 @@ def dead_codes(
     Raises:
         InvalidArgument: a shape, dtype or value is not as above.
     """
+    check_tensor("usage", usage)
     sizes = [check_int("sizes", size) for size in sizes]
     if not sizes:
         raise InvalidArgument("sizes", "at least one level", "none")

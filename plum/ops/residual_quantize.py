@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plum import _native
 from plum._library import Backend, Op
-from plum.errors import InvalidArgument, check_int
+from plum.errors import InvalidArgument, check_int, check_tensor
 from plum.ops.code_usage import MAX_LEVELS, code_usage
 
 # Rows a chunk: bounds the memory of the [rows, K] matrix of the reference.
@@ -77,6 +77,8 @@ def residual_quantize(
     """
     packed, sizes = pack_codebooks(codebooks, sizes)
     check_rows(x, packed)
+    if usage is not None:
+        check_tensor("usage", usage)
     if usage is not None and (
         usage.dtype != torch.int64 or usage.shape != (sum(sizes),) or usage.device != x.device
     ):
@@ -93,6 +95,7 @@ def residual_quantize(
 
 def check_rows(x: Tensor, packed: Tensor) -> None:
     """Checks that ``x`` is fp32, bf16 or fp16 ``[N, D]`` and where the codebooks are."""
+    check_tensor("x", x)
     if x.ndim != 2 or x.shape[1] != packed.shape[1]:
         raise InvalidArgument("x", f"[N, {packed.shape[1]}] as the codebooks", str(list(x.shape)))
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plum._library import Op
-from plum.errors import InvalidArgument
+from plum.errors import InvalidArgument, check_tensor
 from plum.ops._row_hash import row_hash
 
 
@@ -55,6 +55,9 @@ def revive_codes(
     Raises:
         InvalidArgument: a shape, dtype or device is not as above.
     """
+    tensors = {"codebook": codebook, "dead": dead, "rows": rows, "keys": keys}
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
     if codebook.ndim != 2 or not codebook.is_floating_point():
         raise InvalidArgument(
             "codebook", "floating point [K, D]", f"{codebook.dtype} {list(codebook.shape)}"
@@ -71,7 +74,7 @@ def revive_codes(
         raise InvalidArgument(
             "keys", f"floating point [{len(rows)}]", f"{keys.dtype} {list(keys.shape)}"
         )
-    for name, tensor in (("dead", dead), ("rows", rows), ("keys", keys)):
+    for name, tensor in tensors.items():
         if tensor.device != codebook.device:
             expected = f"a tensor on {codebook.device}, as codebook"
             raise InvalidArgument(name, expected, tensor.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument, check_int
+from plum.errors import InvalidArgument, check_int, check_tensor
 from plum.ops import residual_quantize
 
 # Rows whose distances to all codewords are there at once, and candidates a row keeps of them.
@@ -49,6 +49,10 @@ def balanced_codes(
     Raises:
         InvalidArgument: an argument is not as above, or a group has over ``K * capacity`` rows.
     """
+    given = {"residuals": residuals, "codebook": codebook, "groups": groups, "priority": priority}
+    for name, value in given.items():
+        if value is not None or name in ("residuals", "codebook"):
+            check_tensor(name, value)
     if codebook.ndim != 2 or not codebook.is_floating_point() or not codebook.numel():
         got = f"{codebook.dtype} {list(codebook.shape)}"
         raise InvalidArgument("codebook", "floating point [K, D], not empty", got)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plum.errors import InvalidArgument, check_int, check_number
+from plum.errors import InvalidArgument, check_int, check_number, check_tensor
 from plum.ops import codebook_sums, residual_quantize
 from plum.quantize.inputs import check_seed, searchable
 
@@ -114,6 +114,7 @@ class KMeans:
         Raises:
             InvalidArgument: ``x`` is not as above, or not as wide as the centroids to start from.
         """
+        check_tensor("x", x)
         if x.ndim != 2 or not x.is_floating_point() or 0 in x.shape:
             raise InvalidArgument(
                 "x", "floating point [N, D] with at least one row", f"{x.dtype} {list(x.shape)}"
@@ -178,7 +179,7 @@ class KMeans:
             means = _add_up(x, split.codes, centroids).means(split.counts, centroids)
             centroids = torch.where(empty[:, None], means, centroids)
             seen[empty] = 0
-        order = torch.randperm(len(x), generator=generator).to(x.device)
+        order = torch.randperm(len(x), generator=generator, device="cpu").to(x.device)
         for rows in order.split(self.batch_size):
             batch = x.index_select(0, rows)
             nearest = _assign(batch, centroids)
@@ -284,7 +285,11 @@ def _sample(x: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
     limit = max(_SEED_ROWS, _SEED_ROWS_PER_CLUSTER * num_clusters)
     rows = torch.arange(len(x), device=x.device)
     if len(x) > limit:
-        rows = torch.randperm(len(x), generator=generator)[:limit].sort().values.to(x.device)
+        rows = (
+            torch.randperm(len(x), generator=generator, device="cpu")[:limit]
+            .sort()
+            .values.to(x.device)
+        )
     sample = (x.index_select(0, rows) if len(x) > limit else x).float()
     # A sum is quicker than a look at every value, which only one that is not finite is worth.
     if not bool(sample.sum().isfinite()):
@@ -306,7 +311,7 @@ def _plus_plus(x: Tensor, num_clusters: int, generator: torch.Generator) -> Tens
     centered = x - x.mean(dim=0)
     norms = centered.square().sum(dim=1)
     blur = 1e-6 * x.shape[1] ** 0.5 * norms
-    chosen = [int(torch.randint(len(x), (), generator=generator))]
+    chosen = [int(torch.randint(len(x), (), generator=generator, device="cpu"))]
     nearest = (x - x[chosen[0]]).square().sum(dim=1)
     exact = False
     while len(chosen) < num_clusters:
@@ -320,7 +325,9 @@ def _plus_plus(x: Tensor, num_clusters: int, generator: torch.Generator) -> Tens
             continue
         keep = min(max(len(chosen) // 8, 1), _MOST_CENTERS, num_clusters - len(chosen))
         # Thresholds in (0, total] fall on rows of positive distance, never on a drawn one.
-        draws = 1 - torch.rand(2 + _CANDIDATES * keep, generator=generator, dtype=torch.float64)
+        draws = 1 - torch.rand(
+            2 + _CANDIDATES * keep, generator=generator, device="cpu", dtype=torch.float64
+        )
         rows = torch.searchsorted(mass, mass[-1] * draws.to(mass.device)).clamp_max_(len(x) - 1)
         if exact:
             chosen.append(int(rows[0]))
@@ -329,7 +336,7 @@ def _plus_plus(x: Tensor, num_clusters: int, generator: torch.Generator) -> Tens
         away = torch.addmm(norms, centered[rows], centered.T, alpha=-2).add_(norms[rows, None])
         # Where it may be rounding a distance is taken for zero, as that of equal rows is.
         away = torch.where(away > blur, away, 0)
-        away[torch.arange(len(rows)), rows] = 0
+        away[torch.arange(len(rows), device=x.device), rows] = 0
         total = float("inf")
         for pick in range(keep):
             torch.minimum(away, nearest, out=away)
@@ -340,13 +347,14 @@ def _plus_plus(x: Tensor, num_clusters: int, generator: torch.Generator) -> Tens
             total = float(totals[best])
             chosen.append(int(rows[best]))
             nearest = away[best].clone()
-    return _repeated(x, torch.tensor(chosen), num_clusters)
+    return _repeated(x, torch.tensor(chosen, device=x.device), num_clusters)
 
 
 def _random_rows(x: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
-    return _repeated(x, torch.randperm(len(x), generator=generator)[:num_clusters], num_clusters)
+    order = torch.randperm(len(x), generator=generator, device="cpu")
+    return _repeated(x, order[:num_clusters], num_clusters)
 
 
 def _repeated(x: Tensor, rows: Tensor, num_clusters: int) -> Tensor:
     """Returns the rows, repeated in order where there are fewer than ``num_clusters``."""
-    return x[rows[torch.arange(num_clusters) % len(rows)].to(x.device)].clone()
+    return x[rows[torch.arange(num_clusters, device=rows.device) % len(rows)].to(x.device)].clone()

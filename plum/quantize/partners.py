@@ -38,7 +38,7 @@ class Partners:
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Returns a partner of each of ``rows``, int64 ``[n]`` on the CPU; -1 where it has none."""
-        draws = torch.rand(len(rows), dtype=torch.float64, generator=generator)
+        draws = torch.rand(len(rows), dtype=torch.float64, generator=generator, device="cpu")
         degrees = self._degrees[rows]
         places = self._starts[rows] + (draws * degrees).long()
         found = self._partners[places.clamp_max(len(self._partners) - 1)]
@@ -53,6 +53,6 @@ class Partners:
         """
         found = self.draw(rows, generator)
         anchors = torch.nonzero(found >= 0).flatten()
-        places = torch.full((len(rows),), -1)
-        places[anchors] = torch.arange(len(anchors)) + len(rows)
+        places = torch.full((len(rows),), -1, device=rows.device)
+        places[anchors] = torch.arange(len(anchors), device=rows.device) + len(rows)
         return torch.cat([rows, found[anchors]]), torch.cat([places, anchors])

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plum.errors import InvalidArgument, check_int, check_number
+from plum.errors import InvalidArgument, check_int, check_number, check_tensor
 from plum.ops import (
     Reservoir,
     ResidualCodes,
@@ -178,7 +178,10 @@ class ResidualQuantizer(nn.Module):
         self.seed = seed
         self.process_group = process_group
         generator = self._generator(_INIT)
-        books = [torch.randn(size, dim, generator=generator) for size in self.codebook_sizes]
+        books = [
+            torch.randn(size, dim, generator=generator, device="cpu").to(torch.get_default_device())
+            for size in self.codebook_sizes
+        ]
         self.codebooks = nn.ParameterList(
             nn.Parameter(self._scaled(book), update == "gradient") for book in books
         )
@@ -278,6 +281,7 @@ class ResidualQuantizer(nn.Module):
         Raises:
             InvalidArgument: a shape, dtype or code is not as above.
         """
+        check_tensor("codes", codes)
         if codes.ndim != 2 or not 1 <= codes.shape[1] <= self.num_levels:
             raise InvalidArgument("codes", f"[N, 1..{self.num_levels}]", str(list(codes.shape)))
         code_usage(codes, self.codebook_sizes[: codes.shape[1]])
@@ -481,6 +485,7 @@ class ResidualQuantizer(nn.Module):
         return generator.manual_seed(_mixed(self.seed, *stream))
 
     def _entered(self, x: Tensor) -> Tensor:
+        check_tensor("x", x)
         if x.ndim != 2 or x.shape[1] != self.dim or not x.is_floating_point():
             raise InvalidArgument(
                 "x", f"floating point [N, {self.dim}]", f"{x.dtype} {list(x.shape)}"

@@ -178,6 +178,11 @@ class RQVAE(nn.Module):
             {m: InputScaling(d, whiten=config.whiten) for m, d in dims.items()}
         )
 
+    @property
+    def input_dims(self) -> dict[str, int]:
+        """Modality to the width ``D_m`` of its embeddings."""
+        return self.config.input_dims
+
     @torch.no_grad()
     def fit_inputs(
         self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None

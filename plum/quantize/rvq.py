@@ -95,7 +95,8 @@ def fit_rvq(
     )
     model.train()
     for epoch in range(epochs):
-        for rows in torch.randperm(count, generator=draw).to(x.device).split(batch_size):
+        order = torch.randperm(count, generator=draw, device="cpu").to(x.device)
+        for rows in order.split(batch_size):
             output = quantizer(x[rows])
             if optimizer is not None:
                 optimizer.zero_grad()

@@ -215,7 +215,8 @@ class _Training:
         """Sets the codebooks to k-means centroids of the latents."""
         config = self.model.config
         limit = _ROWS_PER_CODE * max(config.codebook_sizes)
-        sample = torch.randperm(self.count, generator=_generator(config.seed, _SAMPLE))[:limit]
+        draw = _generator(config.seed, _SAMPLE)
+        sample = torch.randperm(self.count, generator=draw, device="cpu")[:limit]
         inputs, masks = _rows(self.embeddings, self.present, sample.to(self.device))
         # Products round by their shape, and k-means would end elsewhere: all compute all rows.
         latents = self.model.eval().latents(inputs, masks)
@@ -228,7 +229,8 @@ class _Training:
         self.model.train()
         totals: dict[str, Tensor] = {}
         usage = torch.zeros(sum(config.codebook_sizes), dtype=torch.int64, device=self.device)
-        for items in torch.randperm(self.count, generator=generator).split(self.batch_size):
+        order = torch.randperm(self.count, generator=generator, device="cpu")
+        for items in order.split(self.batch_size):
             for name, loss in self._step(items, generator, quantize, usage).items():
                 totals[name] = totals.get(name, 0.0) + loss * (len(items) / self.count)
         record: dict[str, Any] = {name: float(total) for name, total in totals.items()}

@@ -106,6 +106,7 @@ def test_without_validation_bad_codes_are_counted_nowhere(backend):
     ("codes", "sizes", "name"),
     [
         (torch.zeros(3, dtype=torch.int32), [4], "codes"),
+        ([[0], [1]], [4], "codes: expected a tensor, got a list"),
         (torch.zeros(3, 1), [4], "codes"),
         (torch.zeros(3, 2, dtype=torch.int32), [4], "sizes"),
         (torch.zeros(3, 1, dtype=torch.int32), [0], "sizes"),

@@ -33,6 +33,7 @@ def test_dead_is_relative_to_the_uniform_share_of_the_level():
     ("usage", "sizes", "share", "name"),
     [
         (torch.ones(4), [3], 0.1, "usage"),
+        ([1.0, 2.0, 3.0], [3], 0.1, "usage: expected a tensor, got a list"),
         (torch.ones(3, dtype=torch.bool), [3], 0.1, "usage"),
         (torch.ones(3), [3], 0.0, "share"),
         (torch.tensor([1, -1, 0]), [3], 0.1, r"^usage\[1\]: expected at least 0, got -1"),

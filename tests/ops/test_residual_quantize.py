@@ -378,6 +378,7 @@ def with_nan(rows: int, bad: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("x", "codebooks", "name"),
     [
+        ([[0.0, 1.0, 2.0]], [torch.ones(2, 3)], "x: expected a tensor, got a list"),
         (torch.zeros(3), [torch.ones(2, 3)], r"x: expected \[N, 3\]"),
         (torch.zeros(2, 4), [torch.ones(2, 3)], r"x: expected \[N, 3\]"),
         (torch.zeros(2, 3).long(), [torch.ones(2, 3)], "x: expected fp32"),

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from plum.errors import InvalidArgument
-from plum.quantize import KMeans, ResidualQuantizer, ResidualVQ, RQVAEConfig, fit_tokenizer
+from plum.ops import codebook_sums, revive_codes
+from plum.quantize import (
+    KMeans,
+    ResidualQuantizer,
+    ResidualVQ,
+    RQVAEConfig,
+    balanced_codes,
+    fit_tokenizer,
+)
 
 NAN = float("nan")
+ROWS = np.zeros((4, 8), dtype=np.float32)
 
 
 def make_residual_vq(**options):
@@ -71,3 +81,36 @@ def test_names_and_seeds_of_another_type():
         ResidualQuantizer(8, (4,), gradient=["rotation"])
     with pytest.raises(InvalidArgument, match=r"^seed: expected an int in"):
         KMeans(2, seed=True)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: KMeans(2).fit(ROWS),
+        lambda: ResidualQuantizer(8, (4,)).encode(ROWS),
+        lambda: ResidualQuantizer(8, (4,)).decode(ROWS),
+        lambda: balanced_codes(ROWS, torch.ones(2, 8), 1),
+        lambda: balanced_codes(torch.ones(2, 8), torch.ones(2, 8), 1, groups=ROWS),
+        lambda: revive_codes(ROWS, torch.zeros(4).bool(), torch.ones(2, 8), torch.ones(2)),
+        lambda: codebook_sums(torch.ones(4, 8), ROWS, [torch.ones(2, 8)]),
+    ],
+)
+def test_arrays_are_not_tensors(call):
+    with pytest.raises(InvalidArgument, match="expected a tensor, got a ndarray"):
+        call()
+
+
+def test_the_default_device_is_not_where_things_are_drawn():
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    quantizer = ResidualQuantizer(8, (4, 4), revive_every=1)
+
+    def fitted():
+        kmeans = [KMeans(4, init=init, batch_size=50).fit(x) for init in ("k-means++", "random")]
+        return [*(each.centroids for each in kmeans), quantizer.train()(x).codes]
+
+    expected = fitted()
+    quantizer = ResidualQuantizer(8, (4, 4), revive_every=1)
+    with torch.device("meta"):
+        found = fitted()
+        assert ResidualQuantizer(8, (4,)).codebooks[0].is_meta
+    assert all(map(torch.equal, found, expected))
