@@ -253,8 +253,9 @@ def tokenize(
                 )
             table = append_parquet(embeddings, output, progress_of=progress_of)
         else:
-            if tokenizer is not None and (sizes is not None or kind is not None):
-                raise InvalidArgument("tokenizer", "no sizes and kind, as it has its own", "some")
+            of_fit = [name for name in ("codebook_sizes", "kind", "seed") if name in given]
+            if tokenizer is not None and of_fit:
+                raise InvalidArgument("tokenizer", "no options of a fit beside it", of_fit)
             if sizes is not None:
                 given["codebook_sizes"] = _sizes(sizes)
             table = tokenize_parquet(embeddings, output, progress_of=progress_of, **given)

@@ -51,8 +51,18 @@ class Sequences:
 
         Users with fewer than three items are not held out and train with all they have.
         """
+        return self._without_last(2)
+
+    def before_test(self) -> list[NDArray[np.int32]]:
+        """Returns per user what is known when the test item is asked for: all but that.
+
+        Users with fewer than three items have no test item.
+        """
+        return self._without_last(1)
+
+    def _without_last(self, count: int) -> list[NDArray[np.int32]]:
         lengths = np.diff(self.offsets)
-        held_out = np.where(lengths >= _MIN_TO_HOLD_OUT, 2, 0)
+        held_out = np.where(lengths >= _MIN_TO_HOLD_OUT, count, 0)
         ends = self.offsets[1:] - held_out
         pairs = zip(self.offsets[:-1], ends, strict=True)
         return [self.items[start:end] for start, end in pairs]

@@ -48,8 +48,8 @@ def similarity_report(
     Returns:
         A dict for JSON: ``num_rows``, ``dim``, ``sampled_rows``, ``num_pairs``, ``mean``,
         ``median``, ``std``, ``centered`` (``mean``, ``median``, ``std``), ``histogram``
-        (``edges``, ``raw``, ``centered``: counts of pairs), and with labels
-        ``neighbor_agreement`` (``neighbors``, ``random``, ``num_neighbors``, ``num_rows``).
+        (``edges``, ``raw``, ``centered``: counts of pairs), and where a row that is looked at has
+        labels ``neighbor_agreement`` (``neighbors``, ``random``, ``num_neighbors``, ``num_rows``).
 
     Raises:
         InvalidArgument: a shape, type or number is out of range, or all sets of labels are empty.
@@ -71,6 +71,12 @@ def similarity_report(
     else:
         sample = np.arange(num_rows)
 
+    if labels is not None:
+        if not any(labels):
+            raise InvalidArgument("labels", "at least one set that is not empty", "only empty sets")
+        labels = [labels[row] for row in sample]
+        # Of a catalog with few labels, a sample may have none.
+        labels = labels if any(labels) else None
     rows = _normalized(embeddings[sample], sample)
     centered = rows - rows.mean(axis=0)
     norms = np.linalg.norm(centered, axis=1, keepdims=True)
@@ -104,8 +110,7 @@ def similarity_report(
     }
     if labels is not None:
         neighbors = _nearest(rows, min(num_neighbors, len(rows) - 1), starts, step)
-        chosen = [labels[row] for row in sample]
-        report["neighbor_agreement"] = _agreement(chosen, neighbors, rng)
+        report["neighbor_agreement"] = _agreement(labels, neighbors, rng)
     return report
 
 
@@ -216,8 +221,6 @@ def _agreement(
 ) -> dict[str, float | int]:
     k = neighbors.shape[1]
     queries = [row for row, own in enumerate(labels) if own]
-    if not queries:
-        raise InvalidArgument("labels", "at least one set that is not empty", "only empty sets")
     # Drawn from the N - 1 other rows: what is at or behind the row itself moves up by one.
     random = rng.integers(0, len(labels) - 1, size=(len(queries), k))
     random += random >= np.asarray(queries)[:, None]

@@ -309,8 +309,8 @@ def train_timeline(
         histories: Item indices in time order, one int array ``[n]`` per user.
         config: How to train.
         validate: Looks at the model as it stands, in evaluation mode. The weights with the highest
-            ``score`` of what it returns are the result; whatever else there is goes into the
-            record.
+            ``score`` of what it returns are the result, of equal ones those with the lowest
+            ``validation_loss`` if it says so; whatever else there is goes into the record.
         progress: Gets the record of each validation.
         checkpoints: Saved to at each validation and at the ends of epochs a minute apart, and
             resumed from. On a CPU, and without ``max_seconds``, a resumed run ends with the weights
@@ -459,11 +459,11 @@ class _Run:
         limit, patience = self.config.max_seconds, self.config.patience
         if self.done > 1 - 1e-9 or (limit is not None and self._seconds() > limit):
             return True
-        scores = [record["score"] for record in self.history]
+        merits = [_merit(record) for record in self.history]
         return (
             patience is not None
-            and bool(scores)
-            and len(scores) - 1 - int(np.argmax(scores)) >= patience
+            and bool(merits)
+            and len(merits) - 1 - merits.index(max(merits)) >= patience
         )
 
     def _step(self, items: Tensor) -> Tensor:
@@ -486,7 +486,7 @@ class _Run:
         self._put([p.data for p in self.average])
         with torch.no_grad():
             found = self.validate()
-        if found["score"] > max((record["score"] for record in self.history), default=-np.inf):
+        if not self.history or _merit(found) > max(map(_merit, self.history)):
             if self.checkpoints is None:
                 self.best = copy.deepcopy(self.model.state_dict())
             else:
@@ -525,6 +525,10 @@ class _Run:
 
     def _seconds(self) -> float:
         return time.monotonic() - self.start
+
+
+def _merit(record: Mapping[str, Any]) -> tuple[float, float]:
+    return record["score"], -record.get("validation_loss", 0.0)
 
 
 class _Graphs:

@@ -191,7 +191,7 @@ class _Run:
             label_smoothing_factor=config.label_smoothing,
             use_cpu=not torch.cuda.is_available(),
             bf16=self.bf16,
-            seed=config.seed,
+            seed=config.seed % 2**32,  # NumPy takes no more, and every step is seeded anew
             save_strategy="no",
             logging_strategy="no",
             eval_strategy="no",

@@ -86,7 +86,9 @@ def _append(
     todo = pl.concat([before, fresh])
     if todo.is_empty():
         return catalog.table
-    vectors, present = encode_items(todo, dataset, settings, run_dir, progress_of("embed"))
+    vectors, present = encode_items(
+        todo, dataset, settings, run_dir, progress_of("embed"), may_lack_images=True
+    )
     tokenizer = load_tokenizer(run_dir / "tokenize" / "model")
     latents = _latents(tokenizer, vectors, present)
     codes = tokenizer.quantizer.encode(latents).numpy()
@@ -127,9 +129,8 @@ def _latents(
     """Returns latents ``[n, D]``; what a new item does not have yet, as behavior, is missing."""
     inputs = {name: torch.from_numpy(rows) for name, rows in vectors.items()}
     masks = {name: torch.from_numpy(mask) for name, mask in present.items()}
-    widths = tokenizer.config.input_dims if isinstance(tokenizer, RQVAE) else tokenizer.input_dims
     count = len(inputs["text"])
-    for name, width in widths.items():
+    for name, width in tokenizer.input_dims.items():
         if name not in inputs:
             inputs[name], masks[name] = torch.zeros(count, width), torch.zeros(count).bool()
     for name, mask in masks.items():

@@ -95,7 +95,9 @@ def open_table(
         model = _tokenizer_of(path, table)
     vectors, labels, present = None, None, None
     if embeddings is not None:
-        vectors = EmbeddingFile(embeddings).select(table.item_ids)
+        # Those the table was made from; the file may have more.
+        names = None if model is None else list(model.input_dims)
+        vectors = EmbeddingFile(embeddings, names).select(table.item_ids)
     elif run is not None and (run / "embed" / "embeddings.safetensors").is_file():
         vectors, present = load_embeddings(run / "embed" / "embeddings.safetensors")
     if items is not None and label is not None:

@@ -57,7 +57,8 @@ def run_stages(
     for stage in stages:
         stage.check_folders(run_dir)
     if not (run_dir / "config.json").exists():
-        for name in ("metrics.json", "report.html"):
+        # The last is that of a table made from a file, which takes no more items once it is a run.
+        for name in ("metrics.json", "report.html", "tokenize.json"):
             if (run_dir / name).exists():
                 expected = f"the folder of a run, or one without a {name}"
                 raise InvalidArgument("output", expected, f"{run_dir}", "take another folder")

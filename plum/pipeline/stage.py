@@ -54,6 +54,7 @@ class Stage:
         sources: Names the files outside the run that it reads, given its settings.
         version: Raised when the work changes, so that old outputs are not taken for new ones.
         optional: Stages whose outputs it reads where there are any.
+        neutral: Settings that its outputs do not depend on.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Stage:
     sources: Callable[[Any], list[Path]] = lambda settings: []
     version: int = 1
     optional: tuple[str, ...] = ()
+    neutral: tuple[str, ...] = ()
 
     def fingerprint(self, run_dir: Path, settings: Any, seed: int) -> str:
         """Returns a digest of everything the outputs depend on.
@@ -88,7 +90,8 @@ class Stage:
         for source in self.sources(settings):
             status = source.stat()
             inputs[str(source.resolve())] = [status.st_size, status.st_mtime_ns]
-        what = [self.name, self.version, _plain(settings), seed, inputs]
+        counting = {k: v for k, v in _plain(settings).items() if k not in self.neutral}
+        what = [self.name, self.version, counting, seed, inputs]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def is_current(self, run_dir: Path, fingerprint: str) -> bool:

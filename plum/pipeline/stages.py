@@ -31,7 +31,7 @@ from plum.data import (
 )
 from plum.data.dataset import read_parquet
 from plum.data.text_files import read_text
-from plum.embed import encode_images, encode_texts, similarity_report
+from plum.embed import ImageFiles, encode_images, encode_texts, similarity_report
 from plum.errors import InvalidArgument, InvalidData
 from plum.eval import ItemKNN, Popularity, ranking_metrics
 from plum.files import atomic_path, write_json
@@ -117,11 +117,14 @@ def encode_items(
     settings: EmbedConfig,
     run_dir: Path,
     progress: Callable[[int, int], None],
+    *,
+    may_lack_images: bool = False,
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.bool_]]]:
     """Encodes text and images of items by the template of a data set and from its images.
 
     Returns:
-        Modality to fp32 ``[N, D_m]``, and modality to bool ``[N]``, the items that have it.
+        Modality to fp32 ``[N, D_m]``, and modality to bool ``[N]``, the items that have it; without
+        images where ``may_lack_images`` and no item has one.
 
     Raises:
         InvalidArgument: the template names a column that is not there, or there are no images.
@@ -156,15 +159,18 @@ def encode_items(
                 "embed.images", "a folder or tar of <item id>.jpg", None,
                 f"the data set {dataset.name!r} brings none",
             )  # fmt: skip
-        vectors["image"], present["image"] = encode_images(
-            items["item_id"].to_list(),
-            images=images,
-            encoder=settings.image,
-            cache_dir=cache,
-            corrupt=settings.corrupt_images,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
+        ids = items["item_id"].to_list()
+        files = ImageFiles(images)
+        if not may_lack_images or any(item in files for item in ids):
+            vectors["image"], present["image"] = encode_images(
+                ids,
+                images=images,
+                encoder=settings.image,
+                cache_dir=cache,
+                corrupt=settings.corrupt_images,
+                batch_size=settings.batch_size,
+                progress=progress,
+            )
     return vectors, present
 
 
@@ -342,6 +348,9 @@ def _finetune(work: Workspace) -> None:
     rows = _validation_rows(sequences)
     pretrained = work.input("pretrain") / "model"
     base = str(pretrained) if pretrained.is_dir() else settings.base
+    if pretrained.is_dir() and not load_config(work.run_dir / "config.json").pretrain.steps:
+        hint = f"run: plum pretrain --output {work.run_dir}"
+        raise InvalidData(pretrained, "no model, as pretrain.steps is 0", "an earlier one", hint)
     if settings.lora_rank and base.startswith("scratch:"):
         raise InvalidArgument("finetune.lora_rank", f"0 with {base}", settings.lora_rank)
     if is_depth_base(settings.base):
@@ -402,10 +411,10 @@ def _evaluate(work: Workspace) -> None:
     users = [sequences.user_ids[user] for user in test.users]
     parts = work.folder / "recommendations"
     ranked = {"generator": _rank_in_parts(recommender, users, test.histories, k, work, parts)}
-    # The baselines may use all that is known before the test item.
     known, seen = list(test.histories), work.settings.filter_seen
     for name, baseline in (("popularity", Popularity()), ("item_knn", ItemKNN())):
-        fitted = baseline.fit(known, sequences.num_items)
+        # They may use all that is known before the test item, also of users who have none.
+        fitted = baseline.fit(sequences.before_test(), sequences.num_items)
         ranked[name] = fitted.recommend(known, k, exclude_seen=seen)
     if work.settings.sasrec:
         sasrec = _trained_sasrec(work, sequences)
@@ -555,15 +564,22 @@ STAGES = {
         Stage("tokenize", ("data", "embed"), _tokenize),
         Stage("report", ("tokenize", "embed"), _report),
         Stage("index", ("tokenize",), _index, version=2),
-        Stage("pretrain", ("data", "tokenize"), _pretrain, _pretrain_files),
+        Stage(
+            "pretrain",
+            ("data", "tokenize"),
+            _pretrain,
+            _pretrain_files,
+            neutral=("save_every_steps",),
+        ),
         Stage(
             "finetune",
             ("data", "tokenize"),
             _finetune,
             lambda s: _files(s.base),
             optional=("pretrain",),
+            neutral=("save_every_steps",),
         ),
-        Stage("evaluate", ("data", "tokenize", "index", "finetune"), _evaluate, version=2),
+        Stage("evaluate", ("data", "tokenize", "index", "finetune"), _evaluate, version=3),
         # The samples are made with the search of evaluate, so they follow its outputs.
         Stage("recommend", ("data", "tokenize", "index", "finetune", "evaluate"), _recommend),
     )

@@ -13,10 +13,11 @@ import polars as pl
 import torch
 
 from plum.errors import InvalidArgument, check_int
-from plum.files import atomic_folder, atomic_path, locked, read_json, write_json
+from plum.files import atomic_folder, atomic_path, locked, read_json, sha256, write_json
 from plum.pipeline.embedding_file import ROWS_PER_CHUNK, EmbeddingFile
 from plum.quantize import Tokenizer, fit_tokenizer, load_tokenizer
 from plum.quantize.inputs import check_seed
+from plum.quantize.storage import read_config
 from plum.quantize.tokenizer import KINDS
 from plum.sid import SidTable, resolve_collisions
 from plum.sid.collisions import POLICIES
@@ -54,8 +55,9 @@ def tokenize_parquet(
         collisions: A policy of :func:`plum.sid.resolve_collisions`.
         latent_dim: Width of what is quantized.
         modalities: Columns to use; None for every column of lists of numbers.
-        tokenizer: Folder of a saved tokenizer to encode with, which has its own ``kind``,
-            ``codebook_sizes`` and ``latent_dim``; None fits one.
+        tokenizer: Folder of a saved tokenizer to encode with, for which ``kind``,
+            ``codebook_sizes``, ``latent_dim`` and ``seed`` do not count and the options that only a
+            fit has must be absent; None fits one.
         sample_rows: Items to fit on, drawn by the seed; None for 256 a code of the largest level,
             but at least 65,536.
         seed: Seed of everything random, in [0, 2^63).
@@ -79,19 +81,19 @@ def tokenize_parquet(
         check_int("sample_rows", sample_rows)
     check_int("latent_dim", latent_dim)
     check_seed(seed)
+    if tokenizer is not None and (sample_rows is not None or options):
+        given = [*(["sample_rows"] if sample_rows is not None else []), *options]
+        raise InvalidArgument("tokenizer", "no options of a fit beside it", ", ".join(given))
     file = EmbeddingFile(embeddings, modalities)
     output = _folder(output)
-    settings = {
-        "kind": kind,
-        "codebook_sizes": sizes,
-        "collisions": collisions,
-        "latent_dim": latent_dim,
-        "modalities": list(file.dims),
-        "tokenizer": None if tokenizer is None else str(Path(tokenizer).resolve()),
-        "sample_rows": sample_rows,
-        "seed": seed,
-        **options,
-    }
+    settings: dict[str, Any] = {"collisions": collisions, "modalities": list(file.dims)}
+    if tokenizer is None:
+        settings |= {"kind": kind, "codebook_sizes": sizes, "latent_dim": latent_dim}
+        settings |= {"sample_rows": sample_rows, "seed": seed, **options}
+    else:
+        read_config(tokenizer, "tokenizer")
+        # By its content, which another fit in the same folder changes.
+        settings["tokenizer"] = sha256(Path(tokenizer) / "model.safetensors")
     # As they are read back: a tuple among the options becomes a list.
     started = json.loads(json.dumps({"settings": settings, "embeddings": _identity(file.path)}))
     output.mkdir(parents=True, exist_ok=True)

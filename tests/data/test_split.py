@@ -39,6 +39,11 @@ def test_training_leaves_out_the_last_two_of_users_with_three() -> None:
     assert [items.tolist() for items in training] == [[4, 1], [2, 5], [7], [8]]
 
 
+def test_before_the_test_all_but_its_items_are_known() -> None:
+    known = sequences_of(dataset(SEQUENCES)).before_test()
+    assert [items.tolist() for items in known] == [[4, 1, 3], [2, 5], [7, 7], [8]]
+
+
 @pytest.mark.parametrize(
     ("name", "histories", "targets"),
     [("validation", [[4, 1], [7]], [3, 7]), ("test", [[4, 1, 3], [7, 7]], [9, 0])],

@@ -106,6 +106,13 @@ def test_neighbor_agreement_equals_brute_force() -> None:
     assert full["num_neighbors"] == 399 and full["neighbors"] == pytest.approx(everything)
 
 
+def test_a_sample_without_labels_is_described_without_them() -> None:
+    x, labels = rows(3000), [set() for _ in range(2999)] + [{"a"}]
+    sampled = [similarity_report(x, labels=labels, max_rows=10, seed=seed) for seed in range(3)]
+    assert not any("neighbor_agreement" in report for report in sampled)
+    assert similarity_report(x, labels=labels)["neighbor_agreement"]["num_rows"] == 1
+
+
 def test_progress_ends_at_the_total() -> None:
     seen: list[tuple[int, int]] = []
     x = rows(2500, d=4)

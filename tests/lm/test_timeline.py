@@ -95,6 +95,19 @@ def test_a_certain_next_item_is_learned(codes, histories, kind):
     assert history[0]["train_loss"] > 1.5 * history[-1]["train_loss"]
 
 
+def test_of_equal_scores_the_lower_validation_loss_counts(codes, histories):
+    losses = iter([3.0, 1.0, 2.0])
+    config = TimelineConfig(epochs=20, batch_size=8, eval_every=1, patience=1)
+    model, seen = generator(codes), []
+
+    def validate():
+        seen.append(model.heads[0].detach().clone())
+        return {"score": 0.0, "validation_loss": next(losses)}
+
+    train_timeline(model, histories, config, validate=validate)
+    assert len(seen) == 3 and torch.equal(model.heads[0], seen[1])
+
+
 def test_training_repeats_and_keeps_the_best_weights(codes, histories):
     scores = iter([0.1, 0.5, 0.2, 0.3] * 2)
     config = TimelineConfig(epochs=20, batch_size=8, eval_every=1, patience=2)
@@ -552,6 +565,10 @@ def test_finetuning_is_validated_as_it_says(codes, histories, tmp_path, monkeypa
     wanted = model.rows[[(row[-1] + 1) % 30 for row in known]]
     hits = [row in rows for row, rows in zip(wanted, found.tolist(), strict=True)]
     assert history[-1]["score"] == sum(hits) / 2 / 7 > 0
+    # Where users take items again, what they have taken is part of the search.
+    again = [np.append(row, row[0]) for row in train]
+    finetune_depth(model, train, again, tmp_path / "b", config)
+    assert seen[1][2] == {"exclude_seen": False}
     # The same weights with other SIDs are another training.
     with pytest.warns(RuntimeWarning, match="checkpoints belong to another configuration"):
         finetune_depth(generator(codes), train, histories, tmp_path / "a", config, **options)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,12 @@ def test_killed_and_restarted_ends_with_the_same_bits(tmp_path, histories, codes
     last = [folder / "checkpoints/step-00000026" for folder in map(Path, (whole, cut))]
     for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
         assert last[0].joinpath(name).read_bytes() == last[1].joinpath(name).read_bytes()
+
+
+def test_any_seed_of_the_configuration_will_do(tmp_path, histories, codes):
+    config = replace(QUICK, max_steps=1, seed=2**63 - 1)
+    finetune(fresh(), histories, histories, codes, tmp_path, config)
+    assert (tmp_path / "model").is_dir()
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, histories, codes):

@@ -26,6 +26,7 @@ from plum.sid import SidTable
 from plum.trie import SidTrie
 
 from ..tiny_encoder import LETTERS, build_encoder
+from ..tiny_vision import picture
 
 SETTINGS = [
     *("data.num_items=60", "data.num_users=60", "tokenize.codebook_sizes=[8, 8, 8]"),
@@ -181,6 +182,19 @@ def test_of_new_items_rq_kmeans_too_knows_no_behavior(tmp_path, encoder, collisi
     assert table.codes[-1, :kept].tolist() == codes[0, :kept].tolist()
     found = recommender(folder).recommend([table.item_ids[0]], 60)
     assert len(found) == 60 and "x" in {item.item_id for item in found}
+
+
+def test_new_items_need_no_images_where_the_tokenizer_can_do_without(tmp_path, encoder):
+    run(tmp_path / "plain", encoder)
+    images = tmp_path / "images"
+    images.mkdir()
+    for row, item in enumerate(pl.read_parquet(tmp_path / "plain/data/items.parquet")["item_id"]):
+        (images / f"{item}.png").write_bytes(picture(row, (8, 8)))
+    shown = ["embed.image=colors-and-textures", f"embed.images={json.dumps(str(images))}"]
+    folder = tmp_path / "run"
+    run(folder, encoder, *shown, "tokenize.kind=rq-vae", "tokenize.epochs=2")
+    table = append_items(folder, write_new(tmp_path / "n.parquet", folder, ["x"], [3]))
+    assert table.item_ids[-1] == "x"
 
 
 def test_settings_that_were_asked_for_and_not_run_do_not_count(copied, tmp_path, encoder):

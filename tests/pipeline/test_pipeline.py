@@ -214,7 +214,16 @@ def test_fine_tuning_starts_from_what_was_pre_trained(finished, encoder, tmp_pat
         run(folder, encoder, *told, "pretrain.columns=[color]")
     with pytest.raises(InvalidArgument, match="base: expected a model whose tokenizer reads text"):
         run(folder, encoder, *told, "pretrain.base=scratch:tiny")
-    # Switched off again, what it left is gone and the run is the one of before.
+    # Switched off again, fine-tuning alone does not take what it left.
+    off = resolve_config(
+        base=json.loads((folder / "config.json").read_text()), settings=["pretrain.steps=0"]
+    )
+    with pytest.raises(InvalidData, match=r"no model, as pretrain\.steps is 0.*run: plum pretrain"):
+        run_stages(
+            off.model_copy(update={"seed": 1}), folder, ["finetune"],
+            progress_of=lambda stage: lambda done, total: None,
+        )  # fmt: skip
+    # And the run is the one of before.
     assert run(folder, encoder) == ["pretrain", "finetune", "evaluate", "recommend"]
     before = [path / "finetune" / "model" / "model.safetensors" for path in (finished, folder)]
     assert before[0].read_bytes() == before[1].read_bytes()
@@ -243,7 +252,7 @@ def test_what_is_not_its_own_is_refused_before_any_work(encoder, tmp_path):
         run(tmp_path, encoder)
     assert [path.name for path in tmp_path.rglob("*")] == ["evaluate", "notes.txt"]
     mine.unlink()
-    for name in ("metrics.json", "report.html"):
+    for name in ("metrics.json", "report.html", "tokenize.json"):
         (tmp_path / name).write_text("mine")
         with pytest.raises(InvalidArgument, match=f"output: expected .* one without a {name}"):
             run(tmp_path, encoder)

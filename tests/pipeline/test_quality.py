@@ -302,3 +302,13 @@ def test_bad_inputs_are_one_line(catalog, options, error, message):
     with pytest.raises(error, match=message) as caught:
         assess(open_table(options.pop("path"), **options))
     assert "\n" not in str(caught.value)
+
+
+def test_a_table_of_one_of_the_columns_of_a_file(catalog, tmp_path):
+    both = pl.read_parquet(catalog / "embeddings.parquet")
+    both = both.with_columns(image=pl.lit([1.0, 2.0], dtype=pl.List(pl.Float32)))
+    both.write_parquet(tmp_path / "e.parquet")
+    sizes = {"codebook_sizes": (10, 8), "latent_dim": 8}
+    tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", modalities=["text"], **sizes)
+    report = assess(open_table(tmp_path / "t", embeddings=tmp_path / "e.parquet"))
+    assert list(report["similarity"]) == ["text"] and report["quantization"]["cosine"] > 0.9

@@ -112,6 +112,11 @@ def test_partial_work_is_kept_for_the_same_work_and_dropped_for_other_work(tmp_p
     assert seen == [["started.json"], ["part", "started.json"], ["started.json"], ["started.json"]]
 
 
+def test_a_setting_that_changes_nothing_makes_nothing_anew(tmp_path):
+    stage = Stage("first", (), write, neutral=("text",))
+    assert run(stage, tmp_path, "a") and not run(stage, tmp_path, "b")
+
+
 @pytest.mark.parametrize("name", ["first", "first.partial"])
 def test_files_of_others_stay_and_are_said(tmp_path, name):
     (tmp_path / name).mkdir()

@@ -271,6 +271,19 @@ def test_the_tokenizer_may_lie_where_the_table_goes(tmp_path):
     assert second.codes.tolist() == first.codes.tolist()
 
 
+def test_a_tokenizer_is_known_by_its_content(tmp_path):
+    write_items(tmp_path / "e.parquet", IDS)
+    tokenizer, output = tmp_path / "t" / "model", tmp_path / "u"
+    tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", **SMALL)
+    table = tokenize_parquet(tmp_path / "e.parquet", output, tokenizer=tokenizer)
+    copy = shutil.copytree(tokenizer, tmp_path / "copy")
+    assert tokenize_parquet(tmp_path / "e.parquet", output, tokenizer=copy).digest == table.digest
+    shutil.rmtree(tmp_path / "t")
+    tokenize_parquet(tmp_path / "e.parquet", tmp_path / "t", **{**SMALL, "seed": 5})
+    with pytest.raises(InvalidArgument, match="holds the table of another"):
+        tokenize_parquet(tmp_path / "e.parquet", output, tokenizer=tokenizer)
+
+
 def test_paths_may_look_like_patterns(tmp_path):
     odd = tmp_path / "a[1]*"
     odd.mkdir()
@@ -417,6 +430,7 @@ def test_damage_is_named_wherever_it_is_met(tmp_path, monkeypatch, error):
         ({"epochs": 3}, "epochs"),
         ({"kind": "rq-vae", "max_iters": 3}, "max_iters"),
         ({"kind": "rq-vae", "epochs": 0}, "epochs"),
+        ({"tokenizer": "x", "sample_rows": 9, "epochs": 3}, "tokenizer: .*sample_rows, epochs"),
         ({"tokenizer": "nowhere"}, "nowhere: expected the folder of a saved tokenizer"),
         ({"output": "good.parquet"}, "output: expected a folder"),
         ({"codebook_sizes": (1, 1), "collisions": "nearest_free"}, "prefix .* at most 1 items"),
