@@ -54,6 +54,7 @@ STEP_PROVIDERS = {
     "plum triton valid": ("trie_gpu:step", "valid", "triton", True),
     "plum triton, no graph": ("trie_gpu:step", "full", "triton", False),
     "STATIC": ("static_decoding:gpu_step", False),
+    "STATIC, W children a beam": ("static_decoding:gpu_step", False, False),
 }
 COMPILED_PROVIDERS = {"STATIC compiled, in a graph": ("static_decoding:gpu_step", True)}
 DECODE_PROVIDERS = {"plum triton": True, "plum triton, no graph": False}

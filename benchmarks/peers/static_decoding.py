@@ -1,6 +1,7 @@
 """youtube/static-constraint-decoding: its index, its step, its search with a model of ours.
 
-Every child of a beam is considered, which makes it exact.
+How many children of a beam it considers after the first code is an argument of it. All of them make
+it exact, and so do as many as there are beams, as no more of one beam can be among the best.
 """
 
 from __future__ import annotations
@@ -62,10 +63,16 @@ def children(index: Index, prefixes: Sequence[Sequence[int]]) -> list[list[int]]
     return found
 
 
-def decode(sids: Tensor, size: int, logits: list[Tensor]) -> Callable[[], Tensor]:
-    """Searches ``sids`` ``[N, L]`` (distinct) with prepared logits ``[B, W, V]`` a level."""
+def decode(
+    sids: Tensor, size: int, logits: list[Tensor], all_children: bool = True
+) -> Callable[[], Tensor]:
+    """Searches ``sids`` ``[N, L]`` (distinct) with prepared logits ``[B, W, V]`` a level.
+
+    Without ``all_children`` W of each beam are considered.
+    """
     index = _index(sids, size)
     batch, width = logits[-1].shape[:2]
+    considered = size if all_children else min(width, size)
     rows = [level.flatten(0, 1).unsqueeze(1) for level in logits]
 
     def run() -> Tensor:
@@ -74,7 +81,7 @@ def decode(sids: Tensor, size: int, logits: list[Tensor]) -> Callable[[], Tensor
             lambda tokens: next(steps),
             batch,
             width,
-            size,
+            considered,
             0,
             len(rows),
             size,
@@ -91,10 +98,15 @@ def decode(sids: Tensor, size: int, logits: list[Tensor]) -> Callable[[], Tensor
 
 
 def step(
-    sids: Tensor, size: int, prefixes: Tensor, logits: Tensor, scores: Tensor
+    sids: Tensor,
+    size: int,
+    prefixes: Tensor,
+    logits: Tensor,
+    scores: Tensor,
+    all_children: bool = True,
 ) -> Callable[[], Tensor]:
     """One step of its search with the logits ``[B, W, V]`` that are given."""
-    run = torch.inference_mode()(step_of(sids, size, prefixes, scores))
+    run = torch.inference_mode()(step_of(sids, size, prefixes, scores, all_children))
     return lambda: run(logits)
 
 
@@ -105,15 +117,17 @@ def gpu_step(
     logits: Sequence[Tensor],
     scores: Tensor,
     compiled: bool,
+    all_children: bool = True,
 ) -> Callable[[], Tensor]:
     """Repeated steps on a GPU, eager, or compiled and in one CUDA graph."""
     if not compiled:
-        run = torch.inference_mode()(step_of(sids, size, prefixes, scores))
+        run = torch.inference_mode()(step_of(sids, size, prefixes, scores, all_children))
         return repeated(run, logits, graph=False)
     # Dynamo cannot trace inference mode, and looks modules up by their names.
     sys.modules.setdefault(_search.__name__, _search)
     restrict = _search.generate_and_apply_logprobs_mask.__wrapped__
-    run = torch.compile(step_of(sids, size, prefixes, scores, restrict), fullgraph=True)
+    one = step_of(sids, size, prefixes, scores, all_children, restrict)
+    run = torch.compile(one, fullgraph=True)
     return repeated(run, logits, graph=True)
 
 
@@ -122,6 +136,7 @@ def step_of(
     size: int,
     prefixes: Tensor,
     scores: Tensor,
+    all_children: bool = True,
     restrict: Callable[..., Any] = _search.generate_and_apply_logprobs_mask,
 ) -> Callable[[Tensor], Tensor]:
     """One step of its search below the root, which is no function of its own there.
@@ -135,6 +150,7 @@ def step_of(
     index = Index(*(part.to(device) if isinstance(part, Tensor) else part for part in index))
     batch, width = scores.shape
     level = prefixes.shape[1]
+    considered = size if all_children else min(width, size)
 
     def run(logits: Tensor) -> Tensor:
         logprobs = torch.log_softmax(logits.flatten(0, 1), dim=-1)
@@ -142,7 +158,7 @@ def step_of(
             parents = states - 1
             barred = torch.tensor(-float("inf"), device=device)
             logprobs = torch.where(index.dense_mask[parents], logprobs, barred)
-            logprobs, codes = logprobs.topk(size, dim=-1)
+            logprobs, codes = logprobs.topk(considered, dim=-1)
             after = index.dense_states[parents.unsqueeze(1), codes]
         else:
             logprobs, codes, after = restrict(

@@ -55,8 +55,8 @@ def trie_mask(
         InvalidArgument: a shape, dtype, device or the level does not fit.
     """
     every, each, columns = _check(logits, states, trie, level)
-    args = (states, list(trie.index), every, each, columns)
-    masked = _copy_op(detached(logits), *args, backend=backend)
+    own = detached(logits)
+    masked = _copy_op(own, states, list(trie.index), every, each, columns, backend=backend)
     if (logits.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
         # The same once more, so that autograd sees it.
         masked = logits.masked_fill(masked == float("-inf"), float("-inf")).contiguous()
@@ -173,7 +173,9 @@ def _changed(logits: Tensor) -> None:
 
 def _matrix(logits: Tensor) -> Tensor:
     """Returns logits as rows that may be any distance apart, in a copy where they cannot be."""
-    flat = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    if logits.dim() == 2 and logits.stride(1) == 1:
+        return logits
+    flat = logits.reshape(-1, logits.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] < 2 else flat.contiguous()
 
 
@@ -240,10 +242,9 @@ def _copy_cpu(
     levels: Tensor | None,
     columns: Sequence[int],
 ) -> Tensor:
-    masked = _copy_fake(logits, states, index, level, levels, columns)
+    masked = torch.empty_like(logits, memory_format=torch.contiguous_format)
     each = None if levels is None else levels.contiguous()
-    flat = _matrix(logits)
-    _native.trie_mask_cpu(flat, states.contiguous(), index, level, each, columns, masked)
+    _native.trie_mask_cpu(_matrix(logits), states.contiguous(), index, level, each, columns, masked)
     return masked
 
 
