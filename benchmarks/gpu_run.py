@@ -154,7 +154,9 @@ def main() -> int:
         for step in group:
             print(f"{step.name}: {step.status} in {step.took:.0f} s. {step.summary}", flush=True)
             if step.failed:
-                print(step.output[-4000:], flush=True)
+                # A sanitizer's first findings stand long before the end.
+                found = [line for line in step.output.splitlines() if line.startswith("=====")]
+                print("\n".join(found[:40]), step.output[-4000:], sep="\n", flush=True)
             file = "sanitizer.txt" if step.name.startswith(TOOLS) else "log.txt"
             logs[file] += f"##### {step.name}: {step.status}\n{step.output}\n"
     for name, text in logs.items():

@@ -108,9 +108,12 @@ def recommendation() -> list[str]:
         for names in (_SIDS, ("sasrec",)):
             runs = next((models[name] for name in names if name in models), [])
             seconds = fmean(run["train_seconds"] for run in runs) if runs else 0.0
-            row.append(f"{_recall(runs)} ({len(runs)}, {seconds:.0f} s)" if runs else "")
+            size = runs[0]["parameters"] / 1e6 if runs else 0.0
+            facts = f"({size:.1f} M, {len(runs)}, {seconds:.0f} s)"
+            row.append(f"{_recall(runs)} {facts}" if runs else "")
         rows.append([*row, *(baselines[dataset][model] for model in ("item_knn", "popularity"))])
-    heads = ("device", "generator (seeds, training)", "SASRec", "ItemKNN", "popularity")
+    generator = "generator (parameters, seeds, training)"
+    heads = ("device", generator, "SASRec", "ItemKNN", "popularity")
     return _table("test Recall@10, seen items kept / left out", heads, rows)
 
 

@@ -60,7 +60,7 @@ void code_usage(const Code* codes, int64_t rows, int64_t levels, const int64_t* 
   for (int64_t level = 0; level < levels; ++level) {
     table.offset[level + 1] = table.offset[level] + static_cast<int>(sizes[level]);
   }
-  const int slots = table.offset[levels] + 1;
+  const int64_t slots = int64_t{table.offset[levels]} + 1;
   // Its 32-bit slots overflow only where a block counts 2^32 codes, which take 64 TiB in all.
   constexpr int64_t kMaxBlocks = 4096;
   const int64_t per_block = int64_t{kThreads} * kCodesPerThread;

@@ -32,6 +32,8 @@ _NONE = -3e38
 _NONE_TL = tl.constexpr(_NONE)
 # Programs a multiprocessor: while one waits for memory, the other computes.
 _PROGRAMS = 2
+# Numbers of rows, and of those in whole blocks, are 32 bits wide.
+MAX_ROWS = 2**31 - 1024
 # The largest norm of a level's operands is scaled to [2^4, 2^5): fp16 then holds rows 2^11 times as
 # long, and what is 2^-18 times as long as normal numbers.
 _EXPONENT = 5
@@ -102,6 +104,7 @@ def _scores_of_tiles(
     tag_mask |= tag_mask >> 2
     tag_mask |= tag_mask >> 4
     tag_mask |= tag_mask >> 8
+    tag_mask |= tag_mask >> 16
     o_n = tl.arange(0, TILE)
     o_d = tl.arange(0, CHUNK)
     b_best = tl.full([ROWS, TILE], _NONE_TL, tl.float32)
@@ -502,8 +505,8 @@ def residual_quantize(
     bad_row = torch.full((1,), count, dtype=torch.int64, device=device)
     if not count:
         return SearchResult(codes, norms, residual, bad_row)
-    # The rows that the first launch leaves to the second are listed in 32 bits.
-    assert count < 2**31
+    # The rows that the first launch leaves to the second are listed in 32 bits, as blocks are.
+    assert count <= MAX_ROWS
     processors, shared_bytes = _machine(device)
     config = config or default_config(width, shared_bytes)
     rows, stride = config["ROWS"], config["CHUNK"] * config["CHUNKS"]

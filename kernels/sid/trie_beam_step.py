@@ -207,9 +207,9 @@ def _beams_kernel(
         # On its way while the state is looked up.
         b_row = children.row_of(p_row, stride_column, width, COLUMNS)
     if p_levels is not None:
-        level = tl.load(p_levels + request).to(tl.int32)
+        level = tl.load(p_levels + request)
     known = (level >= 0) & (level < num_levels)
-    level = tl.where(known, level, 0)
+    level = tl.where(known, level, 0).to(tl.int32)
     if p_levels is not None:
         column = tl.load(p_columns + level)
     base = tl.load(p_scores + program)

@@ -42,9 +42,9 @@ def _trie_mask_kernel(
     row = tl.program_id(0).to(tl.int64)
     o_v = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if p_levels is not None:
-        level = tl.load(p_levels + row).to(tl.int32)
+        level = tl.load(p_levels + row)
     known = (level >= 0) & (level < num_levels)
-    level = tl.where(known, level, 0)
+    level = tl.where(known, level, 0).to(tl.int32)
     if p_levels is not None:
         column = tl.load(p_columns + level)
     p_at = p_table + level * search.FIELDS

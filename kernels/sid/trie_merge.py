@@ -108,7 +108,7 @@ def merge_kernel(
     p_slots += request * SORTED
     p_wide += request * SORTED
     if p_levels is not None:
-        level = tl.load(p_levels + request).to(tl.int32)
+        level = tl.load(p_levels + request)
     # Of a level that the trie has not, nothing was kept.
     p_at = p_table + tl.where((level >= 0) & (level < num_levels), level, 0) * search.FIELDS
     starts_at = tl.load(p_at + search.STARTS_AT)

@@ -199,9 +199,9 @@ def _mean_pooled(model: Any) -> Any:
 
 
 def _num_cut(model: Any, shard: Sequence[str]) -> int:
-    """Returns how many texts the model cuts off; no text has more tokens than characters + 2."""
+    """Returns how many texts the model cuts off; no text has more tokens than bytes + 2."""
     limit = model.max_seq_length
-    suspects = [text for text in shard if limit is not None and len(text) + 2 > limit]
+    suspects = [text for text in shard if limit is not None and len(text.encode()) + 2 > limit]
     if not suspects or not callable(model.tokenizer):
         return 0
     return sum(len(ids) > limit for ids in model.tokenizer(suspects)["input_ids"])

@@ -127,8 +127,10 @@ class WindowPlan:
     """Which windows of the histories an epoch trains on, and in which batches.
 
     A history of n items gives ``ceil(n / size)`` windows per epoch, each starting at random within
-    its own equal share of the possible starts, so an epoch sees every interaction about once and
-    no two epochs cut the same way. Rows of similar length share a batch. An epoch is a pure
+    its own equal share of the possible starts, so no two epochs cut the same way, and all windows
+    of a long history are whole. Its items are in about one window each, those in its middle in
+    more, those at its ends in fewer: to cut it into parts that have each item once gave no better
+    recall (ML-1M, windows of 51, SASRec). Rows of similar length share a batch. An epoch is a pure
     function of the seed and its number.
 
     Attributes:

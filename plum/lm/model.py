@@ -203,7 +203,7 @@ def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int
             tokenizer.pad_token = tokenizer.eos_token
     # Some bases have more rows than tokens; shrinking them would break the published shapes.
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        with seeded(seed):
+        with seeded(seed), _own_head(model):
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tables = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
@@ -219,6 +219,26 @@ def _pretrained(base: str, vocabulary: SidVocabulary, seed: int, max_length: int
     if not config.is_encoder_decoder:
         _check_causal(model)
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _own_head(model: Any) -> Iterator[None]:
+    """Keeps an output head that is no table of the input apart from it while rows are added.
+
+    transformers ties it then where the configuration of the model says so, though it loads it as it
+    is: that of T5 v1.1, Flan-T5 and mT5 always says so.
+    """
+    head = model.get_output_embeddings()
+    apart = head is not None and head.weight is not model.get_input_embeddings().weight
+    kept = head.weight.detach().clone() if apart else None
+    yield
+    head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
+    if kept is not None and head.weight is table:
+        names = model.all_tied_weights_keys
+        for name in [name for name in names if model.get_parameter(name) is table]:
+            if name.startswith("lm_head"):
+                del names[name]
+        head.weight = torch.nn.Parameter(torch.cat([kept, table.detach()[len(kept) :]]))
 
 
 @torch.no_grad()

@@ -134,7 +134,11 @@ def pretrain(
     tokenizer: Any = generator.tokenizer
     sids = ["".join(tokenizer.convert_ids_to_tokens(row)) for row in form.item_tokens.tolist()]
     length, most = config.sequence_length, config.max_items
-    behavior = behavior_documents(sids, items.attributes, histories, most)
+    # What is asked of the held-out items, trained on as little as their texts are.
+    attributes = list(items.attributes)
+    for item in held_out.tolist():
+        attributes[item] = ""
+    behavior = behavior_documents(sids, attributes, histories, most)
     metadata = metadata_documents(sids, items, told)
     batches = PackedBatches(
         tokenize(behavior, tokenizer, length),

@@ -395,6 +395,7 @@ class _Run:
     def train(self) -> list[dict[str, Any]]:
         config = self.config
         self._resume()
+        self.ends = [self._seconds()]
         torch.manual_seed(config.seed)
         current = [p.data for p in self.parameters]
         average = [p.data for p in self.average]
@@ -449,9 +450,11 @@ class _Run:
     def _epochs_left(self) -> int:
         """Returns how many more epochs there will be, by the pace of the last ones."""
         left = self.config.epochs - self.epoch
-        # The median is that of epochs without a validation or a graph in them.
-        if self.config.max_seconds is not None and len(self.ends) > _PACE:
-            pace = float(np.median(np.diff(self.ends[-1 - _PACE :])))
+        # The first, in which graphs are captured, counts as long as it is alone; and the median is
+        # that of epochs without a validation in them.
+        lasted = np.diff(self.ends)
+        if self.config.max_seconds is not None and len(lasted):
+            pace = float(np.median(lasted[1:][-_PACE:] if len(lasted) > 1 else lasted))
             left = min(left, int((self.config.max_seconds - self._seconds()) / pace))
         return max(1, left)
 

@@ -227,17 +227,20 @@ def _cpu(
     return codes, norms, residual
 
 
-def _fits_cuda(x: Tensor, *_: Any) -> bool:
-    return x.shape[1] <= _native.residual_quantize_max_width_cuda()
+def _fits_cuda(x: Tensor, codebooks: Tensor, sizes: Sequence[int], *_: Any) -> bool:
+    # A candidate is a row of a block and a codeword in 32 bits.
+    return x.shape[1] <= _native.residual_quantize_max_width_cuda() and max(sizes) <= 1 << 24
 
 
-def _fits_wgmma(x: Tensor, *_: Any) -> bool:
+def _fits_wgmma(x: Tensor, codebooks: Tensor, sizes: Sequence[int], *_: Any) -> bool:
     # The other kernel has narrower ones, which it pads less.
-    return 128 < x.shape[1] <= _native.residual_quantize_max_width_cuda()
+    return x.shape[1] > 128 and _fits_cuda(x, codebooks, sizes)
 
 
 def _fits_triton(x: Tensor, *_: Any) -> bool:
-    return len(x) < 1 << 31
+    from plum.kernels import residual_quantize as kernel
+
+    return len(x) <= kernel.MAX_ROWS
 
 
 def _cuda(

@@ -209,7 +209,8 @@ class _Training:
         self.batch_size = batch_size
         self.count = len(next(iter(embeddings.values())))
         self.device = next(model.parameters()).device
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        groups = [group["params"] for group in optimizer.param_groups]
+        self.parameters, self.networks = [p for group in groups for p in group], groups[0]
 
     def start_codebooks(self) -> None:
         """Sets the codebooks to k-means centroids of the latents."""
@@ -275,7 +276,9 @@ class _Training:
         self.optimizer.zero_grad()
         total.backward()
         values = torch.stack(list(losses.values())).detach()
-        values = reduce_gradients(self.parameters, values, None)
+        # Before codes are used the codebooks have no gradient, on any process, and no step.
+        trained = self.parameters if quantize else self.networks
+        values = reduce_gradients(trained, values, None)
         loss = values.sum()
         if not bool(loss.isfinite()):
             lr = self.optimizer.param_groups[0]["lr"]

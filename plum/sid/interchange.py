@@ -5,8 +5,8 @@ format         files                               what is in them
 =============  ==================================  ============================================
 ``index``      ``*.json`` (also .gz, .xz, .bz2)    LC-Rec, LETTER, MiniOneRec, MQL4GRec: item to
                                                    tokens, ``{"7": ["<a_12>", "<b_3>"]}``
-``parquet``    ``*.parquet``                       OpenOneRec: ``pid``, ``codes``; or ``item_id``,
-                                                   ``codes``
+``parquet``    ``*.parquet``                       OpenOneRec: ``pid``, ``codes`` (``sid`` in its
+                                                   data set); or ``item_id``, ``codes``
 ``csv``        ``*.csv`` (also .gz, .xz, .bz2)     ``item_id``, then a column of codes a level
 ``grid``       ``*.npy``, ``*.safetensors``        GRID: integers ``[L, N]``, levels first, item
                                                    ids 0 to N - 1
@@ -222,16 +222,18 @@ def _read_parquet(path: Path) -> tuple[list[str], Wide]:
     except (polars.exceptions.PolarsError, polars.exceptions.PanicException, OSError) as error:
         raise InvalidData(path, "a whole Parquet file", str(error).splitlines()[0]) from None
     names = [name for name in ("item_id", "pid") if name in frame.columns]
-    if not names or "codes" not in frame.columns:
-        raise InvalidData(path, "columns item_id (or pid) and codes", ", ".join(frame.columns))
-    ids, codes = frame[names[0]], frame["codes"]
+    lists = [name for name in ("codes", "sid") if name in frame.columns]
+    if not names or not lists:
+        expected = "columns item_id (or pid) and codes (or sid)"
+        raise InvalidData(path, expected, ", ".join(frame.columns))
+    ids, codes = frame[names[0]], frame[lists[0]]
     strings = (polars.String, polars.Categorical, polars.Enum)
     if not (ids.dtype in strings or ids.dtype.is_integer()) or ids.null_count():
         raise InvalidData(
             f"{path}, column {names[0]!r}", "strings or whole numbers", f"{ids.dtype}, or empty"
         )
     if not (codes.dtype in (polars.List, polars.Array) and codes.dtype.inner.is_integer()):
-        raise InvalidData(f"{path}, column 'codes'", "lists of whole numbers", codes.dtype)
+        raise InvalidData(f"{path}, column {lists[0]!r}", "lists of whole numbers", codes.dtype)
     item_ids = ids.cast(polars.String).to_list()
     _check_distinct(path, item_ids)
     if not item_ids:

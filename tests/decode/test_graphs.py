@@ -22,8 +22,9 @@ def captures(monkeypatch):
     made = []
 
     def capture(function, inputs):
-        kept = tuple(tensor.clone() for tensor in inputs)
-        outputs = function(*kept)
+        kept = graphs._copies(inputs)
+        with torch.inference_mode(False):  # A graph writes what it writes in any mode.
+            outputs = function(*kept)
 
         def replay():
             for old, new in zip(outputs, function(*kept), strict=True):
@@ -31,9 +32,10 @@ def captures(monkeypatch):
                     old.copy_(new)
 
         made.append(inputs[0].shape)
-        done = SimpleNamespace(wait=lambda: None, record=lambda: None)
-        return graphs._Captured(SimpleNamespace(replay=replay), kept, outputs, done)
+        return graphs._Captured(SimpleNamespace(replay=replay), kept, outputs)
 
+    done = SimpleNamespace(wait=lambda: None, record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(graphs, "_event", lambda: done)
     monkeypatch.setattr(graphs, "_capture", capture)
     return made
 
@@ -58,11 +60,20 @@ def test_what_a_function_depends_on_has_graphs_of_its_own(captures):
     assert len(captures) == 3
 
 
-def test_the_latest_stay(captures):
-    found = graphs.Graphs(2)
-    for size in (1, 2, 1, 3, 1, 2):
+def test_when_there_are_too_many_all_go_once_they_are_done(captures):
+    found, waited = graphs.Graphs(2), []
+    graphs._event().synchronize = lambda: waited.append(len(captures))
+    for size in (1, 2, 1, 3, 1, 3):
         found.run((), lambda x: (x + 1,), (torch.zeros(size),))
-    assert captures == [(1,), (2,), (3,), (2,)]
+    assert captures == [(1,), (2,), (3,), (1,)] and waited == [2]
+
+
+def test_what_was_captured_in_inference_mode_is_replayed_outside(captures):
+    found = graphs.Graphs(2)
+    with torch.inference_mode():
+        found.run((), lambda x: (x + 1,), (torch.zeros(2),))
+    (result,) = found.run((), lambda x: (x + 1,), (torch.ones(2),))
+    assert result.tolist() == [2, 2] and len(captures) == 1
 
 
 def test_a_replay_waits_for_the_one_before_on_another_stream(captures):
@@ -70,10 +81,9 @@ def test_a_replay_waits_for_the_one_before_on_another_stream(captures):
     add = lambda x: (x + 1,)  # noqa: E731
     found.run((), add, (torch.zeros(2),))
     (captured,) = found._captured.values()
-    replay = captured.graph.replay
+    replay, done = captured.graph.replay, graphs._event()
     captured.graph.replay = lambda: (told.append("replay"), replay())
-    captured.done.wait = lambda: told.append("wait")
-    captured.done.record = lambda: told.append("record")
+    done.wait, done.record = (lambda: told.append("wait")), (lambda: told.append("record"))
     found.run((), add, (torch.ones(2),))
     assert told == ["wait", "replay", "record"]
 

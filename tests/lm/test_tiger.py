@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from plum.decode import SidBeamSearch
 from plum.errors import InvalidArgument, InvalidData
@@ -14,6 +15,8 @@ from plum.lm import FinetuneConfig, Generator, SidFormat, TrainingBatches, finet
 from plum.lm.validation import validate
 from plum.sid import SidVocabulary
 from plum.trie import SidTrie
+
+from ..text_base import build_text_base
 
 SIZES = (4, 5, 3)
 TABLE = np.array([[2, 6], [3, 7], [4, 8], [5, 9]])
@@ -121,3 +124,26 @@ def test_labels_are_smoothed_over_the_vocabulary(tmp_path, tiger, histories, cod
 def test_unknown_shapes_are_named():
     with pytest.raises(InvalidArgument, match="scratch:t5-small"):
         load_generator("scratch:t5-huge", SidVocabulary(SIZES))
+
+
+def test_a_head_of_its_own_stays_one(tmp_path):
+    """transformers says of T5 v1.1, Flan-T5 and mT5 that it is tied, which it is not."""
+    base = build_text_base(tmp_path)
+    config = T5Config(
+        vocab_size=258, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    saved = T5ForConditionalGeneration(config)
+    saved.lm_head.weight = torch.nn.Parameter(torch.randn(258, 32))
+    saved.all_tied_weights_keys.pop("lm_head.weight", None)
+    saved.save_pretrained(base)
+    model = load_generator(base, SidVocabulary(SIZES)).model
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert torch.equal(head[:258], saved.lm_head.weight) and head.shape == table.shape
+    assert torch.equal(table[:258], saved.shared.weight)
+    assert not torch.equal(head[258:], table[258:])
+    # It is saved and loaded as two tables, too.
+    model.save_pretrained(tmp_path / "again")
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.lm_head.weight, head) and torch.equal(again.shared.weight, table)

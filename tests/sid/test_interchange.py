@@ -163,7 +163,7 @@ BAD_FILES = {
     "m.parquet": ({"pid": [1, 2], "codes": [None, [1]]}, "item '1': expected 1 codes"),
     "n.parquet": ({"pid": [1, 2], "codes": [[], [1]]}, "item '1': expected 1 codes"),
     "a.parquet": (b"PAR1 or not", "a whole Parquet file"),
-    "b.parquet": ({"item_id": ["1"], "sid": [[1]]}, "columns item_id .or pid. and codes"),
+    "b.parquet": ({"item_id": ["1"], "code": [[1]]}, "columns item_id .or pid. and codes .or sid"),
     "c.parquet": ({"item_id": ["1"], "codes": ["1-2"]}, "lists of whole numbers"),
     "d.parquet": ({"item_id": ["1"], "codes": [[1.5]]}, "lists of whole numbers"),
     "e.parquet": ({"item_id": ["1", "2"], "codes": [[1, 2], [1]]}, "item '2': expected 2 codes"),
@@ -247,3 +247,11 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path):
     with pytest.raises(InvalidArgument, match="template"):
         write_sids(words, tmp_path / "t.json", template="sid")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_mapping_of_openonerecs_data_set_is_read(tmp_path):
+    polars.DataFrame({"pid": [7, 3], "sid": [[1, 2], [0, 2]]}).write_parquet(
+        tmp_path / "map.parquet"
+    )
+    table = read_sids(tmp_path / "map.parquet")
+    assert table.item_ids == ["7", "3"] and table.codes.tolist() == [[1, 2], [0, 2]]
