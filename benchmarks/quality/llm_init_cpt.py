@@ -259,7 +259,8 @@ Losses are in nats per token: *validation* on the SID of the validation item aft
 *general text* at the start, after CPT where there is one, and after fine-tuning; that text was
 written by the base itself, sampled at temperature 1, so its loss at the start is the base's own
 entropy. Below, held-out losses during CPT: the next item of a history, and SIDs and texts of items
-none of whose texts were trained on.
+none of whose texts were trained on. Their genres stood behind their SIDs in the histories, which
+newer code leaves out, so that the losses of SID → text are lower than they would be now.
 """
 
 

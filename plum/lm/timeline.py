@@ -455,7 +455,7 @@ class _Run:
         lasted = np.diff(self.ends)
         if self.config.max_seconds is not None and len(lasted):
             pace = float(np.median(lasted[1:][-_PACE:] if len(lasted) > 1 else lasted))
-            left = min(left, int((self.config.max_seconds - self._seconds()) / pace))
+            left = min(left, int((self.config.max_seconds - self._seconds()) / max(pace, 1e-9)))
         return max(1, left)
 
     def _is_over(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from plum.lm import (
     finetune,
     load_generator,
     pretrain,
+    pretraining,
     validate,
 )
 from plum.lm.corpus import behavior_documents, metadata_documents, tokenize
@@ -75,6 +77,22 @@ def test_it_learns_behavior_and_texts(tmp_path, bases, histories, codes, items):
     saved = load_file(tmp_path / "model" / "model.safetensors")
     state = generator.model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in saved.items())
+
+
+def test_nothing_is_said_of_held_out_items(tmp_path, bases, histories, codes, items, monkeypatch):
+    told, write = [], pretraining.behavior_documents
+    monkeypatch.setattr(
+        pretraining,
+        "behavior_documents",
+        lambda sids, attributes, *rest: told.append(attributes) or write(sids, attributes, *rest),
+    )
+    train = [row[:-1] for row in histories]
+    config = replace(QUICK, steps=1)
+    pretrain(fresh(bases["tied"]), train, histories, codes, items, tmp_path, config)
+    trained, asked = told
+    blank = [item for item, attribute in enumerate(trained) if not attribute]
+    assert len(blank) == 6 and asked == items.attributes
+    assert all(a == b for a, b in zip(trained, asked, strict=True) if a)
 
 
 def test_held_out_losses_agree_with_a_plain_loop(bases, histories, codes, items):

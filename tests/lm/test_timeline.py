@@ -441,6 +441,19 @@ def test_epochs_are_fewer_when_time_is_short(histories):
     assert last < 0.5 * max((b - a).norm() for a, b in itertools.pairwise(records))
 
 
+def test_a_short_time_limit_brings_the_learning_rate_to_its_end(codes, histories, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(timeline.time, "monotonic", lambda: clock[0])
+
+    def on_step(done: int, total: int) -> None:
+        clock[0] = 60 * 60 * done / total  # a minute an epoch
+
+    config = replace(CONFIG, epochs=60, eval_every=1, patience=None, max_seconds=300)
+    model, validate = generator(codes), lambda: {"score": 0.0}
+    run = timeline._Run(model, histories, config, validate, None, None, on_step)
+    assert 4 <= len(run.train()) <= 6 and run.done > 1 - 1e-9
+
+
 class _Killed(Exception):
     pass
 
