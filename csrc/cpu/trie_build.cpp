@@ -10,7 +10,7 @@
 namespace plum::cpu {
 namespace {
 
-// Bits a pass of the radix sort looks at.
+// Bits that a pass of the radix sort looks at, at most.
 constexpr int kDigit = 11;
 // Entries of a bucket that are sorted by comparisons.
 constexpr int64_t kFew = 192;
@@ -53,16 +53,19 @@ class Sorter {
   // Returns -1, or the position of a code that is out of range.
   int64_t sort() {
     const int wanted = std::min(sid_bits_, item_bits_ + kSpareBits);
-    const int passes = (wanted + kDigit - 1) / kDigit;
+    passes_ = (wanted + kDigit - 1) / kDigit;
+    // Of a bucket of few entries counting digits takes longer than moving them, so its digits are
+    // no wider than they must be.
+    if (passes_ > 1) digit_ = (wanted - kDigit + passes_ - 2) / (passes_ - 1);
     // The bits behind those that are looked at.
-    const int low = item_bits_ + std::max(sid_bits_ - passes * kDigit, 0);
+    low_ = item_bits_ + std::max(sid_bits_ - kDigit - (passes_ - 1) * digit_, 0);
     const int64_t bad = pack();
     if (bad >= 0) return bad;
     // A digit that all items share sorts nothing.
-    int top = passes - 1;
-    while (top >= 0 && !count_digits(entries_, catalog_.items, top, low)) --top;
-    if (top >= 0) sort_buckets(top, low);
-    if (low > item_bits_ || whole_ < catalog_.depth) sort_equal(low);
+    int top = passes_ - 1;
+    while (top >= 0 && !count_digits(entries_, catalog_.items, top)) --top;
+    if (top >= 0) sort_buckets(top);
+    if (low_ > item_bits_ || whole_ < catalog_.depth) sort_equal();
     return -1;
   }
 
@@ -129,21 +132,30 @@ class Sorter {
     return l;
   }
 
-  static uint64_t digit(uint64_t entry, int pass, int low) {
-    return entry >> (low + pass * kDigit) & ((uint64_t{1} << kDigit) - 1);
+  // The bits of an entry that a pass looks at.
+  struct Digit {
+    int shift;
+    uint64_t mask;
+    uint64_t operator()(uint64_t entry) const { return entry >> shift & mask; }
+  };
+
+  Digit digit(int pass) const {
+    const int bits = pass == passes_ - 1 ? kDigit : digit_;
+    return {low_ + pass * digit_, (uint64_t{1} << bits) - 1};
   }
 
   // Counts the digits of some entries; returns whether there are several.
-  bool count_digits(const uint64_t* entries, int64_t count, int pass, int low) {
-    std::fill(counts_.begin(), counts_.end(), 0);
-    for (int64_t i = 0; i < count; ++i) ++counts_[digit(entries[i], pass, low)];
-    return count > 0 && counts_[digit(entries[0], pass, low)] < count;
+  bool count_digits(const uint64_t* entries, int64_t count, int pass) {
+    const Digit of = digit(pass);
+    counts_.assign(of.mask + 1, 0);
+    for (int64_t i = 0; i < count; ++i) ++counts_[of(entries[i])];
+    return count > 0 && counts_[of(entries[0])] < count;
   }
 
   // Sorts by the digits up to `top`: by the highest into buckets, of which most fit in a cache, and
   // each of these by the others, from the lowest on.
-  void sort_buckets(int top, int low) {
-    scatter(entries_, other_entries_, catalog_.items, top, low);
+  void sort_buckets(int top) {
+    scatter(entries_, other_entries_, catalog_.items, top);
     const std::vector<int64_t> ends = counts_;
     int64_t begin = 0;
     for (int64_t end : ends) {
@@ -156,8 +168,8 @@ class Sorter {
         continue;
       }
       for (int pass = 0; pass < top; ++pass) {
-        count_digits(from, count, pass, low);
-        scatter(from, to, count, pass, low);
+        count_digits(from, count, pass);
+        scatter(from, to, count, pass);
         std::swap(from, to);
       }
     }
@@ -165,17 +177,18 @@ class Sorter {
   }
 
   // Moves entries to where their digits, which are counted, belong; the counts become the ends.
-  void scatter(const uint64_t* from, uint64_t* to, int64_t count, int pass, int low) {
+  void scatter(const uint64_t* from, uint64_t* to, int64_t count, int pass) {
+    const Digit of = digit(pass);
     std::exclusive_scan(counts_.begin(), counts_.end(), counts_.begin(), int64_t{0});
-    for (int64_t i = 0; i < count; ++i) to[counts_[digit(from[i], pass, low)]++] = from[i];
+    for (int64_t i = 0; i < count; ++i) to[counts_[of(from[i])]++] = from[i];
   }
 
-  // Sorts the items whose entries are equal but for their `low` last bits.
-  void sort_equal(int low) {
+  // Sorts the items whose entries are equal but for their `low_` last bits.
+  void sort_equal() {
     const int64_t items = catalog_.items;
     for (int64_t begin = 0, end; begin < items; begin = end) {
       end = begin + 1;
-      while (end < items && (entries_[end] ^ entries_[begin]) >> low == 0) ++end;
+      while (end < items && (entries_[end] ^ entries_[begin]) >> low_ == 0) ++end;
       if (end - begin < 2) continue;
       std::sort(entries_ + begin, entries_ + end, [this](uint64_t a, uint64_t b) {
         if ((a ^ b) >> item_bits_ == 0) {
@@ -196,10 +209,11 @@ class Sorter {
   const Code* codes_;
   const Catalog& catalog_;
   uint64_t *entries_, *other_entries_;
-  std::vector<int64_t> counts_ = std::vector<int64_t>(1 << kDigit);
+  std::vector<int64_t> counts_;
   int item_bits_;
-  int sid_bits_ = 0;   // bits of the SID in an entry
-  int64_t whole_ = 0;  // levels that are in an entry with all their bits
+  int passes_ = 0, digit_ = 0, low_ = 0;  // bits of all digits but the first, and bits behind them
+  int sid_bits_ = 0;                      // bits of the SID in an entry
+  int64_t whole_ = 0;                     // levels that are in an entry with all their bits
   std::vector<int> widths_;
   std::vector<int> shifts_;  // last bits that an entry lacks, of the levels in it
 };

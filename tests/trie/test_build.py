@@ -74,3 +74,17 @@ def test_joined_and_filtered_like_numpy_and_torch(shape, joined):
         allowed = torch.from_numpy(random.random(trie.num_sids) < share)
         expected = make_filter(allowed, trie.index, native=False)
         assert all(map(torch.equal, make_filter(allowed, trie.index)[1:], expected[1:]))
+
+
+@pytest.mark.parametrize("depth", [1, 3, 8])
+@pytest.mark.parametrize("used", [1, 40, 2048])
+def test_sids_of_few_codes_of_large_codebooks_are_sorted(depth, used):
+    """Many share their first bits, and are sorted by the others."""
+    codes = np.random.default_rng(used).integers(0, used, (50_000, depth))
+    trie = SidTrie.from_codes(codes, codebook_sizes=[2048] * depth)
+    distinct, first, counts = np.unique(codes, axis=0, return_index=True, return_counts=True)
+    assert np.array_equal(trie.codes_at(torch.arange(trie.num_sids)).numpy(), distinct)
+    assert np.array_equal(np.diff(trie.item_starts), counts)
+    # Items on one SID keep their order.
+    places = trie.item_starts[:-1]
+    assert trie.item_ids.select(places).span(0, len(places)) == first.tolist()
