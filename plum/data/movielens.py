@@ -196,6 +196,8 @@ def _read_ratings(path: Path, layout: _Layout) -> pl.DataFrame:
             schema=_RATING_SCHEMA,
             quote_char=None,
         )
+    except pl.exceptions.NoDataError:
+        raise InvalidData(path, "ratings", "an empty file") from None
     except pl.exceptions.PolarsError:
         raise _bad_rating(path, data, layout) from None
     if frame.is_empty():

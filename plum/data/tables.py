@@ -170,5 +170,8 @@ def _seconds(path: str | Path, column: pl.Series) -> pl.Series:
 def _parse_iso(column: pl.Series) -> pl.Series:
     # Other forms, such as 01/02/2024, can be read in two ways.
     iso = column.set(~column.str.contains(_ISO_DATE).fill_null(False), None)
-    times = iso.str.to_datetime(time_unit="us", time_zone="UTC", strict=False)
+    try:
+        times = iso.str.to_datetime(time_unit="us", time_zone="UTC", strict=False)
+    except pl.exceptions.ComputeError:  # polars below 2, where it finds no time to tell the form by
+        return pl.Series(column.name, [None] * len(column), dtype=pl.Float64)
     return times.dt.epoch("us").cast(pl.Float64) / 1e6
