@@ -224,24 +224,24 @@ def test_plain_tensors_on_a_cpu_go_past_the_dispatcher(monkeypatch):
             counted(other)
 
 
-class Watch(TorchDispatchMode):
+class Watcher:
+    """A mode that writes down what it sees."""
+
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def watch(self, func, types, args=(), kwargs=None):
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class Functions(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+class Watch(Watcher, TorchDispatchMode):
+    __torch_dispatch__ = Watcher.watch
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+
+class Functions(Watcher, TorchFunctionMode):
+    __torch_function__ = Watcher.watch
 
 
 def test_what_traces_watches_or_transforms_ops_still_sees_them():

@@ -459,8 +459,9 @@ def render(result: dict[str, Any]) -> str:
             for kind in METRICS:
                 cells += [_mean(found, metric, kind) for metric in ("recall@10", "ndcg@10")]
             cells.append(_mean([{"metrics": _validation(run)} for run in found], "recall@10"))
-            accuracy, perplexity = (_by_level(found, f"level_{what}") for what in _BY_LEVEL)
+            accuracy = _by_level(found, "level_accuracy")
             cells.append(" / ".join(f"{share:.3f}" for share in accuracy))
+            perplexity = _by_level(found, "level_perplexity")
             cells.append(" / ".join(f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in perplexity))
             size = first.get("parameters")
             epochs = first.get("epochs", first["config"].get("epochs"))
@@ -508,9 +509,6 @@ figure is 1.229, exp(0.2063) over all next tokens of DistilGPT2 on ML-10M: our l
 which the trie leaves little open, comes to that on ML-1M, and says nothing of the first. Seconds:
 training on a device that did other work, on the H200 with up to four other jobs.
 """
-
-
-_BY_LEVEL = ("accuracy", "perplexity")
 
 
 def _by_level(runs: list[dict[str, Any]], what: str) -> list[float]:

@@ -79,14 +79,12 @@ def residual_quantize(
     check_rows(x, packed)
     if usage is not None:
         check_tensor("usage", usage)
-    if usage is not None and (
-        usage.dtype != torch.int64 or usage.shape != (sum(sizes),) or usage.device != x.device
-    ):
-        raise InvalidArgument(
-            "usage",
-            f"int64 [{sum(sizes)}] on {x.device}",
-            f"{usage.dtype} {list(usage.shape)} on {usage.device}",
-        )
+        if usage.dtype != torch.int64 or usage.shape != (sum(sizes),) or usage.device != x.device:
+            raise InvalidArgument(
+                "usage",
+                f"int64 [{sum(sizes)}] on {x.device}",
+                f"{usage.dtype} {list(usage.shape)} on {usage.device}",
+            )
     codes, norms, residual = _op(
         x.detach(), packed.detach(), sizes, return_residual, usage, backend=backend
     )

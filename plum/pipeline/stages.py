@@ -160,8 +160,7 @@ def encode_items(
                 f"the data set {dataset.name!r} brings none",
             )  # fmt: skip
         ids = items["item_id"].to_list()
-        files = ImageFiles(images)
-        if not may_lack_images or any(item in files for item in ids):
+        if not may_lack_images or any(map(ImageFiles(images).__contains__, ids)):
             vectors["image"], present["image"] = encode_images(
                 ids,
                 images=images,
@@ -412,9 +411,10 @@ def _evaluate(work: Workspace) -> None:
     parts = work.folder / "recommendations"
     ranked = {"generator": _rank_in_parts(recommender, users, test.histories, k, work, parts)}
     known, seen = list(test.histories), work.settings.filter_seen
+    # The baselines may use all that is known before the test item, also of users who have none.
+    before = sequences.before_test()
     for name, baseline in (("popularity", Popularity()), ("item_knn", ItemKNN())):
-        # They may use all that is known before the test item, also of users who have none.
-        fitted = baseline.fit(sequences.before_test(), sequences.num_items)
+        fitted = baseline.fit(before, sequences.num_items)
         ranked[name] = fitted.recommend(known, k, exclude_seen=seen)
     if work.settings.sasrec:
         sasrec = _trained_sasrec(work, sequences)

@@ -49,10 +49,8 @@ def balanced_codes(
     Raises:
         InvalidArgument: an argument is not as above, or a group has over ``K * capacity`` rows.
     """
-    given = {"residuals": residuals, "codebook": codebook, "groups": groups, "priority": priority}
-    for name, value in given.items():
-        if value is not None or name in ("residuals", "codebook"):
-            check_tensor(name, value)
+    check_tensor("residuals", residuals)
+    check_tensor("codebook", codebook)
     if codebook.ndim != 2 or not codebook.is_floating_point() or not codebook.numel():
         got = f"{codebook.dtype} {list(codebook.shape)}"
         raise InvalidArgument("codebook", "floating point [K, D], not empty", got)
@@ -71,7 +69,10 @@ def balanced_codes(
     count, size = len(residuals), len(codebook)
     capacity = check_int("capacity", capacity)
     for name, value in (("groups", groups), ("priority", priority)):
-        if value is not None and (value.dtype != torch.int64 or value.shape != (count,)):
+        if value is None:
+            continue
+        check_tensor(name, value)
+        if value.dtype != torch.int64 or value.shape != (count,):
             raise InvalidArgument(name, f"int64 [{count}]", f"{value.dtype} {list(value.shape)}")
     if priority is not None and len(priority.unique()) != count:
         raise InvalidArgument("priority", f"{count} distinct numbers", len(priority.unique()))
